@@ -1,0 +1,68 @@
+"""Captions of scenes, in several phrasings that all say the same."""
+
+from __future__ import annotations
+
+from imprompt.diorama.scene import Character, Scene
+from imprompt.diorama.vocabulary import PERSON
+
+_STYLE_PHRASES = {
+    "clay": ("clay model", "made of clay"),
+    "cartoon": ("cartoon", "as a cartoon"),
+    "line art": ("line art drawing", "as line art"),
+    "neon": ("neon sign picture", "in neon light"),
+    "watercolor": ("watercolor painting", "as a watercolor"),
+    "crayon": ("crayon drawing", "in crayon"),
+}
+_SETTING_PHRASES = {
+    "meadow": "in a meadow",
+    "desert": "in the desert",
+    "snow": "in the snow",
+    "night": "at night",
+    "studio": "in a studio",
+}
+_PLACEMENT_PHRASES = {"left": "on the left", "center": "in the center", "right": "on the right"}
+
+NUM_PHRASINGS = 6
+
+
+def caption(scene: Scene, phrasing: int = 0) -> str:
+    """Describe a scene in words. `phrasing` picks one of `NUM_PHRASINGS` wordings (taken modulo).
+
+    Phrasings 0 to 2 name subject, colour, style and setting; 3 and 4 also size and placement;
+    5 is terse and leaves the setting out.
+    """
+    noun, adverb = _STYLE_PHRASES[scene.style]
+    subject = _subject(scene)
+    sized = _subject(scene, scene.size)
+    where = _SETTING_PHRASES[scene.setting]
+    place = _PLACEMENT_PHRASES[scene.placement]
+    return (
+        f"{subject} {where}, {adverb}",
+        f"a {noun} of {subject} {where}",
+        f"{where}, {subject}, {noun}",
+        f"{sized} {place}, {where}, {adverb}",
+        f"a {noun} of {sized} {place} {where}",
+        f"{subject}, {adverb}",
+    )[phrasing % NUM_PHRASINGS]
+
+
+def _subject(scene: Scene, size: str = "") -> str:
+    adjective = f"{size} " if size else ""
+    if scene.kind == PERSON:
+        assert scene.character is not None
+        return f"a {adjective}person in a {scene.colour} shirt with {_looks(scene.character)}"
+    words = f"{adjective}{scene.colour} {scene.kind}"
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+def _looks(character: Character) -> str:
+    if character.hair_shape == "bald":
+        parts = ["a bald head"]
+    else:
+        parts = [f"{character.hair_shape} {character.hair_colour} hair"]
+    if character.glasses != "no":
+        parts.append("glasses")
+    if character.beard != "no":
+        parts.append("a beard")
+    parts.append(f"{character.skin} skin")
+    return ", ".join(parts[:-1]) + f" and {parts[-1]}"
