@@ -1,0 +1,85 @@
+"""Community checkpoints: a whole Stable Diffusion in one `.safetensors` file."""
+
+from pathlib import Path
+
+import torch
+
+from imprompt.bases.stable_diffusion import StableDiffusionBase, as_ddim, first_line
+from imprompt.core.errors import ImpromptError
+
+# Every such file keeps its UNet under this name; an adapter or a LoRA does not have it.
+UNET_PREFIX = "model.diffusion_model."
+SDXL_PREFIX = "conditioner.embedders."
+
+
+def load_single_file(
+    path: Path, config: Path | None, *, dtype: torch.dtype, device: torch.device | str
+) -> StableDiffusionBase:
+    """Reads weights from a file; their shapes, tokenizer and scheduler come from `config`.
+
+    Raises:
+        ImpromptError: the file is damaged or no Stable Diffusion, or its configuration is not to
+            be had.
+    """
+    _check_is_stable_diffusion(path)
+    if config is not None and not (config / "model_index.json").is_file():
+        raise ImpromptError(
+            f"config={config} is no diffusers folder: it has no model_index.json. Give the folder of "
+            "a model with the same shapes."
+        )
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import (
+        StableDiffusionPipeline,
+    )
+
+    try:
+        pipeline = StableDiffusionPipeline.from_single_file(
+            str(path),
+            config=None if config is None else str(config),
+            local_files_only=config is not None,
+            torch_dtype=dtype,
+            safety_checker=None,
+            feature_extractor=None,
+            image_encoder=None,
+            requires_safety_checker=False,
+        )
+    except Exception as error:  # the library raises many kinds for a file that does not fit
+        advice = (
+            "Without config=, its configuration and tokenizer are fetched from the model hub; give "
+            "a local diffusers folder of the same kind as config= to do without."
+            if config is None
+            else f"Does {config} describe a model of the same shapes?"
+        )
+        raise ImpromptError(
+            f"{path} could not be read as a base ({first_line(error)}). {advice}"
+        ) from error
+    base = StableDiffusionBase(
+        name=path.stem,
+        unet=pipeline.unet,
+        vae=pipeline.vae,
+        text_encoder=pipeline.text_encoder,
+        tokenizer=pipeline.tokenizer,
+        scheduler=as_ddim(pipeline.scheduler.config),
+    )
+    base.to(device, dtype)
+    return base
+
+
+def _check_is_stable_diffusion(path: Path) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise ImpromptError(f"{path} is damaged: it is no safetensors file ({error}).") from error
+    if not any(name.startswith(UNET_PREFIX) for name in names):
+        first = names[0] if names else "nothing"
+        raise ImpromptError(
+            f"{path} is no Stable Diffusion checkpoint: no tensor's name begins with {UNET_PREFIX!r} "
+            f"(its first is {first!r}). Is it an adapter? Those go to load_adapter."
+        )
+    if any(name.startswith(SDXL_PREFIX) for name in names):
+        raise ImpromptError(
+            f"{path} is Stable Diffusion XL, which is not among the bases yet; Stable Diffusion 1 "
+            "and 2 are."
+        )

@@ -1,0 +1,329 @@
+"""Stable Diffusion 1.x and 2.x, and every model that is built the same way, of any size."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from imprompt.bases.clip_vision import ClipImageEncoder, fingerprint_of
+from imprompt.core.errors import ImpromptError
+
+
+class StableDiffusionBase:
+    """A denoising UNet, an autoencoder, and CLIP's text encoder, all frozen.
+
+    The parts are diffusers' and transformers' own classes and may be used as such.
+
+    Source: Rombach et al. (2112.10752).
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        unet: Any,
+        vae: Any,
+        text_encoder: Any,
+        tokenizer: Any,
+        scheduler: Any,
+        image_encoder: ClipImageEncoder | None = None,
+    ):
+        self.name = name
+        self.unet = unet
+        self.vae = vae
+        self.text_encoder = text_encoder
+        self.tokenizer = tokenizer
+        self.scheduler = scheduler
+        self.image_encoder = image_encoder
+        for part in self.parts().values():
+            part.eval().requires_grad_(False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.unet.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.device
+
+    @property
+    def pixels_per_latent(self) -> int:
+        """How many pixels wide and high one latent is."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def image_size_px(self) -> int:
+        """The side of the square images it was made for."""
+        sample_size = self.unet.config.sample_size
+        if not isinstance(sample_size, int):
+            sample_size = min(sample_size)
+        return sample_size * self.pixels_per_latent
+
+    def parts(self) -> dict[str, nn.Module]:
+        """The networks by the name of their folder."""
+        parts = {"unet": self.unet, "vae": self.vae, "text_encoder": self.text_encoder}
+        if self.image_encoder is not None:
+            parts["image_encoder"] = self.image_encoder.model
+        return parts
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> None:
+        """Moves all parts in place."""
+        for part in (self.unet, self.vae, self.text_encoder, self.image_encoder):
+            if part is not None:
+                part.to(device)
+                if dtype is not None and part.dtype != dtype:
+                    part.to(dtype)
+
+    def fingerprint(self) -> str:
+        """Tells this base from every other: 16 hexadecimal digits."""
+        return fingerprint_of(self.parts())
+
+    def latent_shape(self, size_px: int | tuple[int, int] | None = None) -> tuple[int, int, int]:
+        """(channels, height, width) of the latents of one image of (height, width) pixels.
+
+        Raises:
+            ImpromptError: the autoencoder cannot make images of this size.
+        """
+        if size_px is None:
+            size_px = self.image_size_px
+        height, width = (size_px, size_px) if isinstance(size_px, int) else size_px
+        factor = self.pixels_per_latent
+        if min(height, width) < factor or height % factor or width % factor:
+            raise ImpromptError(
+                f"{self.name} cannot make images of {width} × {height} px: both sides must be "
+                f"positive multiples of {factor} px (it was made for {self.image_size_px} px)."
+            )
+        return self.unet.config.in_channels, height // factor, width // factor
+
+    def tokenize(self, texts: Sequence[str]) -> Int[Tensor, "batch length"]:
+        """Token ids, padded or cut to the text encoder's length."""
+        return self.tokenizer(
+            list(texts),
+            padding="max_length",
+            max_length=self.text_encoder.config.max_position_embeddings,
+            truncation=True,
+            return_tensors="pt",
+        ).input_ids
+
+    @torch.no_grad()
+    def encode_text(
+        self, texts: Sequence[str] | Int[Tensor, "batch length"]
+    ) -> Float[Tensor, "batch length dim"]:
+        """The states that the denoiser's cross-attention reads."""
+        ids = texts if isinstance(texts, Tensor) else self.tokenize(texts)
+        return self.text_encoder(ids.to(self.device)).last_hidden_state
+
+    @torch.no_grad()
+    def latent_distribution(
+        self, pixels: Float[Tensor, "batch 3 height width"]
+    ) -> tuple[Float[Tensor, "batch channels h w"], Float[Tensor, "batch channels h w"]]:
+        """Mean and standard deviation of the latents of images, in the denoiser's scale."""
+        pixels = pixels.to(device=self.device, dtype=self.vae.dtype)
+        posterior = self.vae.encode(pixels).latent_dist
+        factor = self.vae.config.scaling_factor
+        return posterior.mean * factor, posterior.std * factor
+
+    def encode_image(
+        self,
+        pixels: Float[Tensor, "batch 3 height width"],
+        noise: Float[Tensor, "batch channels h w"] | None = None,
+    ) -> Float[Tensor, "batch channels h w"]:
+        """Latents in the denoiser's scale: mean + standard deviation · noise, the mean without."""
+        mean, standard_deviation = self.latent_distribution(pixels)
+        return mean if noise is None else mean + standard_deviation * noise.to(mean)
+
+    @torch.no_grad()
+    def decode_image(
+        self, latents: Float[Tensor, "batch channels h w"]
+    ) -> Float[Tensor, "batch 3 height width"]:
+        """Pixels of latents, not yet clipped to [-1, 1]."""
+        latents = latents.to(device=self.device, dtype=self.vae.dtype)
+        return self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0]
+
+    def denoise(
+        self,
+        latents: Float[Tensor, "batch channels h w"],
+        timesteps: Tensor | int,
+        text_states: Float[Tensor, "batch length dim"],
+        condition: Mapping[str, Any] | None = None,
+    ) -> Float[Tensor, "batch channels h w"]:
+        """The denoiser's prediction (of the kind its scheduler's `prediction_type` names).
+
+        `condition` is what an installed adapter's handle made of its tokens. Gradients flow.
+        """
+        return self.unet(
+            latents,
+            timesteps,
+            encoder_hidden_states=text_states,
+            cross_attention_kwargs=condition,
+            return_dict=False,
+        )[0]
+
+
+def load_stable_diffusion(
+    source: Path | str, *, name: str, dtype: torch.dtype, device: torch.device | str
+) -> StableDiffusionBase:
+    """Reads a diffusers folder, or a model hub's repository of the same layout.
+
+    A `Path` is a folder and is read without any network access; a `str` is a repository's id.
+
+    Raises:
+        ImpromptError: a part is missing or damaged, or the model is of another kind.
+    """
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPVisionModelWithProjection
+
+    index = _model_index(source, name)
+    listed = {part for part, kind in index.items() if isinstance(kind, list) and kind[0]}
+    unet = _load(UNet2DConditionModel, source, "unet", name, torch_dtype=dtype)
+    if unet.config.addition_embed_type is not None:
+        raise ImpromptError(
+            f"{name} is not of Stable Diffusion 1's or 2's kind: its UNet also wants "
+            f"{unet.config.addition_embed_type!r} conditions, as Stable Diffusion XL's does."
+        )
+    mean_and_deviation: tuple[Sequence[float], ...] = ()
+    image_encoder = None
+    if "image_encoder" in listed:
+        vision = _load(CLIPVisionModelWithProjection, source, "image_encoder", name, dtype=dtype)
+        if isinstance(source, Path):
+            mean_and_deviation = _normalization(source)
+        image_encoder = ClipImageEncoder(vision, *mean_and_deviation)
+    base = StableDiffusionBase(
+        name=name,
+        unet=unet,
+        vae=_load(AutoencoderKL, source, "vae", name, torch_dtype=dtype),
+        text_encoder=_load(CLIPTextModel, source, "text_encoder", name, dtype=dtype),
+        tokenizer=_load_tokenizer(source, name),
+        scheduler=_load_scheduler(source, name),
+        image_encoder=image_encoder,
+    )
+    base.to(device)
+    return base
+
+
+def _load(kind: Any, source: Path | str, part: str, name: str, **options: Any) -> Any:
+    """One part of a model, with what went wrong in one line."""
+    options |= {"subfolder": part, "local_files_only": isinstance(source, Path)}
+    if _has_only_half_precision_files(source, part):
+        options["variant"] = "fp16"
+    try:
+        with _without_progress_bars():
+            return kind.from_pretrained(str(source), use_safetensors=True, **options)
+    except Exception as error:  # the libraries raise a dozen kinds for files that are amiss
+        raise ImpromptError(
+            f"{name}: its {part} could not be read ({first_line(error)}). A diffusers folder with "
+            f"{part}/config.json and {part}/*.safetensors is needed."
+        ) from error
+
+
+def _load_tokenizer(source: Path | str, name: str) -> Any:
+    from transformers import CLIPTokenizer
+
+    local = isinstance(source, Path)
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(
+            str(source), subfolder="tokenizer", local_files_only=local
+        )
+        # A tokenizer without its vocabulary's file loads, and knows nothing.
+        if len(tokenizer("a").input_ids) < 3 or len(tokenizer) < 4:
+            raise ValueError("its vocabulary is empty")
+    except Exception as error:
+        raise ImpromptError(
+            f"{name}: its tokenizer could not be read ({first_line(error)}). The folder tokenizer/ "
+            "with vocab.json and merges.txt is needed."
+        ) from error
+    return tokenizer
+
+
+def _load_scheduler(source: Path | str, name: str) -> Any:
+    """The scheduler's configuration, whichever kind it names, as a DDIM scheduler."""
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+
+    try:
+        config: Any = DDIMScheduler.load_config(
+            str(source), subfolder="scheduler", local_files_only=isinstance(source, Path)
+        )
+    except Exception as error:
+        raise ImpromptError(
+            f"{name}: its scheduler could not be read ({first_line(error)}). The file "
+            "scheduler/scheduler_config.json is needed."
+        ) from error
+    return as_ddim(config)
+
+
+def as_ddim(config: Mapping[str, Any]) -> Any:
+    """A DDIM scheduler from any scheduler's configuration, set as Stable Diffusion's pipeline does.
+
+    Latents have no bounds that a predicted sample could be clipped to.
+    """
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+
+    return DDIMScheduler.from_config(config, clip_sample=False, steps_offset=1)
+
+
+def _model_index(source: Path | str, name: str) -> dict[str, Any]:
+    if isinstance(source, Path):
+        file = source / "model_index.json"
+        if not file.is_file():
+            raise ImpromptError(
+                f"{source} is no diffusers folder: it has no model_index.json. Give the folder that "
+                "holds unet/, vae/, text_encoder/, tokenizer/ and scheduler/."
+            )
+    else:
+        from huggingface_hub import hf_hub_download
+
+        try:
+            file = Path(hf_hub_download(source, "model_index.json"))
+        except Exception as error:
+            raise ImpromptError(
+                f"{name!r} is neither a local folder nor to be had from the model hub "
+                f"({first_line(error)})."
+            ) from error
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ImpromptError(f"{file} is damaged: it is no JSON ({error}).") from error
+
+
+def _normalization(folder: Path) -> tuple[Sequence[float], ...]:
+    """Channel statistics of the folder's own image preprocessing, if it says any."""
+    file = folder / "feature_extractor" / "preprocessor_config.json"
+    if not file.is_file():
+        return ()
+    config = json.loads(file.read_text(encoding="utf-8"))
+    if "image_mean" not in config or "image_std" not in config:
+        return ()
+    return config["image_mean"], config["image_std"]
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """Reading a file of weights takes no time worth a bar in a user's terminal."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _has_only_half_precision_files(source: Path | str, part: str) -> bool:
+    if not isinstance(source, Path):
+        return False
+    names = [file.name for file in (source / part).glob("*.safetensors")]
+    return bool(names) and all(".fp16." in file for file in names)
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, short enough to be quoted within another."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
