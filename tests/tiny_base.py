@@ -106,7 +106,7 @@ def vocabulary() -> dict[str, int]:
 def write_tiny_base(
     folder: Path, *, seed: int = 0, prediction_type: str = "epsilon", image_encoder: bool = True
 ) -> Path:
-    """Writes a diffusers folder that `load_base` and a stock pipeline read; takes well under 1 s."""
+    """Writes a diffusers folder that `load_base` and a stock pipeline read, in well under 1 s."""
     parts = build_parts(seed, prediction_type)
     if not image_encoder:
         del parts["image_encoder"]

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import torch
 
-from imprompt.bases.stable_diffusion import StableDiffusionBase, as_ddim, first_line
+from imprompt.bases.folder import as_ddim, first_line
+from imprompt.bases.stable_diffusion import StableDiffusionBase
 from imprompt.core.errors import ImpromptError
 
 # Every such file keeps its UNet under this name; an adapter or a LoRA does not have it.
@@ -24,8 +25,8 @@ def load_single_file(
     _check_is_stable_diffusion(path)
     if config is not None and not (config / "model_index.json").is_file():
         raise ImpromptError(
-            f"config={config} is no diffusers folder: it has no model_index.json. Give the folder of "
-            "a model with the same shapes."
+            f"config={config} is no diffusers folder: it has no model_index.json. Give the folder "
+            "of a model with the same shapes."
         )
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import (
         StableDiffusionPipeline,
@@ -75,8 +76,8 @@ def _check_is_stable_diffusion(path: Path) -> None:
     if not any(name.startswith(UNET_PREFIX) for name in names):
         first = names[0] if names else "nothing"
         raise ImpromptError(
-            f"{path} is no Stable Diffusion checkpoint: no tensor's name begins with {UNET_PREFIX!r} "
-            f"(its first is {first!r}). Is it an adapter? Those go to load_adapter."
+            f"{path} is no Stable Diffusion checkpoint: no tensor's name begins with "
+            f"{UNET_PREFIX!r} (its first is {first!r}). Is it an adapter? Those go to load_adapter."
         )
     if any(name.startswith(SDXL_PREFIX) for name in names):
         raise ImpromptError(

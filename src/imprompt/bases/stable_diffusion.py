@@ -1,8 +1,6 @@
 """Stable Diffusion 1.x and 2.x, and every model that is built the same way, of any size."""
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,15 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from imprompt.bases.clip_vision import ClipImageEncoder, fingerprint_of
+from imprompt.bases.folder import (
+    load_autoencoder,
+    load_image_encoder,
+    load_scheduler,
+    load_text_encoder,
+    load_tokenizer,
+    load_unet,
+    part_names,
+)
 from imprompt.core.errors import ImpromptError
 
 
@@ -175,155 +182,24 @@ def load_stable_diffusion(
     Raises:
         ImpromptError: a part is missing or damaged, or the model is of another kind.
     """
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-    from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPVisionModelWithProjection
-
-    index = _model_index(source, name)
-    listed = {part for part, kind in index.items() if isinstance(kind, list) and kind[0]}
-    unet = _load(UNet2DConditionModel, source, "unet", name, torch_dtype=dtype)
+    parts = part_names(source, name)
+    unet = load_unet(source, name, dtype)
     if unet.config.addition_embed_type is not None:
         raise ImpromptError(
             f"{name} is not of Stable Diffusion 1's or 2's kind: its UNet also wants "
             f"{unet.config.addition_embed_type!r} conditions, as Stable Diffusion XL's does."
         )
-    mean_and_deviation: tuple[Sequence[float], ...] = ()
     image_encoder = None
-    if "image_encoder" in listed:
-        vision = _load(CLIPVisionModelWithProjection, source, "image_encoder", name, dtype=dtype)
-        if isinstance(source, Path):
-            mean_and_deviation = _normalization(source)
-        image_encoder = ClipImageEncoder(vision, *mean_and_deviation)
+    if "image_encoder" in parts:
+        image_encoder = load_image_encoder(source, name, dtype)
     base = StableDiffusionBase(
         name=name,
         unet=unet,
-        vae=_load(AutoencoderKL, source, "vae", name, torch_dtype=dtype),
-        text_encoder=_load(CLIPTextModel, source, "text_encoder", name, dtype=dtype),
-        tokenizer=_load_tokenizer(source, name),
-        scheduler=_load_scheduler(source, name),
+        vae=load_autoencoder(source, name, dtype),
+        text_encoder=load_text_encoder(source, name, dtype),
+        tokenizer=load_tokenizer(source, name),
+        scheduler=load_scheduler(source, name),
         image_encoder=image_encoder,
     )
     base.to(device)
     return base
-
-
-def _load(kind: Any, source: Path | str, part: str, name: str, **options: Any) -> Any:
-    """One part of a model, with what went wrong in one line."""
-    options |= {"subfolder": part, "local_files_only": isinstance(source, Path)}
-    if _has_only_half_precision_files(source, part):
-        options["variant"] = "fp16"
-    try:
-        with _without_progress_bars():
-            return kind.from_pretrained(str(source), use_safetensors=True, **options)
-    except Exception as error:  # the libraries raise a dozen kinds for files that are amiss
-        raise ImpromptError(
-            f"{name}: its {part} could not be read ({first_line(error)}). A diffusers folder with "
-            f"{part}/config.json and {part}/*.safetensors is needed."
-        ) from error
-
-
-def _load_tokenizer(source: Path | str, name: str) -> Any:
-    from transformers import CLIPTokenizer
-
-    local = isinstance(source, Path)
-    try:
-        tokenizer = CLIPTokenizer.from_pretrained(
-            str(source), subfolder="tokenizer", local_files_only=local
-        )
-        # A tokenizer without its vocabulary's file loads, and knows nothing.
-        if len(tokenizer("a").input_ids) < 3 or len(tokenizer) < 4:
-            raise ValueError("its vocabulary is empty")
-    except Exception as error:
-        raise ImpromptError(
-            f"{name}: its tokenizer could not be read ({first_line(error)}). The folder tokenizer/ "
-            "with vocab.json and merges.txt is needed."
-        ) from error
-    return tokenizer
-
-
-def _load_scheduler(source: Path | str, name: str) -> Any:
-    """The scheduler's configuration, whichever kind it names, as a DDIM scheduler."""
-    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-
-    try:
-        config: Any = DDIMScheduler.load_config(
-            str(source), subfolder="scheduler", local_files_only=isinstance(source, Path)
-        )
-    except Exception as error:
-        raise ImpromptError(
-            f"{name}: its scheduler could not be read ({first_line(error)}). The file "
-            "scheduler/scheduler_config.json is needed."
-        ) from error
-    return as_ddim(config)
-
-
-def as_ddim(config: Mapping[str, Any]) -> Any:
-    """A DDIM scheduler from any scheduler's configuration, set as Stable Diffusion's pipeline does.
-
-    Latents have no bounds that a predicted sample could be clipped to.
-    """
-    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-
-    return DDIMScheduler.from_config(config, clip_sample=False, steps_offset=1)
-
-
-def _model_index(source: Path | str, name: str) -> dict[str, Any]:
-    if isinstance(source, Path):
-        file = source / "model_index.json"
-        if not file.is_file():
-            raise ImpromptError(
-                f"{source} is no diffusers folder: it has no model_index.json. Give the folder that "
-                "holds unet/, vae/, text_encoder/, tokenizer/ and scheduler/."
-            )
-    else:
-        from huggingface_hub import hf_hub_download
-
-        try:
-            file = Path(hf_hub_download(source, "model_index.json"))
-        except Exception as error:
-            raise ImpromptError(
-                f"{name!r} is neither a local folder nor to be had from the model hub "
-                f"({first_line(error)})."
-            ) from error
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ImpromptError(f"{file} is damaged: it is no JSON ({error}).") from error
-
-
-def _normalization(folder: Path) -> tuple[Sequence[float], ...]:
-    """Channel statistics of the folder's own image preprocessing, if it says any."""
-    file = folder / "feature_extractor" / "preprocessor_config.json"
-    if not file.is_file():
-        return ()
-    config = json.loads(file.read_text(encoding="utf-8"))
-    if "image_mean" not in config or "image_std" not in config:
-        return ()
-    return config["image_mean"], config["image_std"]
-
-
-@contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    """Reading a file of weights takes no time worth a bar in a user's terminal."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
-def _has_only_half_precision_files(source: Path | str, part: str) -> bool:
-    if not isinstance(source, Path):
-        return False
-    names = [file.name for file in (source / part).glob("*.safetensors")]
-    return bool(names) and all(".fp16." in file for file in names)
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, short enough to be quoted within another."""
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__

@@ -1,0 +1,184 @@
+"""Models in diffusers' folder layout: one sub-folder for each part.
+
+A `source` is a folder (`Path`), read without any network access, or a hub's repository (`str`).
+Every error says which part of which model could not be read.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from imprompt.bases.clip_vision import ClipImageEncoder
+from imprompt.core.errors import ImpromptError
+
+
+def part_names(source: Path | str, name: str) -> set[str]:
+    """Which parts the model has, by the names of their folders.
+
+    Raises:
+        ImpromptError: it is no model in this layout.
+    """
+    if isinstance(source, Path):
+        file = source / "model_index.json"
+        if not file.is_file():
+            raise ImpromptError(
+                f"{source} is no diffusers folder: it has no model_index.json. Give the folder "
+                "that holds unet/, vae/, text_encoder/, tokenizer/ and scheduler/."
+            )
+    else:
+        from huggingface_hub import hf_hub_download
+
+        try:
+            file = Path(hf_hub_download(source, "model_index.json"))
+        except Exception as error:
+            raise ImpromptError(
+                f"{name!r} is neither a local folder nor to be had from the model hub "
+                f"({first_line(error)})."
+            ) from error
+    try:
+        index = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ImpromptError(f"{file} is damaged: it is no JSON ({error}).") from error
+    listed = {part for part, kind in index.items() if isinstance(kind, list) and kind[0]}
+    if isinstance(source, Path) and (source / "image_encoder" / "config.json").is_file():
+        listed.add("image_encoder")
+    return listed
+
+
+def load_unet(source: Path | str, name: str, dtype: torch.dtype) -> Any:
+    """Its `UNet2DConditionModel`."""
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+    return _load(UNet2DConditionModel, source, "unet", name, torch_dtype=dtype)
+
+
+def load_autoencoder(source: Path | str, name: str, dtype: torch.dtype) -> Any:
+    """Its `AutoencoderKL`."""
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    return _load(AutoencoderKL, source, "vae", name, torch_dtype=dtype)
+
+
+def load_text_encoder(source: Path | str, name: str, dtype: torch.dtype) -> Any:
+    """Its `CLIPTextModel`."""
+    from transformers.models.clip.modeling_clip import CLIPTextModel
+
+    return _load(CLIPTextModel, source, "text_encoder", name, dtype=dtype)
+
+
+def load_image_encoder(
+    source: Path | str, name: str, dtype: torch.dtype, subfolder: str = "image_encoder"
+) -> ClipImageEncoder:
+    """Its `CLIPVisionModelWithProjection`, with its own channel statistics if it says any."""
+    from transformers.models.clip.modeling_clip import CLIPVisionModelWithProjection
+
+    model = _load(CLIPVisionModelWithProjection, source, subfolder, name, dtype=dtype)
+    if isinstance(source, Path):
+        for folder in (source / "feature_extractor", source / subfolder):
+            file = folder / "preprocessor_config.json"
+            if file.is_file():
+                config = json.loads(file.read_text(encoding="utf-8"))
+                if "image_mean" in config and "image_std" in config:
+                    return ClipImageEncoder(model, config["image_mean"], config["image_std"])
+    return ClipImageEncoder(model)
+
+
+def load_tokenizer(source: Path | str, name: str) -> Any:
+    """Its `CLIPTokenizer`, tried once."""
+    from transformers import CLIPTokenizer
+
+    local = isinstance(source, Path)
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(
+            str(source), subfolder="tokenizer", local_files_only=local
+        )
+        # A tokenizer without its vocabulary's file loads, and knows nothing.
+        if len(tokenizer("a").input_ids) < 3 or len(tokenizer) < 4:
+            raise ValueError("its vocabulary is empty")
+    except Exception as error:
+        raise ImpromptError(
+            f"{name}: its tokenizer could not be read ({first_line(error)}). The folder tokenizer/ "
+            "with vocab.json and merges.txt is needed."
+        ) from error
+    return tokenizer
+
+
+def load_scheduler(source: Path | str, name: str) -> Any:
+    """Its scheduler's configuration, whichever kind it names, as a `DDIMScheduler`."""
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+
+    try:
+        config: Any = DDIMScheduler.load_config(
+            str(source), subfolder="scheduler", local_files_only=isinstance(source, Path)
+        )
+    except Exception as error:
+        raise ImpromptError(
+            f"{name}: its scheduler could not be read ({first_line(error)}). The file "
+            "scheduler/scheduler_config.json is needed."
+        ) from error
+    return as_ddim(config)
+
+
+def as_ddim(config: Mapping[str, Any]) -> Any:
+    """A DDIM scheduler from any scheduler's configuration, set as Stable Diffusion's pipeline does.
+
+    Latents have no bounds that a predicted sample could be clipped to.
+    """
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+
+    return DDIMScheduler.from_config(config, clip_sample=False, steps_offset=1)
+
+
+def _load(kind: Any, source: Path | str, part: str, name: str, **options: Any) -> Any:
+    """One part of a model, with what went wrong in one line."""
+    options |= {"subfolder": part, "local_files_only": isinstance(source, Path)}
+    if _has_only_half_precision_files(source, part):
+        options["variant"] = "fp16"
+    options["output_loading_info"] = True
+    try:
+        with _without_progress_bars():
+            model, info = kind.from_pretrained(str(source), use_safetensors=True, **options)
+    except Exception as error:  # the libraries raise a dozen kinds for files that are amiss
+        raise ImpromptError(
+            f"{name}: its {part or 'model'} could not be read ({first_line(error)}). Needed are "
+            f"{Path(part) / 'config.json'} and {Path(part) / '*.safetensors'}."
+        ) from error
+    # The libraries would fill such holes with random numbers, and go on.
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ImpromptError(
+            f"{name}: its {part or 'model'} lacks {len(missing)} tensors, {missing[0]!r} the first. "
+            "Is the file complete, and of the same model as its config.json?"
+        )
+    return model
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """Reading a file of weights takes no time worth a bar in a user's terminal."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _has_only_half_precision_files(source: Path | str, part: str) -> bool:
+    if not isinstance(source, Path):
+        return False
+    names = [file.name for file in (source / part).glob("*.safetensors")]
+    return bool(names) and all(".fp16." in file for file in names)
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, short enough to be quoted within another."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__

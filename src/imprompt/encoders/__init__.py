@@ -1,0 +1,5 @@
+"""Frozen networks that turn images into features for adapters."""
+
+from imprompt.encoders.clip import ClipImageEncoder, load_clip
+
+__all__ = ["ClipImageEncoder", "load_clip"]
