@@ -1,0 +1,139 @@
+"""Autoencoder: images to latents and back, the first stage of latent diffusion.
+
+Source: Rombach et al. 2021 (2112.10752), section 3.1: reconstruction with a slight KL penalty towards a
+standard normal, so that latents have a bounded variance. Perceptual and adversarial losses need networks
+trained elsewhere; in their place stand terms for edges and for coarse colour.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as functional
+from diffusers import AutoencoderKL
+from PIL import Image
+from torch import Tensor
+
+from imprompt.core.images import image_grid, pixels_to_images
+from imprompt.core.randomness import Randomness
+
+
+def create_autoencoder() -> AutoencoderKL:
+    """The diorama base's autoencoder: 64-pixel images to 16 × 16 latents of 8 channels.
+
+    Its full-resolution level is narrow, since most of the arithmetic would be there.
+    """
+    autoencoder = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(24, 48, 96),
+        layers_per_block=1,
+        latent_channels=8,
+        norm_num_groups=8,
+        sample_size=64,
+        mid_block_add_attention=False,
+        scaling_factor=1.0,
+    )
+    # Two starts without which training stalls at the mean image: every residual branch begins at zero,
+    # so that the whole is a plain filter bank, and the posterior begins with little noise.
+    for name, weight in autoencoder.named_parameters():
+        if ".resnets." in name and name.endswith("conv2.weight"):
+            torch.nn.init.zeros_(weight)
+    assert autoencoder.quant_conv is not None
+    torch.nn.init.zeros_(autoencoder.quant_conv.weight[8:])
+    torch.nn.init.constant_(autoencoder.quant_conv.bias[8:], -5.0)
+    return autoencoder
+
+
+class AutoencoderSystem:
+    """Trains an `AutoencoderKL` on the column `pixels` (uint8, (rows, 3, size, size))."""
+
+    columns = ("pixels",)
+
+    def __init__(self, module: AutoencoderKL, kl_weight: float = 3e-4, compile: bool = False):
+        self.module = module
+        self.kl_weight = kl_weight
+        self._reconstruct = torch.compile(self._reconstruct_once) if compile else self._reconstruct_once
+        self._preview_pixels: Tensor | None = None
+
+    def _reconstruct_once(self, pixels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        moments = self.module.quant_conv(self.module.encoder(pixels))
+        mean, log_variance = moments.chunk(2, dim=1)
+        log_variance = log_variance.clamp(-20.0, 5.0)
+        latents = mean + (0.5 * log_variance).exp() * noise
+        return self.module.decoder(self.module.post_quant_conv(latents)), mean, log_variance
+
+    def loss(
+        self, batch: dict[str, Tensor], randomness: Randomness
+    ) -> tuple[Tensor, dict[str, float | Tensor]]:
+        pixels = batch["pixels"].float() / 127.5 - 1.0
+        flipped = torch.where(randomness.uniform("flip")[:, None, None, None] < 0.5, pixels, pixels.flip(3))
+        pixels = flipped.contiguous(memory_format=torch.channels_last)
+        noise = randomness.normal("posterior", self._latent_shape(pixels))
+        decoded, mean, log_variance = self._reconstruct(pixels, noise)
+        reconstruction = reconstruction_loss(decoded.float(), pixels)
+        mean, log_variance = mean.float(), log_variance.float()
+        kl = 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance).mean()
+        with torch.no_grad():
+            error = (decoded.float() - pixels).abs().mean()
+        return reconstruction + self.kl_weight * kl, {"l1": error, "kl": kl.detach()}
+
+    def _latent_shape(self, pixels: Tensor) -> tuple[int, int, int]:
+        config = self.module.config
+        factor = 2 ** (len(config.block_out_channels) - 1)
+        return config.latent_channels, pixels.shape[2] // factor, pixels.shape[3] // factor
+
+    @torch.no_grad()
+    def validate(self, batch: dict[str, Tensor], randomness: Randomness) -> dict[str, float]:
+        pixels = batch["pixels"].float() / 127.5 - 1.0
+        self._preview_pixels = pixels[:16]
+        decoded = self.module.decode(self.module.encode(pixels).latent_dist.mean).sample
+        squared = (decoded - pixels).square().mean().item() / 4.0
+        return {
+            "l1": (decoded - pixels).abs().mean().item(),
+            "psnr_decibel": float(-10.0 * torch.log10(torch.tensor(squared))),
+        }
+
+    @torch.no_grad()
+    def preview(self) -> Image.Image | None:
+        """Originals above their reconstructions."""
+        if self._preview_pixels is None:
+            return None
+        pixels = self._preview_pixels
+        decoded = self.module.decode(self.module.encode(pixels).latent_dist.mean).sample
+        return image_grid(pixels_to_images(torch.cat([pixels, decoded.clamp(-1, 1)])), columns=len(pixels))
+
+    def export(self, path: Path) -> None:
+        """Write the folder `path` as diffusers does. Latents keep unit scale: see `measure_scaling`."""
+        self.module.save_pretrained(path)
+
+
+def reconstruction_loss(decoded: Tensor, pixels: Tensor) -> Tensor:
+    """L1 that counts edges and hue more, and differences between neighbours besides.
+
+    Flat areas are most of a small picture: without weights, thin lines are learned last. Hue is learned
+    late, too, since group normalisation takes the mean out of every map; so chroma (what is left after
+    the grey value is taken away) has terms of its own, on the picture and on coarser copies.
+    """
+    horizontal = pixels[..., :, 1:] - pixels[..., :, :-1]
+    vertical = pixels[..., 1:, :] - pixels[..., :-1, :]
+    weight = torch.ones_like(pixels[:, :1])
+    weight[..., :, 1:] += 3.0 * horizontal.abs().amax(1, keepdim=True)
+    weight[..., 1:, :] += 3.0 * vertical.abs().amax(1, keepdim=True)
+    error = decoded - pixels
+    loss = (weight * error.abs()).mean()
+    loss = loss + 0.5 * (error[..., :, 1:] - error[..., :, :-1]).abs().mean()
+    loss = loss + 0.5 * (error[..., 1:, :] - error[..., :-1, :]).abs().mean()
+    chroma = error - error.mean(1, keepdim=True)
+    loss = loss + 3.0 * (weight * chroma.abs()).mean()
+    for factor in (4, 16):
+        loss = loss + functional.avg_pool2d(error, factor).abs().mean()
+        loss = loss + 2.0 * functional.avg_pool2d(chroma, factor).abs().mean()
+    return loss
+
+
+@torch.no_grad()
+def measure_scaling(autoencoder: AutoencoderKL, pixels: Tensor) -> float:
+    """The factor that gives latents unit variance over pixels (batch, 3, h, w) in [-1, 1]."""
+    return 1.0 / autoencoder.encode(pixels).latent_dist.mean.std().item()

@@ -1,0 +1,103 @@
+"""The judge: a small classifier that says what a diorama picture shows. It is used in evaluation only.
+
+It learns on renders and must work on generated pictures, so training blurs, shifts and adds noise.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as functional
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from imprompt.core.randomness import Randomness
+from imprompt.diorama.vocabulary import COLOURS, KINDS, SETTINGS, STYLES
+
+ATTRIBUTES: dict[str, tuple[str, ...]] = {
+    "kind": KINDS,
+    "colour": tuple(COLOURS),
+    "style": STYLES,
+    "setting": SETTINGS,
+}
+
+
+def _convolution(channels_in: int, channels_out: int, stride: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(channels_in, channels_out, 3, stride, 1, bias=False),
+        nn.BatchNorm2d(channels_out),
+        nn.SiLU(),
+    )
+
+
+class Judge(nn.Module):
+    """Pixels (batch, 3, 64, 64) in [-1, 1] to one tensor of logits per attribute."""
+
+    def __init__(self, width: int = 32):
+        super().__init__()
+        self.features = nn.Sequential(
+            _convolution(3, width, 2),
+            _convolution(width, width, 1),
+            _convolution(width, 2 * width, 2),
+            _convolution(2 * width, 2 * width, 1),
+            _convolution(2 * width, 4 * width, 2),
+            _convolution(4 * width, 4 * width, 1),
+            _convolution(4 * width, 4 * width, 2),
+        )
+        self.heads = nn.ModuleDict(
+            {name: nn.Linear(8 * width, len(classes)) for name, classes in ATTRIBUTES.items()}
+        )
+
+    def forward(self, pixels: Tensor) -> dict[str, Tensor]:
+        maps = self.features(pixels)
+        pooled = torch.cat([maps.mean(dim=(2, 3)), maps.amax(dim=(2, 3))], 1)
+        return {name: head(pooled) for name, head in self.heads.items()}
+
+
+class ClassifierSystem:
+    """Trains the judge on `pixels` (uint8) and `labels` (rows, 4): class numbers in the order of `ATTRIBUTES`."""
+
+    columns = ("pixels", "labels")
+
+    def __init__(self, module: Judge):
+        self.module = module
+
+    def loss(
+        self, batch: dict[str, Tensor], randomness: Randomness
+    ) -> tuple[Tensor, dict[str, float | Tensor]]:
+        pixels = batch["pixels"].float() / 127.5 - 1.0
+        mirrored = randomness.uniform("mirror")[:, None, None, None] < 0.5
+        pixels = torch.where(mirrored, pixels.flip(3), pixels)
+        # What a decoder does to a picture: some softness and a little noise.
+        soft = functional.avg_pool2d(pixels, 3, 1, 1, count_include_pad=False)
+        softness = 0.8 * randomness.uniform("softness")[:, None, None, None]
+        noise = randomness.normal("noise", tuple(pixels.shape[1:]))
+        noise = noise * (0.08 * randomness.uniform("noise level")[:, None, None, None])
+        pixels = torch.lerp(pixels, soft, softness) + noise
+        logits = self.module(pixels.contiguous(memory_format=torch.channels_last))
+        losses = [
+            functional.cross_entropy(logits[name].float(), batch["labels"][:, column])
+            for column, name in enumerate(ATTRIBUTES)
+        ]
+        return torch.stack(losses).sum(), {}
+
+    @torch.no_grad()
+    def validate(self, batch: dict[str, Tensor], randomness: Randomness) -> dict[str, float]:
+        """The share of pictures that each attribute is read off rightly."""
+        logits = self.module(batch["pixels"].float() / 127.5 - 1.0)
+        return {
+            name: (logits[name].argmax(1) == batch["labels"][:, column]).float().mean().item()
+            for column, name in enumerate(ATTRIBUTES)
+        }
+
+    def preview(self) -> Image.Image | None:
+        return None
+
+    def export(self, path: Path) -> None:
+        """Write one safetensors file in half precision."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        weights = self.module.state_dict()
+        half = {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
+        save_file({k: v.contiguous() for k, v in half.items()}, path, {"model": "diorama-judge"})
