@@ -1,0 +1,23 @@
+"""Image-prompt adapters in pure torch: the whole method of IP-Adapter and its family.
+
+Read in this order: `projection` and `resampler` (features → tokens), `attention` (decoupled
+cross-attention), `sites` (where it happens), `adapter` (all weights), `handle` (on a UNet and off).
+"""
+
+from imprompt.adapters.adapter import VARIANTS, ImagePromptAdapter, Variant, create_adapter
+from imprompt.adapters.features import Feature
+from imprompt.adapters.handle import Handle, combine
+from imprompt.adapters.sites import Site, attention_sites, family_of
+
+__all__ = [
+    "VARIANTS",
+    "Feature",
+    "Handle",
+    "ImagePromptAdapter",
+    "Site",
+    "Variant",
+    "attention_sites",
+    "combine",
+    "create_adapter",
+    "family_of",
+]

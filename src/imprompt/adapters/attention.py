@@ -1,0 +1,267 @@
+"""Decoupled cross-attention: how image prompts enter a diffusion model.
+
+    Z = Attn(Q, K, V) + Σ_j λ_j · m_j · Attn(Q, K'_j, V'_j)
+
+K, V come from the text as ever; K'_j, V'_j from the tokens of image prompt j through the adapter's
+own weights; λ_j is its scale and m_j ∈ [0, 1] its mask over the picture. Each attention has its
+own softmax, so the image does not take attention away from the text.
+
+K'_j and V'_j do not depend on the timestep. `Handle.condition` computes them once per prompt,
+folds λ_j into V'_j, leaves out what has λ_j = 0, and the result travels to every site through
+diffusers' `cross_attention_kwargs`. What stands in the model is a `DecoupledAttention` per site: it
+holds no weights and no prompts, so one set of them serves any number of adapters.
+
+Source: IP-Adapter (2308.06721), equations 3 to 5.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d, linear, scaled_dot_product_attention
+
+from imprompt.core.errors import ImpromptError
+
+# The key under which a condition travels in `cross_attention_kwargs`.
+CONDITION_KEY = "image_prompts"
+
+# Processors that compute softmax(QKᵀ/√d)V and nothing else, by different means: where one of these
+# stands, `attend` may compute the text's part in its stead.
+PLAIN_PROCESSORS = frozenset(
+    ["AttnProcessor2_0", "AttnProcessor", "XFormersAttnProcessor", "SlicedAttnProcessor"]
+    + ["FusedAttnProcessor2_0"]
+)
+
+# A mask and a site may differ in their aspect ratio by the rounding of a few halvings, not more.
+MAX_ASPECT_DEVIATION = 1.3
+
+
+class KeyValue(NamedTuple):
+    """One image prompt at one attention site."""
+
+    key: Float[Tensor, "batch heads tokens head_dim"]
+    value: Float[Tensor, "batch heads tokens head_dim"]  # multiplied by λ already
+    mask: Float[Tensor, "mask_batch 1 height width"] | None = None  # in [0, 1], at any resolution
+
+
+class LowRank(NamedTuple):
+    """An addition to a linear layer: x → up(down(x))."""
+
+    down: Float[Tensor, "rank in_dim"]
+    up: Float[Tensor, "out_dim rank"]
+
+
+class SiteLora(NamedTuple):
+    """Additions to a site's four linear layers, as face-id adapters bring them."""
+
+    query: LowRank
+    key: LowRank
+    value: LowRank
+    out: LowRank
+
+
+class SiteCondition(NamedTuple):
+    """All that is to happen at one attention site."""
+
+    prompts: tuple[KeyValue, ...] = ()
+    loras: tuple[SiteLora, ...] = ()
+
+
+class DecoupledAttention:
+    """Stands at one attention site in place of the processor it found there.
+
+    Where a call brings nothing for this site (no condition, λ = 0, self-attention), the original
+    processor does all the work, so the output is the bare model's, to the bit.
+
+    Deliberately no `nn.Module`: the model's parameters, state dict and repr stay what they were.
+    """
+
+    def __init__(self, original: Callable[..., Tensor], site: int) -> None:
+        self.original = original
+        self.site = site
+        self.is_plain = type(original).__name__ in PLAIN_PROCESSORS
+        self.holders: set[int] = set()  # the handles that still need it
+
+    # diffusers reads this signature: what is not named here it drops, with a warning.
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Any = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        ip_adapter_masks: Any = None,
+        image_prompts: Mapping[int, SiteCondition] | None = None,
+    ) -> Tensor:
+        here = image_prompts.get(self.site) if image_prompts else None
+        if here is not None and self.is_plain:
+            return attend(attn, hidden_states, encoder_hidden_states, attention_mask, temb, here)
+
+        others: dict[str, Any] = {"temb": temb, "ip_adapter_masks": ip_adapter_masks}
+        output = self.original(
+            attn,
+            hidden_states,
+            encoder_hidden_states=encoder_hidden_states,
+            attention_mask=attention_mask,
+            **{name: value for name, value in others.items() if value is not None},
+        )
+        if here is None:
+            return output
+        return output + image_residual(attn, hidden_states, temb, here)
+
+
+def attend(
+    attn: Any,
+    hidden_states: Tensor,
+    text_states: Tensor | None,
+    attention_mask: Tensor | None,
+    temb: Tensor | None,
+    condition: SiteCondition,
+) -> Tensor:
+    """A whole attention layer with image prompts: norm, Q K V, Z, output, residual.
+
+    `attn` is a diffusers `Attention`, known here only by its parts. Without prompts this computes
+    what diffusers' own `AttnProcessor2_0` does, operation by operation.
+    """
+    flat, residual = to_sequence(attn, hidden_states, temb), hidden_states
+    batch = len(flat)
+    states = flat if text_states is None else text_states
+    if text_states is not None and attn.norm_cross:
+        states = attn.norm_encoder_hidden_states(text_states)
+    if attention_mask is not None:
+        attention_mask = attn.prepare_attention_mask(attention_mask, states.shape[1], batch)
+        attention_mask = attention_mask.view(batch, attn.heads, -1, attention_mask.shape[-1])
+
+    loras = condition.loras
+    query = split_heads(with_loras(attn.to_q, flat, [lora.query for lora in loras]), attn.heads)
+    key = split_heads(with_loras(attn.to_k, states, [lora.key for lora in loras]), attn.heads)
+    value = split_heads(with_loras(attn.to_v, states, [lora.value for lora in loras]), attn.heads)
+    query = query if attn.norm_q is None else attn.norm_q(query)
+    key = key if attn.norm_k is None else attn.norm_k(key)
+
+    attended = scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
+    for prompt in condition.prompts:
+        attended = attended + image_attention(query, prompt)
+
+    joined = join_heads(attended).to(query.dtype)
+    output = with_loras(attn.to_out[0], joined, [lora.out for lora in loras])
+    output = from_sequence(attn.to_out[1](output), residual)
+    if attn.residual_connection:
+        output = output + residual
+    return output / attn.rescale_output_factor
+
+
+def image_residual(
+    attn: Any, hidden_states: Tensor, temb: Tensor | None, condition: SiteCondition
+) -> Tensor:
+    """What image prompts add to the output of a processor whose inside is not known.
+
+    The output layer is affine: out(text + image) = out(text) + [out(image) - out(0)]. Costs a
+    second Q and a second output layer, which `attend` does not.
+    """
+    query = split_heads(attn.to_q(to_sequence(attn, hidden_states, temb)), attn.heads)
+    query = query if attn.norm_q is None else attn.norm_q(query)
+    attended = torch.zeros_like(query)
+    for prompt in condition.prompts:
+        attended = attended + image_attention(query, prompt)
+    joined = join_heads(attended)
+    output = attn.to_out[0](joined) - attn.to_out[0](torch.zeros_like(joined[:1, :1]))
+    return from_sequence(output, hidden_states) / attn.rescale_output_factor
+
+
+def image_attention(
+    query: Float[Tensor, "batch heads length head_dim"], prompt: KeyValue
+) -> Float[Tensor, "batch heads length head_dim"]:
+    """λ · m · Attn(Q, K', V')."""
+    batch, _, length, _ = query.shape
+    key, value = (repeat_to(x.to(query), batch) for x in (prompt.key, prompt.value))
+    attended = scaled_dot_product_attention(query, key, value)
+    if prompt.mask is None:
+        return attended
+    mask = repeat_to(mask_at_site(prompt.mask.to(query), length), batch)
+    return attended * mask[:, None, :, None]
+
+
+def repeat_to(prompts: Tensor, batch: int) -> Tensor:
+    """Give each of `batch` samples its prompt: sample j gets prompt j modulo the number given.
+
+    So a batch that was repeated whole, as classifier-free guidance does, keeps each sample with
+    its own prompt, and one prompt serves all.
+    """
+    num_prompts = len(prompts)
+    if num_prompts == batch:
+        return prompts
+    if batch % num_prompts:
+        raise ImpromptError(
+            f"The condition holds image prompts for {num_prompts} samples, but the UNet was called "
+            f"with a batch of {batch}: give tokens for 1, for {batch}, or for a divisor of {batch}."
+        )
+    return prompts.repeat(batch // num_prompts, *[1] * (prompts.ndim - 1))
+
+
+def mask_at_site(
+    mask: Float[Tensor, "batch 1 height width"], length: int
+) -> Float[Tensor, "batch length"]:
+    """The mask at the resolution of a site with `length` positions, as covered fraction of each."""
+    height_px, width_px = mask.shape[-2:]
+    height, width = grid_of(length, height_px / width_px)
+    if (height, width) != (height_px, width_px):
+        mask = adaptive_avg_pool2d(mask, (height, width))
+    return mask.flatten(1)
+
+
+def grid_of(length: int, aspect: float) -> tuple[int, int]:
+    """(height, width) with height · width = length whose ratio is nearest to `aspect`.
+
+    A site sees its positions as one row; only the mask knows the shape of the picture.
+    """
+
+    def deviation(height: int) -> float:
+        return abs(math.log(height * height / length / aspect))
+
+    height = min((h for h in range(1, length + 1) if length % h == 0), key=deviation)
+    if deviation(height) > math.log(MAX_ASPECT_DEVIATION):
+        raise ImpromptError(
+            f"A mask of height/width {aspect:.3f} does not fit a picture with {length} positions "
+            f"(nearest: {height} x {length // height}): give the mask the picture's aspect ratio."
+        )
+    return height, length // height
+
+
+def with_loras(layer: Callable[[Tensor], Tensor], x: Tensor, additions: list[LowRank]) -> Tensor:
+    """layer(x) + Σ up(down(x))."""
+    output = layer(x)
+    for down, up in additions:
+        output = output + linear(linear(x, down.to(x)), up.to(x))
+    return output
+
+
+def split_heads(
+    x: Float[Tensor, "batch length inner"], num_heads: int
+) -> Float[Tensor, "batch heads length head_dim"]:
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def join_heads(
+    x: Float[Tensor, "batch heads length head_dim"],
+) -> Float[Tensor, "batch length inner"]:
+    return x.transpose(1, 2).flatten(2)
+
+
+def to_sequence(attn: Any, hidden_states: Tensor, temb: Tensor | None) -> Tensor:
+    """(batch, channels, height, width) or (batch, length, channels) → normed (batch, length, channels)."""
+    if attn.spatial_norm is not None:
+        hidden_states = attn.spatial_norm(hidden_states, temb)
+    if hidden_states.ndim == 4:
+        hidden_states = hidden_states.flatten(2).transpose(1, 2)
+    if attn.group_norm is not None:
+        hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
+    return hidden_states
+
+
+def from_sequence(output: Tensor, like: Tensor) -> Tensor:
+    """Back from (batch, length, channels) to the shape that came in."""
+    return output.transpose(-1, -2).reshape(like.shape) if like.ndim == 4 else output

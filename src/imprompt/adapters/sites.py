@@ -1,0 +1,122 @@
+"""Where adapters attach: the attention sites of a UNet, their order, and a scale for each."""
+
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from imprompt.core.errors import ImpromptError
+
+Number = float | int
+Scale = Number | Sequence[Number] | Mapping[str, Number] | Tensor
+
+# A model family is known by the width of the text states its cross-attention reads.
+FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "Stable Diffusion XL"}
+
+
+class Site(NamedTuple):
+    """One attention layer of a UNet."""
+
+    index: int  # among all attention layers: the number that official checkpoints use
+    name: str  # as in `unet.named_modules()`, e.g. "down_blocks.0.attentions.0.transformer_blocks.0.attn2"
+    module: Any  # a diffusers `Attention`, known by its parts: heads, to_q, to_k, to_v, to_out, …
+
+    @property
+    def is_cross(self) -> bool:
+        """Whether it reads the text."""
+        return bool(self.module.is_cross_attention)
+
+    @property
+    def text_dim(self) -> int:
+        """Width of what its keys and values are made of."""
+        return int(linear_weight(self.module.to_k).shape[1])
+
+    @property
+    def inner_dim(self) -> int:
+        """Width of its keys and values."""
+        return int(linear_weight(self.module.to_k).shape[0])
+
+
+def attention_sites(unet: nn.Module) -> list[Site]:
+    """All attention layers, self-attention included, in the order of `unet.attn_processors`.
+
+    That order is down, up, mid, not the order of execution.
+    """
+    unet = getattr(unet, "_orig_mod", unet)  # a compiled module holds the real one
+    blocks = ("down_blocks.", "up_blocks.", "mid_block.")
+    found = [
+        (name, module)
+        for name, module in unet.named_modules()
+        if hasattr(module, "get_processor") and name.startswith(blocks)
+    ]
+    if not found:
+        raise ImpromptError(
+            f"{type(unet).__name__} has no attention layers an image prompt could enter: "
+            "a diffusers UNet2DConditionModel is needed."
+        )
+    return [Site(index, name, module) for index, (name, module) in enumerate(found)]
+
+
+def linear_weight(layer: Any) -> Tensor:
+    """The weight of a linear layer, also of one that carries a LoRA (PEFT wraps it)."""
+    return getattr(layer, "base_layer", layer).weight
+
+
+def family_of(cross_attention_dim: int) -> str:
+    """Name of the model family whose text states have this width."""
+    return FAMILIES.get(cross_attention_dim, f"unknown family (text width {cross_attention_dim})")
+
+
+def scale_per_site(scale: Scale, sites: Sequence[Site]) -> list[float | Tensor]:
+    """λ for each of the given cross-attention sites.
+
+    Args:
+        scale: one number for all; a sequence with one number per site, in the order of `sites`; a
+            mapping from the name of a site or of a part of the UNet ("mid", "up", "up_blocks.1",
+            "down_blocks.2.attentions.1", …) to a number, the longest fitting name deciding, and
+            1.0 where none fits; or a tensor with one number per sample.
+
+    Raises:
+        ImpromptError: wrong length, a name that fits no site, or a number that is not finite.
+    """
+    if isinstance(scale, Tensor):
+        if scale.ndim > 1:
+            raise ImpromptError(
+                f"scale is a tensor of shape {tuple(scale.shape)}: one number per sample is needed."
+            )
+        return [scale] * len(sites)
+    if isinstance(scale, Mapping):
+        numbers = named_scales(scale, [site.name for site in sites])
+    elif isinstance(scale, Sequence):
+        numbers = list(scale)
+        if len(numbers) != len(sites):
+            raise ImpromptError(
+                f"scale has {len(numbers)} numbers, but there are {len(sites)} cross-attention "
+                f"sites: give one number, or {len(sites)}."
+            )
+    else:
+        numbers = [scale] * len(sites)
+    for number in numbers:
+        if not math.isfinite(number):
+            raise ImpromptError(f"scale is {number}: a finite number is needed, usually in [0, 1].")
+    return [float(number) for number in numbers]
+
+
+def named_scales(scales: Mapping[str, Number], names: Sequence[str]) -> list[Number]:
+    def fits(part: str, name: str) -> bool:
+        return name == part or name.startswith((f"{part}.", f"{part}_block"))
+
+    for part in scales:
+        if not any(fits(part, name) for name in names):
+            known = {"down", "mid", "up"} | {
+                ".".join(name.split(".")[:depth]) for name in names for depth in range(1, 9)
+            }
+            nearest = difflib.get_close_matches(part, sorted(known), n=1, cutoff=0.0)[0]
+            raise ImpromptError(
+                f'scale names "{part}", which fits no cross-attention site of this UNet; '
+                f'the nearest name is "{nearest}".'
+            )
+    fitting = [[part for part in scales if fits(part, name)] for name in names]
+    return [scales[max(parts, key=len)] if parts else 1.0 for parts in fitting]
