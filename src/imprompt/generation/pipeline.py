@@ -1,0 +1,133 @@
+"""Images from text and image prompts: the whole way in one call."""
+
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from imprompt.bases import Base, ClipImageEncoder
+from imprompt.core.errors import ImpromptError
+from imprompt.core.images import pixels_to_images
+from imprompt.generation.prompts import ImagePrompt, installed, token_prompt
+from imprompt.generation.sampler import default_batch_size, sample_latents
+
+
+def generate(
+    base: Base,
+    prompt: str | Sequence[str] = "",
+    image_prompts: Sequence[ImagePrompt] | ImagePrompt = (),
+    *,
+    negative_prompt: str | Sequence[str] = "",
+    num_images: int = 1,
+    steps: int = 50,
+    guidance_scale: float = 7.5,
+    image_guidance_scale: float | None = None,
+    guidance_rescale: float = 0.0,
+    seed: int = 0,
+    sampler: str = "ddim",
+    size_px: int | tuple[int, int] | None = None,
+    batch_size: int | None = None,
+    image_encoder: ClipImageEncoder | None = None,
+    progress: bool = True,
+) -> list[Image.Image]:
+    """Draws images that follow a text, image prompts, or both.
+
+    Args:
+        base: a model from `load_base`. Adapters are installed on it for the duration of the call.
+        prompt: a text, or one for each image. Empty, the image prompts alone decide.
+        image_prompts: any number, each with its adapter, weight, mask and time span.
+        negative_prompt: what to get away from: one text, or one for each image.
+        num_images: how many images of one prompt. With several prompts it is their number.
+        steps: of the sampler. Their cost is all there is.
+        guidance_scale: how far to go beyond what the prompts say; 1 is not at all, at half the
+            cost.
+        image_guidance_scale: the same for the image prompts alone, if it shall differ; a third
+            more cost.
+        guidance_rescale: in [0, 1], against the overexposure of strong guidance.
+        seed: image k is a function of it, of k and of what is asked for, not of num_images or
+            batch_size.
+        sampler: "ddim", "dpm-solver++", "pndm", "euler" or "ddpm".
+        size_px: side of the square images, or (height, width); as the base was made by default.
+        batch_size: how many images are drawn at once; set it lower if memory does not suffice.
+        image_encoder: by default the base's own.
+        progress: whether to show a bar with the time left.
+
+    Raises:
+        ImpromptError: something given cannot be used; the message says what could.
+
+    Source: IP-Adapter (2308.06721) section 3.2, eq. 7 (guidance) and eq. 8 (λ).
+    """
+    prompts, negative_prompts = _texts(prompt, negative_prompt, num_images)
+    if isinstance(image_prompts, ImagePrompt):
+        image_prompts = [image_prompts]
+    effective = [image_prompt for image_prompt in image_prompts if image_prompt.is_effective]
+    encoder = base.image_encoder if image_encoder is None else image_encoder
+    with (
+        torch.inference_mode(),
+        installed(base.unet, [image_prompt.adapter for image_prompt in effective]) as handles,
+    ):
+        latents = sample_latents(
+            base,
+            _encode_texts(base, prompts),
+            _encode_texts(base, negative_prompts),
+            [
+                token_prompt(image_prompt, handles[image_prompt.adapter], encoder)
+                for image_prompt in effective
+            ],
+            steps=steps,
+            guidance_scale=guidance_scale,
+            image_guidance_scale=image_guidance_scale,
+            guidance_rescale=guidance_rescale,
+            seed=seed,
+            sampler=sampler,
+            size_px=size_px,
+            batch_size=batch_size,
+            show_progress=progress,
+        )
+    return latents_to_images(base, latents, batch_size)
+
+
+@torch.inference_mode()
+def latents_to_images(
+    base: Base, latents: Tensor, batch_size: int | None = None
+) -> list[Image.Image]:
+    """Decodes latents, a few at a time."""
+    if batch_size is None:
+        batch_size = default_batch_size((latents.shape[1], *latents.shape[-2:]), base)
+    images: list[Image.Image] = []
+    for chunk in latents.split(batch_size):
+        pixels = base.decode_image(chunk).to(device="cpu", dtype=torch.float32)
+        images += pixels_to_images(pixels.clamp(-1, 1))
+    return images
+
+
+def _texts(
+    prompt: str | Sequence[str], negative_prompt: str | Sequence[str], num_images: int
+) -> tuple[list[str], list[str]]:
+    """One text and one negative text for each image; a single negative one stands for all."""
+    if num_images < 1:
+        raise ImpromptError(f"num_images is {num_images}, but must be at least 1.")
+    prompts = [prompt] * num_images if isinstance(prompt, str) else list(prompt)
+    if not prompts:
+        raise ImpromptError("An empty list of prompts was given; for no text give the empty text.")
+    if num_images not in (1, len(prompts)):
+        raise ImpromptError(
+            f"{len(prompts)} prompts were given with num_images={num_images}: a list of prompts "
+            "makes one image of each."
+        )
+    if isinstance(negative_prompt, str):
+        return prompts, [negative_prompt]
+    if len(negative_prompt) != len(prompts):
+        raise ImpromptError(
+            f"{len(negative_prompt)} negative prompts were given for {len(prompts)} images: give "
+            "one text, or one for each image."
+        )
+    return prompts, list(negative_prompt)
+
+
+def _encode_texts(base: Base, texts: Sequence[str]) -> Tensor:
+    """Text states, of equal texts computed once."""
+    rows = {text: row for row, text in enumerate(dict.fromkeys(texts))}
+    states = base.encode_text(list(rows))
+    return states[[rows[text] for text in texts]]

@@ -1,0 +1,177 @@
+"""The denoising loop: the only one, for every base, sampler and kind of condition."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import numpy
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from imprompt.bases import Base
+from imprompt.core.errors import ImpromptError
+from imprompt.core.progress import progress
+from imprompt.core.randomness import generator
+from imprompt.diffusion.guidance import guide, guide_separately, rescale
+from imprompt.diffusion.samplers import create_sampler, uses_noise
+from imprompt.generation.conditions import Branch, TokenPrompt, conditions_by_step
+
+# So many pixels are denoised at once by default. Beyond, a CPU's caches overflow and a small GPU's
+# memory may.
+PIXELS_PER_BATCH = 2 * 512 * 512
+MAX_DEFAULT_BATCH_SIZE = 16
+
+
+@torch.inference_mode()
+def sample_latents(
+    base: Base,
+    text_states: Float[Tensor, "images length dim"],
+    negative_text_states: Float[Tensor, "negatives length dim"] | None = None,
+    prompts: Sequence[TokenPrompt] = (),
+    *,
+    steps: int = 50,
+    guidance_scale: float = 7.5,
+    image_guidance_scale: float | None = None,
+    guidance_rescale: float = 0.0,
+    seed: int = 0,
+    indices: Sequence[int] | None = None,
+    sampler: str = "ddim",
+    size_px: int | tuple[int, int] | None = None,
+    batch_size: int | None = None,
+    show_progress: bool = False,
+) -> Float[Tensor, "images channels h w"]:
+    """Latents of one image for each row of `text_states`, ready for `base.decode_image`.
+
+    Image k starts from noise that is a function of `seed` and `indices[k]` (k itself by default),
+    so it is the same whatever else is generated, in batches of whatever size.
+
+    With `guidance_scale` 1 nothing unconditional is computed; otherwise `negative_text_states` (one
+    for all images or one for each) are needed. `image_guidance_scale` guides towards the image
+    prompts by another strength than towards the text, at the cost of a third branch.
+
+    Raises:
+        ImpromptError: shapes do not fit each other, or sampler, steps or size are not possible.
+    """
+    num_images = len(text_states)
+    indices = range(num_images) if indices is None else indices
+    if len(indices) != num_images:
+        raise ImpromptError(f"{len(indices)} indices were given for {num_images} images.")
+    latent_shape = base.latent_shape(size_px)
+    if batch_size is None:
+        batch_size = default_batch_size(latent_shape, base)
+    if batch_size < 1:
+        raise ImpromptError(f"batch_size is {batch_size}, but must be at least 1.")
+    # Made once before any work, for a mistake is told here, and pndm takes a step more than asked.
+    num_steps = len(create_sampler(sampler, base.scheduler.config, steps).timesteps)
+    branches = _branches(guidance_scale, image_guidance_scale, bool(prompts))
+    if branches[0] == "unconditional":
+        if negative_text_states is None:
+            raise ImpromptError(
+                f"guidance_scale={guidance_scale} needs negative_text_states, for example those of "
+                "the empty text; only guidance_scale=1 does without."
+            )
+        if len(negative_text_states) not in (1, num_images):
+            raise ImpromptError(
+                f"{len(negative_text_states)} negative_text_states were given for {num_images} "
+                "images: give one for all or one for each."
+            )
+
+    batches: list[Tensor] = []
+    num_batches = -(-num_images // batch_size)
+    description = "generate" if num_images == 1 else f"generate {num_images} images"
+    bar = progress(num_batches * num_steps, description) if show_progress else nullcontext()
+    with bar as shown:
+        for start in range(0, num_images, batch_size):
+            rows = slice(start, min(start + batch_size, num_images))
+            scheduler = create_sampler(sampler, base.scheduler.config, steps, base.device)
+            conditions = conditions_by_step(prompts, branches, rows, num_images, num_steps)
+            stacked_text = _stack_text(text_states, negative_text_states, branches, rows)
+            stacked_text = stacked_text.to(device=base.device, dtype=base.dtype)
+            latents = initial_noise(seed, indices[rows], latent_shape).to(base.device)
+            latents = latents.to(base.dtype) * scheduler.init_noise_sigma
+            extra = {}
+            if uses_noise(sampler):
+                extra["generator"] = _step_generators(seed, indices[rows])
+
+            for timestep, condition in zip(scheduler.timesteps, conditions, strict=True):
+                scaled = scheduler.scale_model_input(latents, timestep)
+                stacked = torch.cat([scaled] * len(branches)) if len(branches) > 1 else scaled
+                output = base.denoise(stacked, timestep, stacked_text, condition)
+                output = _guided(
+                    output, branches, guidance_scale, image_guidance_scale, guidance_rescale
+                )
+                latents = scheduler.step(output, timestep, latents, return_dict=False, **extra)[0]
+                if shown is not None:
+                    shown.update(1)
+            batches.append(latents)
+    with torch.inference_mode(False):
+        # A copy made outside inference mode may take part in training.
+        return torch.cat(batches)
+
+
+def initial_noise(
+    seed: int, indices: Sequence[int], shape: tuple[int, ...]
+) -> Float[Tensor, "images *shape"]:
+    """Standard normal noise in float32, for each image a function of the seed and its index."""
+    rows = [
+        generator(seed, index, "initial noise").standard_normal(shape, dtype=numpy.float32)
+        for index in indices
+    ]
+    return torch.from_numpy(numpy.stack(rows))
+
+
+def default_batch_size(latent_shape: tuple[int, int, int], base: Base) -> int:
+    """How many images to denoise at once if nobody says."""
+    _, height, width = latent_shape
+    pixels_per_latent = base.image_size_px // base.latent_shape()[1]
+    num_pixels = height * width * pixels_per_latent**2
+    return max(1, min(MAX_DEFAULT_BATCH_SIZE, PIXELS_PER_BATCH // num_pixels))
+
+
+def _step_generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]:
+    """One stream of noise per image, for the samplers that draw some at every step."""
+    return [
+        torch.Generator().manual_seed(int(generator(seed, index, "step noise").integers(2**63)))
+        for index in indices
+    ]
+
+
+def _branches(
+    guidance_scale: float, image_guidance_scale: float | None, has_prompts: bool
+) -> list[Branch]:
+    image_scale = guidance_scale if image_guidance_scale is None else image_guidance_scale
+    if image_scale != guidance_scale and has_prompts:
+        return ["unconditional", "image_only", "conditional"]
+    if guidance_scale != 1:
+        return ["unconditional", "conditional"]
+    return ["conditional"]
+
+
+def _stack_text(
+    text_states: Tensor, negative: Tensor | None, branches: Sequence[Branch], rows: slice
+) -> Tensor:
+    text = text_states[rows]
+    if len(branches) == 1:
+        return text
+    assert negative is not None
+    negative = negative[rows] if len(negative) == len(text_states) else negative
+    negative = negative.expand(len(text), -1, -1)
+    return torch.cat([text if branch == "conditional" else negative for branch in branches])
+
+
+def _guided(
+    output: Tensor,
+    branches: Sequence[Branch],
+    guidance_scale: float,
+    image_guidance_scale: float | None,
+    guidance_rescale: float,
+) -> Tensor:
+    if len(branches) == 1:
+        return output
+    parts = output.chunk(len(branches))
+    if len(branches) == 2:
+        guided = guide(*parts, guidance_scale)
+    else:
+        assert image_guidance_scale is not None
+        guided = guide_separately(*parts, guidance_scale, image_guidance_scale)
+    return rescale(guided, parts[-1], guidance_rescale) if guidance_rescale > 0 else guided
