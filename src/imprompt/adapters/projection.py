@@ -98,7 +98,8 @@ class FacePlusProjection(nn.Module):
     """Projection of face-id-plus: tokens of the identity, refined by what the image encoder saw.
 
     The first generation returns the refined tokens; the second ("v2") adds them to the tokens of
-    the identity, with a weight (`shortcut=True`). The weights do not tell the two apart.
+    the identity, with a weight. The weights do not tell the two apart, so a projection is told
+    its generation by `shortcut`, which a call may override.
     """
 
     variant = "faceid-plus"
@@ -122,6 +123,7 @@ class FacePlusProjection(nn.Module):
         self.cross_attention_dim = cross_attention_dim
         self.proj = face_mlp(id_dim, num_tokens * cross_attention_dim)
         self.norm = nn.LayerNorm(cross_attention_dim)
+        self.shortcut = False
         self.perceiver_resampler = FaceResampler(feature_dim, cross_attention_dim, num_heads, depth)
 
     def forward(
@@ -129,11 +131,13 @@ class FacePlusProjection(nn.Module):
         id_embeds: Float[Tensor, "batch id_dim"],
         hidden_states: Float[Tensor, "batch length feature_dim"],
         *,
-        shortcut: bool = False,
+        shortcut: bool | None = None,
         shortcut_scale: float = 1.0,
     ) -> Float[Tensor, "batch tokens cross_attention_dim"]:
         identity = self.norm(self.proj(id_embeds).unflatten(-1, (self.num_tokens, -1)))
         refined = self.perceiver_resampler(identity, hidden_states)
+        if shortcut is None:
+            shortcut = self.shortcut
         return identity + shortcut_scale * refined if shortcut else refined
 
 

@@ -1,0 +1,212 @@
+"""Which adapter is this? Variant from the keys alone; depth, heads and widths from the shapes."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from imprompt.adapters.adapter import VARIANTS, ImagePromptAdapter
+from imprompt.adapters.projection import (
+    FacePlusProjection,
+    FaceProjection,
+    FullProjection,
+    LinearProjection,
+)
+from imprompt.adapters.resampler import HEAD_DIM, InstructResampler, Resampler
+from imprompt.adapters.weights import SiteWeights
+from imprompt.core.errors import ImpromptError
+
+MAX_DEPTH = 64  # of a resampler; a larger number in a key is damage
+LORA_PARTS = ("to_q_lora", "to_k_lora", "to_v_lora", "to_out_lora")
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """How a file's keys differ from those of a variant."""
+
+    variant: str
+    missing: list[str]
+    unexpected: list[str]
+
+    def __len__(self) -> int:
+        return len(self.missing) + len(self.unexpected)
+
+
+def build(tensors: Mapping[str, Tensor]) -> ImagePromptAdapter:
+    """The adapter whose state dict has these keys and shapes, on the meta device (no values).
+
+    Raises:
+        ImpromptError: missing or unexpected keys, which it names beside the nearest variant; or
+            shapes that do not belong together.
+    """
+    deviation = nearest_variant(tensors)
+    if len(deviation):
+        raise ImpromptError(
+            f"damaged or of an unknown kind; the nearest variant is {deviation.variant}, of which "
+            f"it lacks {listed(deviation.missing)} and besides which it has "
+            f"{listed(deviation.unexpected)}."
+        )
+    flat = [key for key, tensor in tensors.items() if tensor.ndim == 0 or 0 in tensor.shape]
+    if flat:
+        raise ImpromptError(f"damaged: empty tensors at {listed(flat)}.")
+    shapes = Shapes(tensors)
+    with torch.device("meta"):
+        adapter = ImagePromptAdapter(
+            build_projection(deviation.variant, shapes),
+            {index: build_site(shapes, index) for index in sorted(site_indexes(tensors))},
+        )
+    wrong = [
+        f"{key} {tuple(tensors[key].shape)} instead of {tuple(needed.shape)}"
+        for key, needed in adapter.state_dict().items()
+        if needed.shape != tensors[key].shape
+    ]
+    if wrong:
+        raise ImpromptError(f"damaged: shapes that do not belong together: {listed(wrong)}.")
+    return adapter
+
+
+def nearest_variant(keys: Iterable[str]) -> Deviation:
+    """The variant whose keys differ least, and how."""
+    present = set(keys)
+    candidates: list[Deviation] = []
+    for variant in VARIANTS:
+        expected = projection_keys(variant, depth_of(present)) | site_keys(present)
+        candidates.append(
+            Deviation(variant, sorted(expected - present), sorted(present - expected))
+        )
+    return min(candidates, key=len)
+
+
+def projection_keys(variant: str, depth: int) -> set[str]:
+    """Keys of a variant's projection, taken from the very class."""
+    with torch.device("meta"):
+        projection: nn.Module
+        if variant == "base":
+            projection = LinearProjection(1, 1)
+        elif variant == "plus":
+            projection = Resampler(1, 1, dim=1, num_heads=1, depth=depth)
+        elif variant == "full":
+            projection = FullProjection(1, 1)
+        elif variant == "faceid":
+            projection = FaceProjection(1, 1)
+        elif variant == "faceid-plus":
+            projection = FacePlusProjection(1, 1, 1, num_heads=1, depth=depth)
+        else:
+            projection = InstructResampler(1, 1, 1, dim=1, num_heads=1, depth=depth)
+    return {f"image_proj.{key}" for key in projection.state_dict()}
+
+
+def site_keys(present: set[str]) -> set[str]:
+    """Keys that the attention sites should have, given those that are there.
+
+    Where one of K', V' is, both must be; and LoRA, if there is any, is at every site.
+    """
+    sites = site_indexes(present)
+    expected: set[str] = set()
+    for index in sites or {1}:
+        pair = {f"ip_adapter.{index}.{part}.weight" for part in ("to_k_ip", "to_v_ip")}
+        if pair & present or not sites:
+            expected |= pair
+    if any("_lora." in key for key in present):
+        for index in range(max(sites, default=0) + 1):
+            expected |= {
+                f"ip_adapter.{index}.{part}.{half}.weight"
+                for part in LORA_PARTS
+                for half in ("down", "up")
+            }
+    return expected
+
+
+def site_indexes(keys: Iterable[str]) -> set[int]:
+    found = (re.match(r"ip_adapter\.(\d{1,4})\.", key) for key in keys)
+    return {int(match[1]) for match in found if match}
+
+
+def depth_of(keys: Iterable[str]) -> int:
+    """Number of layers of a resampler; 1 where there is none."""
+    pattern = r"image_proj\.(?:perceiver_resampler\.)?layers\.(\d+)\."
+    found = [int(match[1]) for key in keys if (match := re.match(pattern, key))]
+    return min(max(found, default=0) + 1, MAX_DEPTH)
+
+
+class Shapes:
+    """Sizes of tensors by key and axis; an axis that is not there counts as 1."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+
+    def __call__(self, key: str, axis: int) -> int:
+        shape = self.shapes[key]
+        return shape[axis] if axis < len(shape) else 1
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.shapes
+
+
+def build_projection(variant: str, shapes: Shapes) -> nn.Module:
+    """A projection of the widths that the shapes tell."""
+
+    def size(key: str, axis: int) -> int:
+        return shapes(f"image_proj.{key}", axis)
+
+    depth = depth_of(shapes.shapes)
+    if variant == "base":
+        width = size("norm.weight", 0)
+        return LinearProjection(size("proj.weight", 1), width, size("proj.weight", 0) // width)
+    if variant == "full":
+        return FullProjection(size("proj.0.weight", 1), size("proj.3.weight", 0))
+    if variant == "faceid":
+        width = size("norm.weight", 0)
+        return FaceProjection(size("proj.0.weight", 1), width, size("proj.2.weight", 0) // width)
+    if variant == "faceid-plus":
+        width = size("norm.weight", 0)
+        return FacePlusProjection(
+            size("proj.0.weight", 1),
+            size("perceiver_resampler.proj_in.weight", 1),
+            width,
+            size("proj.2.weight", 0) // width,
+            num_heads=size("perceiver_resampler.layers.0.0.to_q.weight", 0) // HEAD_DIM,
+            depth=depth,
+        )
+    num_tokens, dim = size("latents", 1), size("latents", 2)
+    num_heads = size("layers.0.0.to_q.weight", 0) // HEAD_DIM
+    width = size("proj_out.weight", 0)
+    feature_dim = size("proj_in.weight", 1)
+    if variant == "plus":
+        return Resampler(feature_dim, width, num_tokens, dim=dim, num_heads=num_heads, depth=depth)
+    return InstructResampler(
+        feature_dim,
+        size("proj_new_input.weight", 1),
+        width,
+        num_tokens,
+        dim=dim,
+        num_heads=num_heads,
+        depth=depth,
+    )
+
+
+def build_site(shapes: Shapes, index: int) -> SiteWeights:
+    """The weights of one attention site, of the widths that the shapes tell."""
+
+    def size(key: str, axis: int) -> int:
+        return shapes(f"ip_adapter.{index}.{key}.weight", axis)
+
+    is_cross = f"ip_adapter.{index}.to_k_ip.weight" in shapes
+    if f"ip_adapter.{index}.to_q_lora.down.weight" not in shapes:
+        inner_dim, text_dim = size("to_k_ip", 0), size("to_k_ip", 1)
+        return SiteWeights(0, inner_dim, text_dim, is_cross=is_cross)
+    return SiteWeights(
+        size("to_q_lora.down", 1),
+        size("to_q_lora.up", 0),
+        size("to_k_lora.down", 1),
+        is_cross=is_cross,
+        lora_rank=size("to_q_lora.down", 0),
+    )
+
+
+def listed(items: list[str], limit: int = 5) -> str:
+    """The first few of a list, for a message."""
+    shown = ", ".join(items[:limit]) or "nothing"
+    return shown + (f" and {len(items) - limit} more" if len(items) > limit else "")
