@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as functional
@@ -45,24 +46,29 @@ class ClipImageEncoder(nn.Module):
         )
 
     @property
+    def config(self) -> Any:
+        """Its model's configuration, a `CLIPVisionConfig`."""
+        return self.model.config
+
+    @property
     def image_size_px(self) -> int:
         """The side of the square its model looks at."""
-        return self.model.config.image_size
+        return self.config.image_size
 
     @property
     def embed_dim(self) -> int:
         """Width of `embeds`."""
-        return self.model.config.projection_dim
+        return self.config.projection_dim
 
     @property
     def hidden_dim(self) -> int:
         """Width of `hidden_states`."""
-        return self.model.config.hidden_size
+        return self.config.hidden_size
 
     @property
     def num_hidden_states(self) -> int:
         """Length of `hidden_states`: one for each patch and one for the class token."""
-        return (self.image_size_px // self.model.config.patch_size) ** 2 + 1
+        return (self.image_size_px // self.config.patch_size) ** 2 + 1
 
     @property
     def dtype(self) -> torch.dtype:

@@ -130,7 +130,7 @@ def as_ddim(config: Mapping[str, Any]) -> Any:
     """
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
-    return DDIMScheduler.from_config(config, clip_sample=False, steps_offset=1)
+    return DDIMScheduler.from_config(dict(config), clip_sample=False, steps_offset=1)
 
 
 def _load(kind: Any, source: Path | str, part: str, name: str, **options: Any) -> Any:

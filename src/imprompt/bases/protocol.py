@@ -1,7 +1,7 @@
 """What everything above needs to know of a text-to-image model, and nothing more."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from imprompt.bases.clip_vision import ClipImageEncoder
 
 
+@runtime_checkable  # for the type checks of the tests
 class Base(Protocol):
     """A frozen latent diffusion model. Pixels are float, RGB, NCHW, in [-1, 1]."""
 

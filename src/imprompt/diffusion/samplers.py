@@ -29,7 +29,8 @@ def create_sampler(
     schedule and what the denoiser predicts.
 
     Raises:
-        ImpromptError: there is no sampler of this name, or it cannot take so many steps.
+        ImpromptError: there is no sampler of this name, or it cannot take so many steps, or it is
+            not for what this denoiser predicts.
 
     Source: ddim: Song et al. (2010.02502); dpm-solver++: Lu et al. (2211.01095); pndm: Liu et al.
     (2202.09778); euler: Karras et al. (2206.00364) algorithm 2 without churn; ddpm: Ho et al.
@@ -42,14 +43,17 @@ def create_sampler(
         raise ImpromptError(
             f"{num_steps} sampling steps were asked for; allowed are 1 to {num_train_timesteps}."
         )
+    if name == "pndm" and scheduler_config.get("prediction_type") == "sample":
+        raise ImpromptError("The sampler 'pndm' needs a model that predicts ε or v; use another.")
     import diffusers
 
     class_name, options = SAMPLERS[name]
-    scheduler = getattr(diffusers, class_name).from_config(scheduler_config, **options)
+    kind: Any = getattr(diffusers, class_name)
+    scheduler: Any = kind.from_config(scheduler_config, **options)
     scheduler.set_timesteps(num_steps, device=device)
     if int(scheduler.timesteps.max()) >= num_train_timesteps:
         # Steps without a gap leave no room for the offset that most models want.
-        scheduler = type(scheduler).from_config(scheduler.config, steps_offset=0)
+        scheduler = kind.from_config(scheduler.config, steps_offset=0)
         scheduler.set_timesteps(num_steps, device=device)
     return scheduler
 

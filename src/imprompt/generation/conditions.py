@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from imprompt.adapters import Handle, combine
-from imprompt.adapters.sites import Scale
+from imprompt.adapters.sites import Number, Scale
 from imprompt.core.errors import ImpromptError
 
 # What one part of a stacked batch shows the denoiser: nothing, the image alone, image and text.
@@ -32,8 +32,8 @@ class TokenPrompt:
     zero_tokens: Float[Tensor, "one tokens dim"]
     scale: Scale = 1.0
     mask: Float[Tensor, "masks height width"] | None = None
-    start: float = 0.0
-    end: float = 1.0
+    start: Number = 0.0
+    end: Number = 1.0
 
     def __post_init__(self) -> None:
         check_time_span(self.start, self.end)
@@ -49,7 +49,7 @@ class TokenPrompt:
         return not is_zero(self.scale) and self.start <= step / num_steps < self.end
 
 
-def check_time_span(start: float, end: float) -> None:
+def check_time_span(start: Number, end: Number) -> None:
     """Raises an ImpromptError unless 0 <= start <= end <= 1."""
     if not 0 <= start <= end <= 1:
         raise ImpromptError(
@@ -91,9 +91,7 @@ def conditions_by_step(
         for j in sorted(set().union(*active_by_step))
     }
     combined = {
-        active: combine(*(single[j] for j in active)) if len(active) > 1 else single[active[0]]
-        for active in set(active_by_step)
-        if active
+        active: combine(*(single[j] for j in active)) for active in set(active_by_step) if active
     }
     return [combined.get(active) for active in active_by_step]
 

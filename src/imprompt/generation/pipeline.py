@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from imprompt.adapters.sites import Number
 from imprompt.bases import Base, ClipImageEncoder
 from imprompt.core.errors import ImpromptError
 from imprompt.core.images import pixels_to_images
@@ -21,9 +22,9 @@ def generate(
     negative_prompt: str | Sequence[str] = "",
     num_images: int = 1,
     steps: int = 50,
-    guidance_scale: float = 7.5,
-    image_guidance_scale: float | None = None,
-    guidance_rescale: float = 0.0,
+    guidance_scale: Number = 7.5,
+    image_guidance_scale: Number | None = None,
+    guidance_rescale: Number = 0.0,
     seed: int = 0,
     sampler: str = "ddim",
     size_px: int | tuple[int, int] | None = None,
@@ -94,7 +95,7 @@ def latents_to_images(
 ) -> list[Image.Image]:
     """Decodes latents, a few at a time."""
     if batch_size is None:
-        batch_size = default_batch_size((latents.shape[1], *latents.shape[-2:]), base)
+        batch_size = default_batch_size(base, latents.shape[-2], latents.shape[-1])
     images: list[Image.Image] = []
     for chunk in latents.split(batch_size):
         pixels = base.decode_image(chunk).to(device="cpu", dtype=torch.float32)

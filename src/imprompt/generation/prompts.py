@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from imprompt.adapters import Handle, ImagePromptAdapter
-from imprompt.adapters.sites import Scale
+from imprompt.adapters.sites import Number, Scale
 from imprompt.bases import ClipImageEncoder
 from imprompt.core.errors import ImpromptError
 from imprompt.core.images import image_to_pixels, open_image
@@ -43,10 +43,10 @@ class ImagePrompt:
     mask: ImageLike | None = field(default=None, kw_only=True, repr=False)
     """Where it acts: white there, black elsewhere. A tensor is (height, width) in [0, 1]."""
 
-    start: float = field(default=0.0, kw_only=True)
+    start: Number = field(default=0.0, kw_only=True)
     """When it begins to act, as a fraction of the steps."""
 
-    end: float = field(default=1.0, kw_only=True)
+    end: Number = field(default=1.0, kw_only=True)
     """When it no longer acts, as a fraction of the steps."""
 
     def __post_init__(self) -> None:

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from imprompt.adapters.sites import Number
 from imprompt.bases import Base
 from imprompt.core.errors import ImpromptError
 from imprompt.core.progress import progress
@@ -30,9 +31,9 @@ def sample_latents(
     prompts: Sequence[TokenPrompt] = (),
     *,
     steps: int = 50,
-    guidance_scale: float = 7.5,
-    image_guidance_scale: float | None = None,
-    guidance_rescale: float = 0.0,
+    guidance_scale: Number = 7.5,
+    image_guidance_scale: Number | None = None,
+    guidance_rescale: Number = 0.0,
     seed: int = 0,
     indices: Sequence[int] | None = None,
     sampler: str = "ddim",
@@ -58,7 +59,7 @@ def sample_latents(
         raise ImpromptError(f"{len(indices)} indices were given for {num_images} images.")
     latent_shape = base.latent_shape(size_px)
     if batch_size is None:
-        batch_size = default_batch_size(latent_shape, base)
+        batch_size = default_batch_size(base, *latent_shape[1:])
     if batch_size < 1:
         raise ImpromptError(f"batch_size is {batch_size}, but must be at least 1.")
     # Made once before any work, for a mistake is told here, and pndm takes a step more than asked.
@@ -120,9 +121,8 @@ def initial_noise(
     return torch.from_numpy(numpy.stack(rows))
 
 
-def default_batch_size(latent_shape: tuple[int, int, int], base: Base) -> int:
-    """How many images to denoise at once if nobody says."""
-    _, height, width = latent_shape
+def default_batch_size(base: Base, height: int, width: int) -> int:
+    """How many images with latents of this size to draw at once if nobody says."""
     pixels_per_latent = base.image_size_px // base.latent_shape()[1]
     num_pixels = height * width * pixels_per_latent**2
     return max(1, min(MAX_DEFAULT_BATCH_SIZE, PIXELS_PER_BATCH // num_pixels))
@@ -137,7 +137,7 @@ def _step_generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]
 
 
 def _branches(
-    guidance_scale: float, image_guidance_scale: float | None, has_prompts: bool
+    guidance_scale: Number, image_guidance_scale: Number | None, has_prompts: bool
 ) -> list[Branch]:
     image_scale = guidance_scale if image_guidance_scale is None else image_guidance_scale
     if image_scale != guidance_scale and has_prompts:
@@ -162,16 +162,23 @@ def _stack_text(
 def _guided(
     output: Tensor,
     branches: Sequence[Branch],
-    guidance_scale: float,
-    image_guidance_scale: float | None,
-    guidance_rescale: float,
+    guidance_scale: Number,
+    image_guidance_scale: Number | None,
+    guidance_rescale: Number,
 ) -> Tensor:
     if len(branches) == 1:
         return output
-    parts = output.chunk(len(branches))
-    if len(branches) == 2:
-        guided = guide(*parts, guidance_scale)
+    unconditional, *image_only, conditional = output.chunk(len(branches))
+    if image_only and image_guidance_scale is not None:
+        guided = guide_separately(
+            unconditional,
+            image_only[0],
+            conditional,
+            float(guidance_scale),
+            float(image_guidance_scale),
+        )
     else:
-        assert image_guidance_scale is not None
-        guided = guide_separately(*parts, guidance_scale, image_guidance_scale)
-    return rescale(guided, parts[-1], guidance_rescale) if guidance_rescale > 0 else guided
+        guided = guide(unconditional, conditional, float(guidance_scale))
+    if guidance_rescale > 0:
+        guided = rescale(guided, conditional, float(guidance_rescale))
+    return guided
