@@ -140,7 +140,7 @@ def _load(kind: Any, source: Path | str, part: str, name: str, **options: Any) -
         options["variant"] = "fp16"
     options["output_loading_info"] = True
     try:
-        with _without_progress_bars():
+        with quiet_libraries():
             model, info = kind.from_pretrained(str(source), use_safetensors=True, **options)
     except Exception as error:  # the libraries raise a dozen kinds for files that are amiss
         raise ImpromptError(
@@ -151,24 +151,30 @@ def _load(kind: Any, source: Path | str, part: str, name: str, **options: Any) -
     missing = sorted(info["missing_keys"])
     if missing:
         raise ImpromptError(
-            f"{name}: its {part or 'model'} lacks {len(missing)} tensors, {missing[0]!r} the first. "
-            "Is the file complete, and of the same model as its config.json?"
+            f"{name}: its {part or 'model'} lacks {len(missing)} tensors, {missing[0]!r} the "
+            "first. Is the file complete, and of the same model as its config.json?"
         )
     return model
 
 
 @contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    """Reading a file of weights takes no time worth a bar in a user's terminal."""
-    from transformers.utils import logging
+def quiet_libraries() -> Iterator[None]:
+    """No bars for reading files, and no remarks on what is as it should be; errors still raise."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
 
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    libraries = (diffusers_logging, transformers_logging)
+    before = [(log.get_verbosity(), log.is_progress_bar_enabled()) for log in libraries]
+    for log in libraries:
+        log.set_verbosity_error()
+        log.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
-            logging.enable_progress_bar()
+        for log, (verbosity, bars_shown) in zip(libraries, before, strict=True):
+            log.set_verbosity(verbosity)
+            if bars_shown:
+                log.enable_progress_bar()
 
 
 def _has_only_half_precision_files(source: Path | str, part: str) -> bool:

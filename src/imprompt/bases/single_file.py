@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from imprompt.bases.folder import as_ddim, first_line
+from imprompt.bases.folder import as_ddim, first_line, quiet_libraries
 from imprompt.bases.stable_diffusion import StableDiffusionBase
 from imprompt.core.errors import ImpromptError
 
@@ -28,21 +28,22 @@ def load_single_file(
             f"config={config} is no diffusers folder: it has no model_index.json. Give the folder "
             "of a model with the same shapes."
         )
-    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import (
-        StableDiffusionPipeline,
-    )
-
     try:
-        pipeline = StableDiffusionPipeline.from_single_file(
-            str(path),
-            config=None if config is None else str(config),
-            local_files_only=config is not None,
-            torch_dtype=dtype,
-            safety_checker=None,
-            feature_extractor=None,
-            image_encoder=None,
-            requires_safety_checker=False,
-        )
+        with quiet_libraries():
+            from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import (
+                StableDiffusionPipeline,
+            )
+
+            pipeline = StableDiffusionPipeline.from_single_file(
+                str(path),
+                config=None if config is None else str(config),
+                local_files_only=config is not None,
+                torch_dtype=dtype,
+                safety_checker=None,
+                feature_extractor=None,
+                image_encoder=None,
+                requires_safety_checker=False,
+            )
     except Exception as error:  # the library raises many kinds for a file that does not fit
         advice = (
             "Without config=, its configuration and tokenizer are fetched from the model hub; give "
@@ -61,8 +62,24 @@ def load_single_file(
         tokenizer=pipeline.tokenizer,
         scheduler=as_ddim(pipeline.scheduler.config),
     )
+    _check_is_complete(path, base)
     base.to(device, dtype)
     return base
+
+
+def _check_is_complete(path: Path, base: StableDiffusionBase) -> None:
+    """What a file lacks is left without storage, which would be found out only at use."""
+    missing = [
+        f"{part}.{name}"
+        for part, network in base.parts().items()
+        for name, parameter in network.named_parameters()
+        if parameter.is_meta
+    ]
+    if missing:
+        raise ImpromptError(
+            f"{path} could not be read as a base: it lacks {len(missing)} tensors, {missing[0]!r} "
+            "the first. Is the file complete?"
+        )
 
 
 def _check_is_stable_diffusion(path: Path) -> None:

@@ -1,5 +1,7 @@
 """Samplers: each of them, given a perfect denoiser, arrives at the clean sample."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -16,17 +18,23 @@ CONFIG = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
     "num_train_timesteps": 1000,
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
 }
+
+SPACINGS = [
+    {"timestep_spacing": "leading", "set_alpha_to_one": False, "steps_offset": 1},
+    {"timestep_spacing": "trailing", "set_alpha_to_one": True, "steps_offset": 1},
+]
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_a_perfect_denoiser_is_followed_to_the_clean_sample(name: str, prediction: str) -> None:
+@pytest.mark.parametrize("spacing", SPACINGS, ids=["leading", "trailing"])
+def test_a_perfect_denoiser_is_followed_to_the_clean_sample(
+    name: str, prediction: str, spacing: dict[str, Any]
+) -> None:
     if (name, prediction) == ("pndm", "sample"):
         return  # refused, see below
-    config = {**CONFIG, "prediction_type": prediction}
+    config = {**CONFIG, **spacing, "prediction_type": prediction}
     alphas = alphas_cumprod_of(config)
     scheduler = create_sampler(name, config, 20)
     clean = torch.linspace(-1, 1, 16).reshape(1, 1, 4, 4)
@@ -43,8 +51,11 @@ def test_a_perfect_denoiser_is_followed_to_the_clean_sample(name: str, predictio
 
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("num_steps", [1, 2, 1000])
-def test_every_number_of_steps_up_to_that_of_training_works(name: str, num_steps: int) -> None:
-    scheduler = create_sampler(name, CONFIG, num_steps)
+@pytest.mark.parametrize("spacing", SPACINGS, ids=["leading", "trailing"])
+def test_every_number_of_steps_up_to_that_of_training_works(
+    name: str, num_steps: int, spacing: dict[str, Any]
+) -> None:
+    scheduler = create_sampler(name, {**CONFIG, **spacing}, num_steps)
     assert 0 <= scheduler.timesteps.min() and scheduler.timesteps.max() <= 999
 
 

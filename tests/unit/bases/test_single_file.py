@@ -1,0 +1,137 @@
+"""Single files, as communities share them: the names of the original implementation."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_base import write_tiny_base
+from torch import Tensor
+
+from imprompt.bases import load_base
+from imprompt.core.errors import ImpromptError
+
+# From diffusers' names to the original ones, tried in this order, all that fit applied.
+RESIDUAL_BLOCK = [
+    (r"\.norm1\.", ".in_layers.0."),
+    (r"\.conv1\.", ".in_layers.2."),
+    (r"\.time_emb_proj\.", ".emb_layers.1."),
+    (r"\.norm2\.", ".out_layers.0."),
+    (r"\.conv2\.", ".out_layers.3."),
+    (r"\.conv_shortcut\.", ".skip_connection."),
+]
+UNET_PLACES = [
+    (r"^conv_in\.", "input_blocks.0.0."),
+    (r"^time_embedding\.linear_1\.", "time_embed.0."),
+    (r"^time_embedding\.linear_2\.", "time_embed.2."),
+    (r"^conv_norm_out\.", "out.0."),
+    (r"^conv_out\.", "out.2."),
+    (r"^down_blocks\.0\.resnets\.0", "input_blocks.1.0"),
+    (r"^down_blocks\.0\.attentions\.0", "input_blocks.1.1"),
+    (r"^down_blocks\.0\.downsamplers\.0\.conv", "input_blocks.2.0.op"),
+    (r"^down_blocks\.1\.resnets\.0", "input_blocks.3.0"),
+    (r"^mid_block\.resnets\.0", "middle_block.0"),
+    (r"^mid_block\.attentions\.0", "middle_block.1"),
+    (r"^mid_block\.resnets\.1", "middle_block.2"),
+    (r"^up_blocks\.0\.resnets\.0", "output_blocks.0.0"),
+    (r"^up_blocks\.0\.resnets\.1", "output_blocks.1.0"),
+    (r"^up_blocks\.0\.upsamplers\.0", "output_blocks.1.1"),
+    (r"^up_blocks\.1\.resnets\.0", "output_blocks.2.0"),
+    (r"^up_blocks\.1\.attentions\.0", "output_blocks.2.1"),
+    (r"^up_blocks\.1\.resnets\.1", "output_blocks.3.0"),
+    (r"^up_blocks\.1\.attentions\.1", "output_blocks.3.1"),
+]
+AUTOENCODER_PLACES = [
+    (r"\.down_blocks\.(\d)\.resnets\.(\d)", r".down.\1.block.\2"),
+    (r"\.down_blocks\.(\d)\.downsamplers\.0", r".down.\1.downsample"),
+    (r"\.up_blocks\.0\.", ".up.2."),
+    (r"\.up_blocks\.2\.", ".up.0."),
+    (r"\.up_blocks\.1\.", ".up.1."),
+    (r"(\.up\.\d)\.resnets\.(\d)", r"\1.block.\2"),
+    (r"(\.up\.\d)\.upsamplers\.0", r"\1.upsample"),
+    (r"\.mid_block\.resnets\.0", ".mid.block_1"),
+    (r"\.mid_block\.resnets\.1", ".mid.block_2"),
+    (r"\.mid_block\.attentions\.0", ".mid.attn_1"),
+    (r"\.conv_shortcut\.", ".nin_shortcut."),
+    (r"\.conv_norm_out\.", ".norm_out."),
+    (r"\.group_norm\.", ".norm."),
+    (r"\.to_([qkv])\.", r".\1."),
+    (r"\.to_out\.0\.", ".proj_out."),
+]
+
+
+def renamed(name: str, rules: list[tuple[str, str]]) -> str:
+    for pattern, replacement in rules:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def original_names(folder: Path) -> dict[str, Tensor]:
+    """All weights of a diffusers folder, named as in the original implementation."""
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in load_file(folder / "unet/diffusion_pytorch_model.safetensors").items():
+        name = renamed(name, UNET_PLACES)
+        if "transformer_blocks" not in name:
+            name = renamed(name, RESIDUAL_BLOCK)
+        tensors[f"model.diffusion_model.{name}"] = tensor
+    for name, tensor in load_file(folder / "vae/diffusion_pytorch_model.safetensors").items():
+        if "attentions" in name and tensor.ndim == 2:
+            tensor = tensor[:, :, None, None]
+        tensors[f"first_stage_model.{renamed(name, AUTOENCODER_PLACES)}"] = tensor
+    for name, tensor in load_file(folder / "text_encoder/model.safetensors").items():
+        name = name if name.startswith("text_model.") else f"text_model.{name}"
+        tensors[f"cond_stage_model.transformer.{name}"] = tensor
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_base(tmp_path_factory.mktemp("bases") / "tiny", image_encoder=False)
+
+
+def test_a_single_file_is_the_same_model_as_its_folder(folder: Path, tmp_path: Path) -> None:
+    save_file(original_names(folder), tmp_path / "community.safetensors")
+    single = load_base(tmp_path / "community.safetensors", config=folder)
+    base = load_base(folder)
+    assert single.name == "community"
+    assert single.fingerprint() == base.fingerprint()
+    texts = ["a red cat", ""]
+    assert torch.equal(single.tokenize(texts), base.tokenize(texts))
+    states = base.encode_text(texts)
+    assert torch.equal(single.encode_text(texts), states)
+    latents = torch.randn(2, *base.latent_shape())
+    assert torch.equal(single.denoise(latents, 5, states), base.denoise(latents, 5, states))
+    assert torch.equal(single.decode_image(latents), base.decode_image(latents))
+    assert not any(p.requires_grad for part in single.parts().values() for p in part.parameters())
+
+
+def test_a_file_with_holes_or_of_other_shapes_is_refused(folder: Path, tmp_path: Path) -> None:
+    tensors = original_names(folder)
+    file = tmp_path / "community.safetensors"
+    for part in (
+        "cond_stage_model.transformer.text_model.encoder.layers.1.mlp.fc1.weight",
+        "first_stage_model.decoder.conv_in.weight",
+        "model.diffusion_model.middle_block.1.norm.weight",
+        "model.diffusion_model.output_blocks.3",
+    ):
+        holes = {name: x for name, x in tensors.items() if not name.startswith(part)}
+        assert len(holes) < len(tensors)
+        save_file(holes, file)
+        with pytest.raises(ImpromptError, match="could not be read as a base"):
+            load_base(file, config=folder)
+    name = "model.diffusion_model.input_blocks.0.0.weight"
+    save_file({**tensors, name: torch.zeros(3, 3, 3, 3)}, file)
+    with pytest.raises(ImpromptError, match="could not be read as a base"):
+        load_base(file, config=folder)
+
+
+def test_what_it_needs_besides_is_told(folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "community.safetensors"
+    save_file(original_names(folder), file)
+    with pytest.raises(ImpromptError, match=r"config=.* has no model_index\.json"):
+        load_base(file, config=tmp_path)
+    xl = {"model.diffusion_model.x": torch.ones(1), "conditioner.embedders.0.x": torch.ones(1)}
+    save_file(xl, file)
+    with pytest.raises(ImpromptError, match="Stable Diffusion XL"):
+        load_base(file, config=folder)
