@@ -104,7 +104,7 @@ def _condition(
     mask, scale = prompt.mask, prompt.scale
     if mask is not None and len(mask) > 1:
         mask = _rows(mask, rows, batch, num_images, "mask").repeat(len(branches), 1, 1)
-    if isinstance(scale, Tensor) and scale.ndim == 1 and len(scale) > 1:
+    if isinstance(scale, Tensor) and scale.ndim == 1:
         scale = _rows(scale, rows, batch, num_images, "scale").repeat(len(branches))
     stacked = [zero_tokens if branch == "unconditional" else tokens for branch in branches]
     return prompt.handle.condition(torch.cat(stacked), scale=scale, mask=mask)
