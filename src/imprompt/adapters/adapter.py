@@ -6,7 +6,8 @@
 `ip_adapter.{i}.*`, where i counts all attention sites of the UNet.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -83,7 +84,7 @@ class ImagePromptAdapter(nn.Module):
         return max(weights.lora_rank for weights in self.site_weights.values())
 
     def tokens(
-        self, *features: Float[Tensor, "batch ..."], **options: Any
+        self, *features: Float[Tensor, "..."], **options: Any
     ) -> Float[Tensor, "batch tokens cross_attention_dim"]:
         """What the cross-attention reads: tokens of the text states' width.
 
@@ -163,6 +164,17 @@ def shorten(numbers: list[int], limit: int = 8) -> str:
     return shown + (f" and {len(numbers) - limit} more" if len(numbers) > limit else "")
 
 
+@contextmanager
+def own_randomness(seed: int) -> Generator[None, None, None]:
+    """Initialisers draw from this seed; the caller's stream of random numbers stays untouched."""
+    state = torch.get_rng_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+
+
 def create_adapter(
     unet: nn.Module,
     variant: str = "base",
@@ -211,9 +223,7 @@ def create_adapter(
     num_heads = max(1, dim // HEAD_DIM)
     weight = linear_weight(sites[0].module.to_k)
 
-    # Nothing is drawn from, or left in, the caller's stream of random numbers.
-    with torch.random.fork_rng(devices=[]), torch.device("meta" if weight.is_meta else "cpu"):
-        torch.random.default_generator.manual_seed(seed)
+    with own_randomness(seed), torch.device("meta" if weight.is_meta else "cpu"):
         projection: nn.Module
         if variant == "base":
             projection = LinearProjection(feature_dim, width, num_tokens or 4)

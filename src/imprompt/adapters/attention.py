@@ -126,14 +126,14 @@ def attend(
     `attn` is a diffusers `Attention`, known here only by its parts. Without prompts this computes
     what diffusers' own `AttnProcessor2_0` does, operation by operation.
     """
-    flat, residual = to_sequence(attn, hidden_states, temb), hidden_states
+    residual, flat = hidden_states, to_sequence(attn, hidden_states, temb)
     batch = len(flat)
     states = flat if text_states is None else text_states
     if text_states is not None and attn.norm_cross:
         states = attn.norm_encoder_hidden_states(text_states)
     if attention_mask is not None:
-        attention_mask = attn.prepare_attention_mask(attention_mask, states.shape[1], batch)
-        attention_mask = attention_mask.view(batch, attn.heads, -1, attention_mask.shape[-1])
+        prepared: Tensor = attn.prepare_attention_mask(attention_mask, states.shape[1], batch)
+        attention_mask = prepared.view(batch, attn.heads, -1, prepared.shape[-1])
 
     loras = condition.loras
     query = split_heads(with_loras(attn.to_q, flat, [lora.query for lora in loras]), attn.heads)
@@ -218,12 +218,14 @@ def grid_of(length: int, aspect: float) -> tuple[int, int]:
 
     A site sees its positions as one row; only the mask knows the shape of the picture.
     """
-
-    def deviation(height: int) -> float:
-        return abs(math.log(height * height / length / aspect))
-
-    height = min((h for h in range(1, length + 1) if length % h == 0), key=deviation)
-    if deviation(height) > math.log(MAX_ASPECT_DEVIATION):
+    ideal = min(max(round(math.sqrt(length * aspect)), 1), length)
+    height = next(
+        candidate
+        for distance in range(length)
+        for candidate in (ideal - distance, ideal + distance)
+        if candidate > 0 and length % candidate == 0
+    )
+    if abs(math.log(height * height / length / aspect)) > math.log(MAX_ASPECT_DEVIATION):
         raise ImpromptError(
             f"A mask of height/width {aspect:.3f} does not fit a picture with {length} positions "
             f"(nearest: {height} x {length // height}): give the mask the picture's aspect ratio."
@@ -242,7 +244,7 @@ def with_loras(layer: Callable[[Tensor], Tensor], x: Tensor, additions: list[Low
 def split_heads(
     x: Float[Tensor, "batch length inner"], num_heads: int
 ) -> Float[Tensor, "batch heads length head_dim"]:
-    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    return x.reshape(*x.shape[:2], num_heads, -1).transpose(1, 2)
 
 
 def join_heads(
@@ -253,13 +255,14 @@ def join_heads(
 
 def to_sequence(attn: Any, hidden_states: Tensor, temb: Tensor | None) -> Tensor:
     """(batch, channels, height, width) or (batch, length, channels) → normed (batch, length, channels)."""
+    sequence = hidden_states
     if attn.spatial_norm is not None:
-        hidden_states = attn.spatial_norm(hidden_states, temb)
-    if hidden_states.ndim == 4:
-        hidden_states = hidden_states.flatten(2).transpose(1, 2)
+        sequence = attn.spatial_norm(sequence, temb)
+    if sequence.ndim == 4:
+        sequence = sequence.flatten(2).transpose(1, 2)
     if attn.group_norm is not None:
-        hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
-    return hidden_states
+        sequence = attn.group_norm(sequence.transpose(1, 2)).transpose(1, 2)
+    return sequence
 
 
 def from_sequence(output: Tensor, like: Tensor) -> Tensor:

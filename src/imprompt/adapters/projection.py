@@ -10,7 +10,7 @@ One class per variant, siblings of the resamplers in `resampler.py`. All have th
 Names of submodules are those of the published checkpoints.
 """
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from imprompt.adapters.features import Feature
 from imprompt.adapters.resampler import refine, resampler_layers
 
 
+@runtime_checkable
 class Projection(Protocol):
     """The face that all variants share; each is an `nn.Module` besides."""
 

@@ -2,8 +2,9 @@
 
 import difflib
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -16,7 +17,8 @@ Scale = Number | Sequence[Number] | Mapping[str, Number] | Tensor
 FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "Stable Diffusion XL"}
 
 
-class Site(NamedTuple):
+@dataclass(frozen=True)
+class Site:
     """One attention layer of a UNet."""
 
     index: int  # among all attention layers: the number that official checkpoints use
@@ -44,16 +46,18 @@ def attention_sites(unet: nn.Module) -> list[Site]:
 
     That order is down, up, mid, not the order of execution.
     """
-    unet = getattr(unet, "_orig_mod", unet)  # a compiled module holds the real one
+    # A compiled module holds the real one.
+    real: nn.Module = getattr(unet, "_orig_mod", unet)
     blocks = ("down_blocks.", "up_blocks.", "mid_block.")
+    modules = cast(Iterable[tuple[str, nn.Module]], real.named_modules())
     found = [
         (name, module)
-        for name, module in unet.named_modules()
+        for name, module in modules
         if hasattr(module, "get_processor") and name.startswith(blocks)
     ]
     if not found:
         raise ImpromptError(
-            f"{type(unet).__name__} has no attention layers an image prompt could enter: "
+            f"{type(real).__name__} has no attention layers an image prompt could enter: "
             "a diffusers UNet2DConditionModel is needed."
         )
     return [Site(index, name, module) for index, (name, module) in enumerate(found)]

@@ -154,24 +154,26 @@ def build_projection(variant: str, shapes: Shapes) -> nn.Module:
     depth = depth_of(shapes.shapes)
     if variant == "base":
         width = size("norm.weight", 0)
-        return LinearProjection(size("proj.weight", 1), width, size("proj.weight", 0) // width)
+        return LinearProjection(size("proj.weight", 1), width, ratio(size("proj.weight", 0), width))
     if variant == "full":
         return FullProjection(size("proj.0.weight", 1), size("proj.3.weight", 0))
     if variant == "faceid":
         width = size("norm.weight", 0)
-        return FaceProjection(size("proj.0.weight", 1), width, size("proj.2.weight", 0) // width)
+        return FaceProjection(
+            size("proj.0.weight", 1), width, ratio(size("proj.2.weight", 0), width)
+        )
     if variant == "faceid-plus":
         width = size("norm.weight", 0)
         return FacePlusProjection(
             size("proj.0.weight", 1),
             size("perceiver_resampler.proj_in.weight", 1),
             width,
-            size("proj.2.weight", 0) // width,
-            num_heads=size("perceiver_resampler.layers.0.0.to_q.weight", 0) // HEAD_DIM,
+            ratio(size("proj.2.weight", 0), width),
+            num_heads=ratio(size("perceiver_resampler.layers.0.0.to_q.weight", 0), HEAD_DIM),
             depth=depth,
         )
     num_tokens, dim = size("latents", 1), size("latents", 2)
-    num_heads = size("layers.0.0.to_q.weight", 0) // HEAD_DIM
+    num_heads = ratio(size("layers.0.0.to_q.weight", 0), HEAD_DIM)
     width = size("proj_out.weight", 0)
     feature_dim = size("proj_in.weight", 1)
     if variant == "plus":
@@ -185,6 +187,11 @@ def build_projection(variant: str, shapes: Shapes) -> nn.Module:
         num_heads=num_heads,
         depth=depth,
     )
+
+
+def ratio(whole: int, part: int) -> int:
+    """How many parts; where it is not a whole number, the shapes will be found not to fit."""
+    return max(1, whole // part)
 
 
 def build_site(shapes: Shapes, index: int) -> SiteWeights:

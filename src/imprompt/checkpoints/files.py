@@ -5,10 +5,10 @@ import os
 import pickle
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from zipfile import is_zipfile
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -178,14 +178,22 @@ def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     try:
         with path.open("rb") as file:
             start = file.read(64)
-        if start.startswith(b"version https://git-lfs"):
-            raise ImpromptError(f"{path} is a Git LFS pointer, not the file: run `git lfs pull`.")
-        if start.startswith(b"\x80") or is_zipfile(path):
-            return dict(torch.load(path, map_location="cpu", weights_only=True)), {}
+            if start.startswith(b"version https://git-lfs"):
+                raise ImpromptError(f"{path} is a Git LFS pointer, not the file: `git lfs pull`.")
+            # Safetensors is 8 bytes of length, then JSON; what torch saves is a zip or a pickle.
+            is_json = start[8:9] == b"{"
+            if start.startswith(b"PK") or (start.startswith(b"\x80") and not is_json):
+                file.seek(0)  # given a name, torch would judge by its ending
+                return dict(torch.load(file, map_location="cpu", weights_only=True)), {}
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             return {key: file.get_tensor(key) for key in file.keys()}, metadata  # noqa: SIM118
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except pickle.UnpicklingError:
+        raise ImpromptError(
+            f"{path} cannot be read as a checkpoint: it is half-written, or pickles more than "
+            "tensors, which is not loaded because it could run any code."
+        ) from None
+    except (SafetensorError, RuntimeError, EOFError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ImpromptError(
             f"{path} cannot be read as a checkpoint (half-written, or another kind of file): "
@@ -214,10 +222,11 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[s
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         raise ImpromptError(
-            f"{path} was not written ({size_bytes / 1e6:.1f} MB needed): {reason_of(error)}."
+            f"{path} was not written ({size_bytes / 1e6:.3g} MB needed): {reason_of(error)}."
         ) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def reason_of(error: Exception) -> str:
