@@ -27,9 +27,6 @@ class ClipImageEncoder(nn.Module):
     3.2 (image embedding) and its Plus variant (penultimate states).
     """
 
-    mean: Tensor
-    standard_deviation: Tensor
-
     def __init__(
         self,
         model: nn.Module,
@@ -39,11 +36,8 @@ class ClipImageEncoder(nn.Module):
         """`model` is a transformers `CLIPVisionModelWithProjection`."""
         super().__init__()
         self.model = model.eval().requires_grad_(False)
-        shape = (1, 3, 1, 1)
-        self.register_buffer("mean", torch.tensor(mean).reshape(shape), persistent=False)
-        self.register_buffer(
-            "standard_deviation", torch.tensor(standard_deviation).reshape(shape), persistent=False
-        )
+        self.mean = tuple(mean)
+        self.standard_deviation = tuple(standard_deviation)
 
     @property
     def config(self) -> Any:
@@ -86,9 +80,9 @@ class ClipImageEncoder(nn.Module):
         # Resizing runs in float32: half precision has no antialiased kernel on every device.
         pixels = pixels.to(device=self.device, dtype=torch.float32)
         pixels = _resize_and_center_crop(pixels, self.image_size_px)
-        pixels = (pixels + 1) / 2
-        mean = self.mean.to(pixels)
-        return ((pixels - mean) / self.standard_deviation.to(pixels)).to(self.dtype)
+        mean = pixels.new_tensor(self.mean)[:, None, None]
+        standard_deviation = pixels.new_tensor(self.standard_deviation)[:, None, None]
+        return (((pixels + 1) / 2 - mean) / standard_deviation).to(self.dtype)
 
     @torch.no_grad()
     def embeds(self, pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:

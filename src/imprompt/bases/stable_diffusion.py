@@ -82,9 +82,7 @@ class StableDiffusionBase:
         """Moves all parts in place."""
         for part in (self.unet, self.vae, self.text_encoder, self.image_encoder):
             if part is not None:
-                part.to(device)
-                if dtype is not None and part.dtype != dtype:
-                    part.to(dtype)
+                nn.Module.to(part, device=device, dtype=dtype)
 
     def fingerprint(self) -> str:
         """Tells this base from every other: 16 hexadecimal digits."""

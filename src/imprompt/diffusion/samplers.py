@@ -3,8 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from imprompt.core.errors import ImpromptError
 
 # Name → diffusers' class and what it needs beyond the base's configuration.
@@ -17,16 +15,12 @@ SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def create_sampler(
-    name: str,
-    scheduler_config: Mapping[str, Any],
-    num_steps: int,
-    device: torch.device | str = "cpu",
-) -> Any:
+def create_sampler(name: str, scheduler_config: Mapping[str, Any], num_steps: int) -> Any:
     """A diffusers scheduler, ready to go through `num_steps` steps (its `.timesteps`).
 
     `scheduler_config` is that of the base's own scheduler, of whichever kind: it tells the noise
-    schedule and what the denoiser predicts.
+    schedule and what the denoiser predicts. All its tables stay on the CPU, even if the latents are
+    elsewhere, so that looking something up never waits for the device.
 
     Raises:
         ImpromptError: there is no sampler of this name, or it cannot take so many steps, or it is
@@ -50,11 +44,11 @@ def create_sampler(
     class_name, options = SAMPLERS[name]
     kind: Any = getattr(diffusers, class_name)
     scheduler: Any = kind.from_config(scheduler_config, **options)
-    scheduler.set_timesteps(num_steps, device=device)
+    scheduler.set_timesteps(num_steps)
     if int(scheduler.timesteps.max()) >= num_train_timesteps:
         # Steps without a gap leave no room for the offset that most models want.
         scheduler = kind.from_config(scheduler.config, steps_offset=0)
-        scheduler.set_timesteps(num_steps, device=device)
+        scheduler.set_timesteps(num_steps)
     return scheduler
 
 

@@ -16,7 +16,7 @@ from imprompt.core.errors import ImpromptError
 Branch = Literal["unconditional", "image_only", "conditional"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class TokenPrompt:
     """An image prompt after encoder and projection: all that the denoising loop needs of it.
 

@@ -21,7 +21,7 @@ from imprompt.generation.conditions import TokenPrompt, check_time_span, is_zero
 ImageLike = str | PathLike[str] | Image.Image | Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ImagePrompt:
     """A picture that says what to draw, with the adapter that makes it understood.
 

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from contextlib import nullcontext
 
-import numpy
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -12,7 +11,7 @@ from imprompt.adapters.sites import Number
 from imprompt.bases import Base
 from imprompt.core.errors import ImpromptError
 from imprompt.core.progress import progress
-from imprompt.core.randomness import generator
+from imprompt.core.randomness import Randomness, generator
 from imprompt.diffusion.guidance import guide, guide_separately, rescale
 from imprompt.diffusion.samplers import create_sampler, uses_noise
 from imprompt.generation.conditions import Branch, TokenPrompt, conditions_by_step
@@ -84,7 +83,7 @@ def sample_latents(
     with bar as shown:
         for start in range(0, num_images, batch_size):
             rows = slice(start, min(start + batch_size, num_images))
-            scheduler = create_sampler(sampler, base.scheduler.config, steps, base.device)
+            scheduler = create_sampler(sampler, base.scheduler.config, steps)
             conditions = conditions_by_step(prompts, branches, rows, num_images, num_steps)
             stacked_text = _stack_text(text_states, negative_text_states, branches, rows)
             stacked_text = stacked_text.to(device=base.device, dtype=base.dtype)
@@ -114,11 +113,7 @@ def initial_noise(
     seed: int, indices: Sequence[int], shape: tuple[int, ...]
 ) -> Float[Tensor, "images *shape"]:
     """Standard normal noise in float32, for each image a function of the seed and its index."""
-    rows = [
-        generator(seed, index, "initial noise").standard_normal(shape, dtype=numpy.float32)
-        for index in indices
-    ]
-    return torch.from_numpy(numpy.stack(rows))
+    return Randomness(seed, indices).normal("initial noise", shape)
 
 
 def default_batch_size(base: Base, height: int, width: int) -> int:
