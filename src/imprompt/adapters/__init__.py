@@ -7,13 +7,15 @@ cross-attention), `sites` (where it happens), `adapter` (all weights), `handle` 
 from imprompt.adapters.adapter import VARIANTS, ImagePromptAdapter, Variant, create_adapter
 from imprompt.adapters.features import Feature
 from imprompt.adapters.handle import Handle, combine
-from imprompt.adapters.sites import Site, attention_sites, family_of
+from imprompt.adapters.sites import Number, Scale, Site, attention_sites, family_of
 
 __all__ = [
     "VARIANTS",
     "Feature",
     "Handle",
     "ImagePromptAdapter",
+    "Number",
+    "Scale",
     "Site",
     "Variant",
     "attention_sites",

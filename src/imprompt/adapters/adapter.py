@@ -106,11 +106,9 @@ class ImagePromptAdapter(nn.Module):
             for given, feature in zip(features, wanted, strict=True)
         )
         if not fits:
-            raise ImpromptError(
-                f"The {self.variant} adapter reads "
-                + ", ".join(f"{feature.name} {feature.shape}" for feature in wanted)
-                + f"; given: {', '.join(str(tuple(given.shape)) for given in features) or 'nothing'}."
-            )
+            needed = ", ".join(f"{feature.name} {feature.shape}" for feature in wanted)
+            shapes = ", ".join(str(tuple(given.shape)) for given in features) or "nothing"
+            raise ImpromptError(f"The {self.variant} adapter reads {needed}; given: {shapes}.")
         if options and self.variant != "faceid-plus":
             raise ImpromptError(f"The {self.variant} adapter has no option {', '.join(options)}.")
         weight = next(self.image_proj.parameters())
@@ -129,7 +127,7 @@ class ImagePromptAdapter(nn.Module):
         return Handle(self.site_weights, sites, self.cross_attention_dim)
 
     def check_fits(self, sites: Iterable[Site]) -> None:
-        """Raise an ImpromptError that describes both sides if the weights are not for these sites."""
+        """Raise an ImpromptError that describes both sides if the weights are for other sites."""
         rank = self.lora_rank
         with torch.device("meta"):
             needed = {s.index: weights_for(s, rank) for s in sites if s.is_cross or rank}
@@ -212,6 +210,10 @@ def create_adapter(
     """
     if variant not in VARIANTS:
         raise ImpromptError(f'variant is "{variant}"; known are {", ".join(VARIANTS)}.')
+    if feature_dim < 1 or (num_tokens is not None and num_tokens < 1):
+        raise ImpromptError(
+            f"feature_dim={feature_dim} and num_tokens={num_tokens}: both must be at least 1."
+        )
     sites = attention_sites(unet)
     widths = sorted({site.text_dim for site in sites if site.is_cross})
     if len(widths) != 1:

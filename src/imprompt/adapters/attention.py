@@ -254,7 +254,7 @@ def join_heads(
 
 
 def to_sequence(attn: Any, hidden_states: Tensor, temb: Tensor | None) -> Tensor:
-    """(batch, channels, height, width) or (batch, length, channels) → normed (batch, length, channels)."""
+    """A picture or a sequence → a normed sequence (batch, length, channels)."""
     sequence = hidden_states
     if attn.spatial_norm is not None:
         sequence = attn.spatial_norm(sequence, temb)

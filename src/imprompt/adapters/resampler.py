@@ -16,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from imprompt.adapters.features import Feature
 
 HEAD_DIM = 64  # of every published resampler: the number of heads follows from the weights
-ADDED_LAYER_NOISE = 1e-4  # a layer that starts near zero leaves the image's latents as they were
+ADDED_LAYER_NOISE = 1e-4  # Instruct's added feed-forwards start as almost nothing
 
 
 class PerceiverAttention(nn.Module):

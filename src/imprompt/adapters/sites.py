@@ -22,7 +22,7 @@ class Site:
     """One attention layer of a UNet."""
 
     index: int  # among all attention layers: the number that official checkpoints use
-    name: str  # as in `unet.named_modules()`, e.g. "down_blocks.0.attentions.0.transformer_blocks.0.attn2"
+    name: str  # as in `unet.named_modules()`: "mid_block.attentions.0.transformer_blocks.0.attn2"
     module: Any  # a diffusers `Attention`, known by its parts: heads, to_q, to_k, to_v, to_out, …
 
     @property
