@@ -81,7 +81,27 @@ def create_encoders(
         patch_size=8,
         projection_dim=128,
     )
-    return CLIPTextModelWithProjection(text), CLIPVisionModelWithProjection(vision)
+    encoders = CLIPTextModelWithProjection(text), CLIPVisionModelWithProjection(vision)
+    for encoder in encoders:
+        _initialise(encoder)
+    return encoders
+
+
+@torch.no_grad()
+def _initialise(encoder: nn.Module) -> None:
+    """Larger weights than the library's, made for long trainings: here the first steps already count."""
+    for name, weight in encoder.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(weight)
+        elif name.endswith("token_embedding.weight"):
+            nn.init.normal_(weight, std=0.5)
+        elif name.endswith("position_embedding.weight"):
+            nn.init.normal_(weight, std=0.2)
+        elif name.endswith("class_embedding"):
+            nn.init.normal_(weight, std=0.02)
+        elif weight.ndim > 1:
+            is_residual = name.endswith(("out_proj.weight", "fc2.weight"))
+            nn.init.normal_(weight, std=(0.3 if is_residual else 1.0) * weight[0].numel() ** -0.5)
 
 
 class _TwoTowers(nn.Module):

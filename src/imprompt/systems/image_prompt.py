@@ -1,0 +1,220 @@
+"""IP-Adapter: the base learns to read an image as it reads a text.
+
+The frozen base predicts noise as ever; only the projection and K', V' at each cross-attention site
+learn, from pairs of an image and its caption, with the image also as the prompt.
+
+Source: Ye et al. (2308.06721), section 3.2; Plus and Full: the authors' published variants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as functional
+from PIL import Image
+from torch import Tensor
+
+from imprompt.adapters import ImagePromptAdapter, create_adapter
+from imprompt.bases import Base
+from imprompt.checkpoints import load_adapter, save_adapter
+from imprompt.core.errors import ImpromptError
+from imprompt.core.randomness import Randomness
+from imprompt.data.dataset import Columns
+from imprompt.diffusion.objectives import (
+    add_noise,
+    alphas_cumprod_of,
+    min_snr_weights,
+    prediction_target,
+)
+
+VARIANTS = ("base", "plus", "full")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImagePromptOptions:
+    """What is trained. The defaults are the paper's."""
+
+    variant: str = "base"
+    """`base` (global image embedding), `plus` (resampler over patches) or `full` (all patches)."""
+    num_tokens: int = 0
+    """Tokens per image; 0 takes the variant's usual number (4 for base, 16 for plus)."""
+    drop_image: float = 0.05
+    """Share of samples that see the text alone."""
+    drop_text: float = 0.05
+    """Share of samples that see the image alone."""
+    drop_both: float = 0.05
+    """Share of samples that see neither, for classifier-free guidance."""
+    snr_gamma: float = 0.0
+    """γ of min-SNR weighting (2303.09556); 0 weighs all timesteps alike, as the paper does."""
+    start_from: str = ""
+    """An adapter file to go on from; empty starts anew."""
+
+
+def build(options: ImagePromptOptions, base: Base, columns: Columns) -> ImagePromptSystem:
+    """The system for prepared data: an adapter of the right shape, new or read from a file.
+
+    Raises:
+        ImpromptError: data of another base, an unknown variant, a base without image encoder.
+    """
+    if options.variant not in VARIANTS:
+        raise ImpromptError(
+            f"The variant {options.variant!r} is not trained here; choose {', '.join(VARIANTS)}."
+        )
+    check_same_base(columns, base)
+    encoder = base.image_encoder
+    if encoder is None:
+        raise ImpromptError(f"{base.name} has no image encoder, which image prompts need.")
+    is_global = options.variant == "base"
+    if options.start_from:
+        adapter = load_adapter(options.start_from)
+        if adapter.variant != options.variant:
+            raise ImpromptError(
+                f"{options.start_from} is a {adapter.variant} adapter; variant is {options.variant}."
+            )
+    else:
+        adapter = create_adapter(
+            base.unet,
+            options.variant,
+            feature_dim=encoder.embed_dim if is_global else encoder.hidden_dim,
+            num_tokens=options.num_tokens or None,
+        )
+    dropped = torch.zeros(1, encoder.embed_dim) if is_global else encoder.zero_hidden_states()
+    return ImagePromptSystem(base, adapter.to(base.device), dropped, options)
+
+
+def check_same_base(columns: Columns, base: Base) -> None:
+    """Raise an ImpromptError if the data were encoded by another base than this one."""
+    prepared = columns.meta.get("base_fingerprint")
+    if prepared != base.fingerprint():
+        raise ImpromptError(
+            f"The data in {columns.path} were prepared with {columns.meta.get('base', 'another base')} "
+            f"({prepared}), not with {base.name} ({base.fingerprint()}): prepare them with this base."
+        )
+
+
+class ImagePromptSystem:
+    """Trains an adapter on cached moments of latents, image features and token ids."""
+
+    def __init__(
+        self,
+        base: Base,
+        adapter: ImagePromptAdapter,
+        dropped_features: Tensor,
+        options: ImagePromptOptions,
+        draw: Callable[[], Image.Image] | None = None,
+    ) -> None:
+        """`dropped_features` (1, …) stand for no image; `draw` makes the picture of a preview."""
+        self.base = base
+        self.module = adapter
+        self.options = options
+        self.draw = draw
+        self.features = "image_embeds" if adapter.variant == "base" else "hidden_states"
+        self.columns = ("latent_mean", "latent_logvar", self.features, "text_ids")
+        self._dropped_features = dropped_features.float()
+        self._empty_ids = base.tokenize([""])
+        self._alphas = alphas_cumprod_of(base.scheduler.config)
+        self._prediction = str(base.scheduler.config["prediction_type"])
+        self._handle = adapter.install(base.unet)
+
+    def loss(
+        self, batch: dict[str, Tensor], randomness: Randomness
+    ) -> tuple[Tensor, dict[str, float | Tensor]]:
+        """Equation 6 of the paper, with conditions dropped per sample."""
+        no_image, no_text = drops(randomness, self.options)
+        timesteps = (randomness.uniform("timestep") * len(self._alphas)).long()
+        errors = self._errors(batch, randomness, timesteps, no_image, no_text)
+        if self.options.snr_gamma:
+            alphas = self._alphas[timesteps]
+            errors = errors * min_snr_weights(self._prediction, alphas, self.options.snr_gamma)
+        return errors.mean(), {}
+
+    def _errors(
+        self,
+        batch: dict[str, Tensor],
+        randomness: Randomness,
+        timesteps: Tensor,
+        no_image: Tensor,
+        no_text: Tensor,
+    ) -> Tensor:
+        """The squared error of each sample's prediction, (batch,)."""
+        latents = sample_latents(batch, randomness, self.base)
+        noise = randomness.normal("noise", tuple(latents.shape[1:])).to(latents)
+        alphas = self._alphas[timesteps].to(latents.device)
+        features = replace_rows(batch[self.features].float(), self._dropped_features, no_image)
+        tokens = self.module.tokens(features.to(latents.device))
+        text_states = self.base.encode_text(replace_rows(batch["text_ids"], self._empty_ids, no_text))
+        noisy = add_noise(latents, noise, alphas).contiguous(memory_format=torch.channels_last)
+        prediction = self._denoise(noisy, timesteps.to(latents.device), text_states, tokens)
+        target = prediction_target(self._prediction, latents, noise, alphas)
+        errors = functional.mse_loss(prediction.float(), target.float(), reduction="none")
+        return errors.mean(dim=(1, 2, 3))
+
+    def _denoise(
+        self, noisy: Tensor, timesteps: Tensor, text_states: Tensor, tokens: Tensor
+    ) -> Tensor:
+        return self.base.denoise(noisy, timesteps, text_states, self._handle.condition(tokens))
+
+    @torch.no_grad()
+    def validate(self, batch: dict[str, Tensor], randomness: Randomness) -> dict[str, float]:
+        """The loss at evenly spread timesteps on fixed noise, without text: what the image tells.
+
+        With the text the image adds little that a caption does not say, so a gap shows best here.
+        """
+        count = len(batch["text_ids"])
+        spread = (torch.arange(count) + 0.5) / count
+        timesteps = (spread * len(self._alphas)).long()
+        never, always = torch.zeros(count, dtype=torch.bool), torch.ones(count, dtype=torch.bool)
+        figures: dict[str, float] = {}
+        for name, no_image, no_text in (
+            ("loss_with_image", never, always),
+            ("loss_without_image", always, always),
+            ("loss_with_image_and_text", never, never),
+            ("loss_with_text", always, never),
+        ):
+            errors = self._errors(batch, randomness, timesteps, no_image, no_text)
+            figures[name] = errors.mean().item()
+        return figures
+
+    def preview(self) -> Image.Image | None:
+        """What `draw` makes, if it was given."""
+        return None if self.draw is None else self.draw()
+
+    def export(self, path: Path) -> None:
+        """Write the adapter as one safetensors file with official keys."""
+        metadata = {"base": self.base.name, "base_fingerprint": self.base.fingerprint()}
+        save_adapter(self.module, path, metadata)
+
+    def close(self) -> None:
+        """Take the adapter off the base."""
+        self._handle.remove()
+
+
+def drops(randomness: Randomness, options: ImagePromptOptions) -> tuple[Tensor, Tensor]:
+    """Which samples lose their image, and which their text: two masks (batch,).
+
+    One draw decides between the three cases, so their shares add up as they do in the paper.
+    """
+    draw = randomness.uniform("drop")
+    only_image = draw < options.drop_image
+    only_text = (draw >= options.drop_image) & (draw < options.drop_image + options.drop_text)
+    share = options.drop_image + options.drop_text + options.drop_both
+    both = (draw >= options.drop_image + options.drop_text) & (draw < share)
+    return only_image | both, only_text | both
+
+
+def replace_rows(values: Tensor, replacement: Tensor, where: Tensor) -> Tensor:
+    """`values` (batch, …) with the rows that `where` (batch,) marks replaced by `replacement` (1, …)."""
+    marked = where.reshape(-1, *[1] * (values.ndim - 1))
+    return torch.where(marked, replacement.to(values), values)
+
+
+def sample_latents(batch: dict[str, Tensor], randomness: Randomness, base: Base) -> Tensor:
+    """Latents drawn from the cached posterior, in the denoiser's scale."""
+    mean = batch["latent_mean"].float()
+    deviation = (0.5 * batch["latent_logvar"].float()).exp()
+    noise = randomness.normal("posterior", tuple(mean.shape[1:]))
+    latents = (mean + deviation * noise) * float(base.vae.config.scaling_factor)
+    return latents.to(base.device)

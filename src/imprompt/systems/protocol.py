@@ -1,0 +1,41 @@
+"""What the training loop asks of a system: the line between *what* is learned and *how* it is run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+from PIL import Image
+from torch import Tensor, nn
+
+from imprompt.core.randomness import Randomness
+
+Figures = dict[str, "float | Tensor"]
+
+
+class System(Protocol):
+    """One published method as something to train.
+
+    Attributes:
+        columns: the cached columns that `loss` and `validate` read.
+        module: all of its parameters that require gradients train, and nothing else does.
+    """
+
+    columns: tuple[str, ...]
+    module: nn.Module
+
+    def loss(self, batch: dict[str, Tensor], randomness: Randomness) -> tuple[Tensor, Figures]:
+        """The scalar to minimise, and further figures to log."""
+        ...
+
+    def validate(self, batch: dict[str, Tensor], randomness: Randomness) -> dict[str, float]:
+        """Figures on held-out rows; the randomness is the same at every call of a run."""
+        ...
+
+    def preview(self) -> Image.Image | None:
+        """A picture of what has been learned, drawn with fixed seeds; None where there is none."""
+        ...
+
+    def export(self, path: Path) -> None:
+        """Write what users load, to a path that the loop gives."""
+        ...
