@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as functional
@@ -82,7 +83,15 @@ def build(options: ImagePromptOptions, base: Base, columns: Columns) -> ImagePro
             num_tokens=options.num_tokens or None,
         )
     dropped = torch.zeros(1, encoder.embed_dim) if is_global else encoder.zero_hidden_states()
-    return ImagePromptSystem(base, adapter.to(base.device), dropped, options)
+    handle = adapter.to(base.device).install(base.unet)
+    return ImagePromptSystem(
+        base,
+        adapter,
+        lambda text_states, tokens: (text_states, handle.condition(tokens)),
+        features="image_embeds" if is_global else "hidden_states",
+        dropped_features=dropped,
+        options=options,
+    )
 
 
 def check_same_base(columns: Columns, base: Base) -> None:
@@ -95,29 +104,39 @@ def check_same_base(columns: Columns, base: Base) -> None:
         )
 
 
+# How tokens reach the denoiser: (text states, tokens) → (text states, condition).
+Join = Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Any] | None]]
+
+
 class ImagePromptSystem:
-    """Trains an adapter on cached moments of latents, image features and token ids."""
+    """Trains a module that turns image features into tokens, on cached columns."""
 
     def __init__(
         self,
         base: Base,
-        adapter: ImagePromptAdapter,
+        module: torch.nn.Module,
+        join: Join,
+        *,
+        features: str,
         dropped_features: Tensor,
         options: ImagePromptOptions,
-        draw: Callable[[], Image.Image] | None = None,
     ) -> None:
-        """`dropped_features` (1, …) stand for no image; `draw` makes the picture of a preview."""
+        """`module.tokens(features)` makes tokens, `join` brings them to the denoiser.
+
+        `features` is the column that is read; `dropped_features` (1, …) stand for no image.
+        """
         self.base = base
-        self.module = adapter
+        self.module = module
         self.options = options
-        self.draw = draw
-        self.features = "image_embeds" if adapter.variant == "base" else "hidden_states"
-        self.columns = ("latent_mean", "latent_logvar", self.features, "text_ids")
+        self.columns = ("latent_mean", "latent_logvar", features, "text_ids")
+        self.draw: Callable[[], Image.Image] | None = None
+        """Makes the picture of a preview; set by whoever can generate."""
+        self._join = join
+        self._features = features
         self._dropped_features = dropped_features.float()
         self._empty_ids = base.tokenize([""])
         self._alphas = alphas_cumprod_of(base.scheduler.config)
         self._prediction = str(base.scheduler.config["prediction_type"])
-        self._handle = adapter.install(base.unet)
 
     def loss(
         self, batch: dict[str, Tensor], randomness: Randomness
@@ -143,19 +162,15 @@ class ImagePromptSystem:
         latents = sample_latents(batch, randomness, self.base)
         noise = randomness.normal("noise", tuple(latents.shape[1:])).to(latents)
         alphas = self._alphas[timesteps].to(latents.device)
-        features = replace_rows(batch[self.features].float(), self._dropped_features, no_image)
+        features = replace_rows(batch[self._features].float(), self._dropped_features, no_image)
         tokens = self.module.tokens(features.to(latents.device))
         text_states = self.base.encode_text(replace_rows(batch["text_ids"], self._empty_ids, no_text))
         noisy = add_noise(latents, noise, alphas).contiguous(memory_format=torch.channels_last)
-        prediction = self._denoise(noisy, timesteps.to(latents.device), text_states, tokens)
+        text_states, condition = self._join(text_states, tokens)
+        prediction = self.base.denoise(noisy, timesteps.to(noisy.device), text_states, condition)
         target = prediction_target(self._prediction, latents, noise, alphas)
         errors = functional.mse_loss(prediction.float(), target.float(), reduction="none")
         return errors.mean(dim=(1, 2, 3))
-
-    def _denoise(
-        self, noisy: Tensor, timesteps: Tensor, text_states: Tensor, tokens: Tensor
-    ) -> Tensor:
-        return self.base.denoise(noisy, timesteps, text_states, self._handle.condition(tokens))
 
     @torch.no_grad()
     def validate(self, batch: dict[str, Tensor], randomness: Randomness) -> dict[str, float]:
@@ -185,11 +200,7 @@ class ImagePromptSystem:
     def export(self, path: Path) -> None:
         """Write the adapter as one safetensors file with official keys."""
         metadata = {"base": self.base.name, "base_fingerprint": self.base.fingerprint()}
-        save_adapter(self.module, path, metadata)
-
-    def close(self) -> None:
-        """Take the adapter off the base."""
-        self._handle.remove()
+        save_adapter(cast(ImagePromptAdapter, self.module), path, metadata)
 
 
 def drops(randomness: Randomness, options: ImagePromptOptions) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,34 @@
+"""Progress with the time left, on standard error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+
+class Progress:
+    """A bar to report to."""
+
+    def __init__(self, bar: tqdm[None]) -> None:
+        self._bar = bar
+
+    def update(self, count: int) -> None:
+        """`count` more units are done."""
+        self._bar.update(count)
+
+    def set(self, **figures: float | str) -> None:
+        """Show figures beside the bar."""
+        shown = {n: f"{v:.4g}" if isinstance(v, float) else v for n, v in figures.items()}
+        self._bar.set_postfix(shown, refresh=False)
+
+
+@contextmanager
+def progress(total: int, description: str, unit: str = "it") -> Iterator[Progress]:
+    """A bar over `total` units for as long as the block runs.
+
+    On a terminal it redraws itself; in a log it writes a line now and then.
+    """
+    with tqdm(total=total, desc=description, unit=unit, mininterval=0.2, dynamic_ncols=True) as bar:
+        yield Progress(bar)

@@ -1,0 +1,77 @@
+"""The paper's ablation: image tokens beside the text tokens, read by one frozen cross-attention.
+
+Here an image can only say what the text's own keys and values read. To compare like with like, the
+projection is a perceptron widened until as many parameters train as in the decoupled adapter.
+
+Source: Ye et al. (2308.06721), section 3.2.2 (why cross-attention is decoupled) and section 4.4.2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from imprompt.adapters import create_adapter
+from imprompt.bases import Base
+from imprompt.core.errors import ImpromptError
+from imprompt.data.dataset import Columns
+from imprompt.systems.image_prompt import ImagePromptOptions, ImagePromptSystem, check_same_base
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConcatenationOptions(ImagePromptOptions):
+    """As for image prompts; `variant` is always base."""
+
+
+class ConcatenatedTokens(nn.Module):
+    """image_embeds (batch, dim) to tokens (batch, tokens, width) through one hidden layer."""
+
+    def __init__(self, embed_dim: int, hidden_dim: int, width: int, num_tokens: int) -> None:
+        super().__init__()
+        self.num_tokens = num_tokens
+        self.layers = nn.Sequential(
+            nn.Linear(embed_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, num_tokens * width)
+        )
+        self.norm = nn.LayerNorm(width)
+
+    def tokens(
+        self, image_embeds: Float[Tensor, "batch dim"]
+    ) -> Float[Tensor, "batch tokens width"]:
+        return self.norm(self.layers(image_embeds).unflatten(1, (self.num_tokens, -1)))
+
+
+def build(options: ConcatenationOptions, base: Base, columns: Columns) -> ImagePromptSystem:
+    """The system for prepared data of the base variant.
+
+    Raises:
+        ImpromptError: data of another base, or a base without image encoder.
+    """
+    check_same_base(columns, base)
+    if base.image_encoder is None:
+        raise ImpromptError(f"{base.name} has no image encoder, which image prompts need.")
+    embed_dim = base.image_encoder.embed_dim
+    num_tokens = options.num_tokens or 4
+    decoupled = create_adapter(base.unet, feature_dim=embed_dim, num_tokens=num_tokens)
+    budget = sum(parameter.numel() for parameter in decoupled.parameters())
+    width = decoupled.cross_attention_dim
+    module = ConcatenatedTokens(
+        embed_dim, hidden_dim_for(budget, embed_dim, width, num_tokens), width, num_tokens
+    )
+    return ImagePromptSystem(
+        base,
+        module.to(base.device),
+        lambda text_states, tokens: (torch.cat([text_states, tokens.to(text_states)], 1), None),
+        features="image_embeds",
+        dropped_features=torch.zeros(1, embed_dim),
+        options=options,
+    )
+
+
+def hidden_dim_for(budget: int, embed_dim: int, width: int, num_tokens: int) -> int:
+    """The hidden width at which `ConcatenatedTokens` has about `budget` parameters."""
+    fixed = num_tokens * width + 2 * width
+    per_hidden = embed_dim + 1 + num_tokens * width
+    return max(1, round((budget - fixed) / per_hidden))
