@@ -98,8 +98,7 @@ def latents_to_images(
         batch_size = default_batch_size(base, latents.shape[-2], latents.shape[-1])
     images: list[Image.Image] = []
     for chunk in latents.split(batch_size):
-        pixels = base.decode_image(chunk).to(device="cpu", dtype=torch.float32)
-        images += pixels_to_images(pixels.clamp(-1, 1))
+        images += pixels_to_images(base.decode_image(chunk))
     return images
 
 

@@ -79,7 +79,11 @@ def sample_latents(
     batches: list[Tensor] = []
     num_batches = -(-num_images // batch_size)
     description = "generate" if num_images == 1 else f"generate {num_images} images"
-    bar = progress(num_batches * num_steps, description) if show_progress else nullcontext()
+    bar = (
+        progress(num_batches * num_steps, description, unit="step")
+        if show_progress
+        else nullcontext()
+    )
     with bar as shown:
         for start in range(0, num_images, batch_size):
             rows = slice(start, min(start + batch_size, num_images))

@@ -217,7 +217,7 @@ def test_images_may_be_files_and_pixels(
     base: Base, base_adapter: ImagePromptAdapter, pictures: list[Image.Image], tmp_path: Path
 ) -> None:
     pictures[0].save(tmp_path / "picture.png")
-    pixels = torch.from_numpy(numpy.asarray(pictures[0])).permute(2, 0, 1) / 127.5 - 1
+    pixels = torch.from_numpy(numpy.array(pictures[0])).permute(2, 0, 1) / 127.5 - 1
     images = (pictures[0], tmp_path / "picture.png", str(tmp_path / "picture.png"), pixels)
     drawn = [draw(base, "", ImagePrompt(image, adapter=base_adapter)) for image in images]
     assert all(difference(other, drawn[0]) <= 1 for other in drawn[1:])
