@@ -1,0 +1,1 @@
+"""How diffusion models are trained and sampled: objectives, guidance, samplers."""
