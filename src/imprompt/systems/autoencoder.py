@@ -7,6 +7,7 @@ trained elsewhere; in their place stand terms for edges and for coarse colour.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,8 +16,11 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 
+from imprompt.bases import Base
 from imprompt.core.images import image_grid, pixels_to_images
 from imprompt.core.randomness import Randomness
+from imprompt.data.dataset import Columns
+from imprompt.systems.protocol import starts_from_base
 
 
 def create_autoencoder() -> AutoencoderKL:
@@ -46,18 +50,33 @@ def create_autoencoder() -> AutoencoderKL:
     return autoencoder
 
 
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderOptions:
+    """What is trained."""
+
+    start: str = "new"
+    """`new` for random weights, `base` to go on with the base's autoencoder."""
+    kl_weight: float = 3e-4
+    """Weight of the pull towards a standard normal."""
+
+
+def build(options: AutoencoderOptions, base: Base, columns: Columns) -> AutoencoderSystem:
+    """The system for a column of pixels."""
+    module = base.vae.requires_grad_(True) if starts_from_base(options.start) else create_autoencoder()
+    return AutoencoderSystem(module.to(memory_format=torch.channels_last), options.kl_weight)
+
+
 class AutoencoderSystem:
     """Trains an `AutoencoderKL` on the column `pixels` (uint8, (rows, 3, size, size))."""
 
     columns = ("pixels",)
 
-    def __init__(self, module: AutoencoderKL, kl_weight: float = 3e-4, compile: bool = False):
+    def __init__(self, module: AutoencoderKL, kl_weight: float = 3e-4) -> None:
         self.module = module
         self.kl_weight = kl_weight
-        self._reconstruct = torch.compile(self._reconstruct_once) if compile else self._reconstruct_once
         self._preview_pixels: Tensor | None = None
 
-    def _reconstruct_once(self, pixels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _reconstruct(self, pixels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         moments = self.module.quant_conv(self.module.encoder(pixels))
         mean, log_variance = moments.chunk(2, dim=1)
         log_variance = log_variance.clamp(-20.0, 5.0)

@@ -5,6 +5,7 @@ It learns on renders and must work on generated pictures, so training blurs, shi
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,7 +14,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from imprompt.bases import Base
 from imprompt.core.randomness import Randomness
+from imprompt.data.dataset import Columns
 from imprompt.diorama.vocabulary import COLOURS, KINDS, SETTINGS, STYLES
 
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
@@ -54,6 +57,19 @@ class Judge(nn.Module):
         maps = self.features(pixels)
         pooled = torch.cat([maps.mean(dim=(2, 3)), maps.amax(dim=(2, 3))], 1)
         return {name: head(pooled) for name, head in self.heads.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierOptions:
+    """What is trained."""
+
+    width: int = 32
+    """Channels of the first layer."""
+
+
+def build(options: ClassifierOptions, base: Base, columns: Columns) -> ClassifierSystem:
+    """The system for columns of pixels and labels; the base has no part in it."""
+    return ClassifierSystem(Judge(options.width).to(memory_format=torch.channels_last))
 
 
 class ClassifierSystem:

@@ -6,7 +6,9 @@ pairs in a batch, with a learned temperature clipped at 100.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,7 +24,10 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from imprompt.bases import Base
 from imprompt.core.randomness import Randomness
+from imprompt.data.dataset import Columns
+from imprompt.systems.protocol import starts_from_base
 
 MAX_TOKENS = 32
 
@@ -50,8 +55,6 @@ def train_tokenizer(captions: Iterable[str], vocabulary_size: int = 1024) -> CLI
 
 
 def _merges_of(tokenizer: Tokenizer) -> list[list[str]]:
-    import json
-
     merges = json.loads(tokenizer.to_str())["model"]["merges"]
     return [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
 
@@ -110,6 +113,29 @@ class _TwoTowers(nn.Module):
         self.text = text
         self.vision = vision
         self.log_temperature = nn.Parameter(torch.tensor(2.66))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContrastiveOptions:
+    """What is trained."""
+
+    start: str = "new"
+    """`new` for random weights, `base` to go on with the base's encoders."""
+    lock_text: bool = False
+    """Train the image encoder alone, so that a denoiser trained on the text encoder stays right
+    (locked tuning, Zhai et al., 2111.07991, with the roles exchanged)."""
+
+
+def build(options: ContrastiveOptions, base: Base, columns: Columns) -> ContrastiveSystem:
+    """The system for columns of pixels and token ids."""
+    text, vision = create_encoders(base.tokenizer)
+    if starts_from_base(options.start):
+        assert base.image_encoder is not None
+        text.load_state_dict(base.text_encoder.state_dict(), strict=False)
+        vision.load_state_dict(base.image_encoder.model.state_dict())
+    system = ContrastiveSystem(text, vision)
+    system.module.text.requires_grad_(not options.lock_text)
+    return system
 
 
 class ContrastiveSystem:

@@ -8,6 +8,7 @@ from typing import Protocol
 from PIL import Image
 from torch import Tensor, nn
 
+from imprompt.core.errors import ImpromptError
 from imprompt.core.randomness import Randomness
 
 Figures = dict[str, "float | Tensor"]
@@ -39,3 +40,14 @@ class System(Protocol):
     def export(self, path: Path) -> None:
         """Write what users load, to a path that the loop gives."""
         ...
+
+
+def starts_from_base(start: str) -> bool:
+    """Whether the option `start` asks for the base's weights rather than new ones.
+
+    Raises:
+        ImpromptError: it says neither.
+    """
+    if start not in ("new", "base"):
+        raise ImpromptError(f"start is {start!r}; use new (random weights) or base (go on with them).")
+    return start == "base"

@@ -6,6 +6,7 @@ captions are dropped for classifier-free guidance (Ho & Salimans, 2207.12598).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,8 +15,11 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor
 
+from imprompt.bases import Base
 from imprompt.core.randomness import Randomness
+from imprompt.data.dataset import Columns
 from imprompt.diffusion.objectives import add_noise, alphas_cumprod_of, prediction_target
+from imprompt.systems.protocol import starts_from_base
 
 _GOLDEN_RATIO = 0.6180339887498949
 
@@ -57,6 +61,31 @@ def create_scheduler() -> DDIMScheduler:
         timestep_spacing="trailing",
         clip_sample=False,
         set_alpha_to_one=True,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextToImageOptions:
+    """What is trained."""
+
+    start: str = "new"
+    """`new` for a UNet of random weights, `base` to go on with the base's."""
+    drop_caption: float = 0.1
+    """Share of samples that see no caption, for classifier-free guidance."""
+
+
+def build(options: TextToImageOptions, base: Base, columns: Columns) -> TextToImageSystem:
+    """The system for columns of latents and token ids, encoded by the base."""
+    if starts_from_base(options.start):
+        unet = base.unet.requires_grad_(True)
+    else:
+        unet = create_unet(base.vae.config.latent_channels, base.text_encoder.config.hidden_size)
+    return TextToImageSystem(
+        unet.to(memory_format=torch.channels_last),
+        base.text_encoder,
+        base.tokenize([""])[0],
+        base.scheduler if starts_from_base(options.start) else create_scheduler(),
+        options.drop_caption,
     )
 
 

@@ -1,0 +1,105 @@
+"""From a system's name, a preset and settings to a finished run: what `imprompt train` does."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from pathlib import Path
+from typing import Any
+
+from imprompt.bases import Base, load_base
+from imprompt.core.config import build, read_toml, to_toml, with_settings
+from imprompt.core.errors import ImpromptError
+from imprompt.data.dataset import Columns
+from imprompt.systems.protocol import System
+from imprompt.training.config import TrainConfig
+from imprompt.training.loop import train
+
+# Each module has `build(options, base, columns)`; the class of its options stands beside it.
+SYSTEMS: dict[str, tuple[str, str]] = {
+    "image-prompt": ("imprompt.systems.image_prompt", "ImagePromptOptions"),
+    "concatenation": ("imprompt.systems.concatenation", "ConcatenationOptions"),
+    "text-to-image": ("imprompt.systems.text_to_image", "TextToImageOptions"),
+    "autoencoder": ("imprompt.systems.autoencoder", "AutoencoderOptions"),
+    "contrastive": ("imprompt.systems.contrastive", "ContrastiveOptions"),
+    "classifier": ("imprompt.systems.classifier", "ClassifierOptions"),
+}
+PRESETS = Path(__file__).parent.parent / "presets"
+EXPORT_NAMES = {
+    "image-prompt": "adapter.safetensors",
+    "concatenation": "tokens.safetensors",
+    "classifier": "judge.safetensors",
+}
+
+
+def preset_path(name: str) -> Path:
+    """A preset by name (those that come with the package) or by file.
+
+    Raises:
+        ImpromptError: there is none; the message lists what there is.
+    """
+    own = PRESETS / f"{name}.toml"
+    if own.is_file():
+        return own
+    if Path(name).is_file():
+        return Path(name)
+    known = ", ".join(sorted(path.stem for path in PRESETS.glob("*.toml")))
+    raise ImpromptError(f"There is no preset {name!r}; give a TOML file or one of: {known}.")
+
+
+def prepare_run(
+    system_name: str, base: Base, columns: Columns, preset: str | None, settings: list[str]
+) -> tuple[System, TrainConfig, dict[str, Any]]:
+    """The system to train, how to train it, and the resolved settings of both.
+
+    Raises:
+        ImpromptError: no such system or preset, or a setting that does not exist.
+    """
+    if system_name not in SYSTEMS:
+        raise ImpromptError(f"There is no system {system_name!r}; choose one of: {', '.join(SYSTEMS)}.")
+    module_name, options_name = SYSTEMS[system_name]
+    module = importlib.import_module(module_name)
+    tables = read_toml(preset_path(preset)) if preset else {}
+    tables = with_settings(tables, settings)
+    unknown = set(tables) - {"train", "system"}
+    if unknown:
+        raise ImpromptError(
+            f"There is no group of settings {sorted(unknown)[0]!r}; settings begin with train. or system."
+        )
+    config = build(TrainConfig, tables.get("train", {}), "train.")
+    options = build(getattr(module, options_name), tables.get("system", {}), "system.")
+    resolved = {"system": dataclasses.asdict(options), "train": dataclasses.asdict(config)}
+    return module.build(options, base, columns), config, resolved
+
+
+def run_training(
+    system_name: str,
+    *,
+    data: Path,
+    base: str | Base,
+    output: Path,
+    preset: str | None = None,
+    settings: list[str] | None = None,
+) -> Path:
+    """Train a system on prepared data; the same call goes on where the last one stopped.
+
+    Returns:
+        The exported file or folder.
+
+    Raises:
+        ImpromptError: whatever of this does not fit together.
+        Interrupted: stopped by a signal, after saving.
+    """
+    columns = Columns.open(data)
+    loaded = load_base(base) if isinstance(base, str) else base
+    system, config, resolved = prepare_run(system_name, loaded, columns, preset, settings or [])
+    export = train(
+        system,
+        columns,
+        config,
+        output,
+        identity={"system": {"name": system_name, **resolved["system"]}},
+        export_name=EXPORT_NAMES.get(system_name, "export"),
+    )
+    (output / "config.toml").write_text(to_toml(resolved), encoding="utf-8")
+    return export
