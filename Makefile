@@ -1,0 +1,42 @@
+# Every target sets up its own environment with plain pip; repeated, it starts at once.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: quickstart test check format help
+
+help:
+	@echo "make quickstart   train and use an image-prompt adapter here, and open report.html"
+	@echo "make test         run the tests"
+	@echo "make check        style, types, import directions"
+	@echo "make format       put the code in its style"
+
+quickstart: .venv/installed
+	$(BIN)/imprompt quickstart
+
+test: .venv/installed-test
+	$(BIN)/python -m pytest -q
+
+check: .venv/installed-dev
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/lint-imports
+	$(BIN)/pyright
+
+format: .venv/installed-dev
+	$(BIN)/ruff check --fix src tests benchmarks
+	$(BIN)/ruff format src tests benchmarks
+
+# torch first and pinned: a looser requirement may bring several gigabytes of CUDA along.
+.venv/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet torch==2.13.0 -c constraints.txt
+	$(BIN)/python -m pip install --quiet -e . -c constraints.txt
+	touch $@
+
+.venv/installed-test: .venv/installed
+	$(BIN)/python -m pip install --quiet -e ".[test]" -c constraints.txt
+	touch $@
+
+.venv/installed-dev: .venv/installed-test
+	$(BIN)/python -m pip install --quiet -e ".[dev]" -c constraints.txt
+	touch $@

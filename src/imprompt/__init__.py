@@ -1,0 +1,46 @@
+"""Imprompt: image prompts for text-to-image diffusion models.
+
+base    = imprompt.load_base("diorama")
+adapter = imprompt.load_adapter("diorama-ip-adapter.safetensors")
+images  = imprompt.generate(base, image_prompts=[imprompt.ImagePrompt("photo.png", adapter=adapter)])
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from imprompt.adapters import ImagePromptAdapter, create_adapter
+    from imprompt.bases import load_base
+    from imprompt.checkpoints import load_adapter, save_adapter
+    from imprompt.core.errors import ImpromptError
+    from imprompt.generation import ImagePrompt, generate
+
+__version__ = "0.1.0"
+__all__ = [
+    "ImagePrompt",
+    "ImagePromptAdapter",
+    "ImpromptError",
+    "create_adapter",
+    "generate",
+    "load_adapter",
+    "load_base",
+    "save_adapter",
+]
+
+_HOMES = {
+    "ImagePrompt": "imprompt.generation",
+    "ImagePromptAdapter": "imprompt.adapters",
+    "ImpromptError": "imprompt.core.errors",
+    "create_adapter": "imprompt.adapters",
+    "generate": "imprompt.generation",
+    "load_adapter": "imprompt.checkpoints",
+    "load_base": "imprompt.bases",
+    "save_adapter": "imprompt.checkpoints",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when first used, so that the command line answers at once.
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'imprompt' has no attribute {name!r}")
