@@ -11,7 +11,9 @@ memory but what was asked for.
 
 from __future__ import annotations
 
+import errno
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,10 +51,11 @@ class Columns:
             arrays = {name: np.load(path / f"{name}.npy", mmap_mode="r") for name in meta["columns"]}
         except (OSError, ValueError, KeyError) as error:
             raise ImpromptError(f"The prepared data in {path} is damaged: {error}. Prepare it again.") from error
-        short = [name for name, array in arrays.items() if len(array) != meta["count"]]
-        if short:
-            raise ImpromptError(f"In {path}, the column {short[0]!r} has not {meta['count']} rows. Prepare it again.")
-        return cls(path, meta, arrays)
+        count = int(meta["count"])
+        if short := [name for name, array in arrays.items() if len(array) < count]:
+            raise ImpromptError(f"In {path}, the column {short[0]} has not {count} rows. Prepare it again.")
+        # A column has room for every pair of the source; those that could not be used leave a tail.
+        return cls(path, meta, {name: array[:count] for name, array in arrays.items()})
 
     def __len__(self) -> int:
         return int(self.meta["count"])
@@ -86,50 +89,58 @@ class Columns:
 
 
 class ColumnsWriter:
-    """Writes the columns of a known number of rows, batch by batch; a killed writer goes on where it was.
+    """Writes columns batch by batch into files with room for `capacity` rows.
 
-    The shape of a column is learned from its first batch. `meta.json` is written last, so a folder
-    without it is unfinished.
+    The shape of a column is learned from its first batch. What is there already is kept, so a killed
+    writer goes on where it was; `meta.json` is written last, and a folder without it is unfinished.
     """
 
-    def __init__(self, path: Path, count: int) -> None:
+    def __init__(self, path: Path, capacity: int) -> None:
         self.path = path
-        self.count = count
-        path.mkdir(parents=True, exist_ok=True)
+        self.capacity = capacity
         self._arrays: dict[str, np.memmap] = {}
 
     def write(self, start: int, columns: Mapping[str, Tensor]) -> None:
-        """Store rows start, start + 1, … of each column."""
+        """Store rows start, start + 1, … of each column.
+
+        Raises:
+            ImpromptError: the disk has no room for a column, or cannot be written to.
+        """
         for name, values in columns.items():
-            array = self._arrays.get(name)
-            if array is None:
-                array = self._arrays[name] = self._open(name, values)
-            array[start : start + len(values)] = values.numpy()
+            if name not in self._arrays:
+                self._arrays[name] = self._open(name, values)
+            self._arrays[name][start : start + len(values)] = values.numpy()
 
     def _open(self, name: str, values: Tensor) -> np.memmap:
         file = self.path / f"{name}.npy"
-        shape, dtype = (self.count, *values.shape[1:]), values.numpy().dtype
+        shape, dtype = (self.capacity, *values.shape[1:]), values.numpy().dtype
+        needed, free = int(np.prod(shape)) * dtype.itemsize, shutil.disk_usage(self.path).free
         try:
             if file.exists():
                 existing = np.lib.format.open_memmap(file, mode="r+")
                 if existing.shape == shape and existing.dtype == dtype:
                     return existing
+            if needed > free:
+                raise OSError(errno.ENOSPC, f"only {free / 1e6:.0f} MB are free")
             return np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=shape)
         except OSError as error:
-            needed = int(np.prod(shape)) * dtype.itemsize
-            raise ImpromptError(f"Cannot write {file} ({needed / 1e6:.0f} MB): {error.strerror}.") from error
+            raise ImpromptError(
+                f"Cannot write {file}, which needs {needed / 1e6:.0f} MB: {error.strerror}."
+            ) from error
 
     def flush(self) -> None:
         """Hand everything written so far to the disk."""
         for array in self._arrays.values():
             array.flush()
 
-    def finish(self, captions: Sequence[str], meta: Mapping[str, Any]) -> None:
-        """Write captions and, at the very end, the description that makes the folder whole."""
+    def finish(self, count: int, meta: Mapping[str, Any]) -> None:
+        """Write the description that makes the folder whole, of its first `count` rows."""
         self.flush()
-        lines = "".join(json.dumps(caption, ensure_ascii=False) + "\n" for caption in captions)
-        (self.path / "captions.jsonl").write_text(lines, encoding="utf-8")
-        description = {**meta, "count": self.count, "columns": sorted(self._arrays)}
-        beside = self.path / "meta.json.writing"
-        beside.write_text(json.dumps(description, indent=2, ensure_ascii=False), encoding="utf-8")
-        beside.replace(self.path / "meta.json")
+        write_json(self.path / "meta.json", {**meta, "count": count, "columns": sorted(self._arrays)})
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a small file so that it is there whole or not at all."""
+    beside = path.with_name(f"{path.name}.writing")
+    beside.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
+    beside.replace(path)

@@ -139,12 +139,12 @@ def build(options: ContrastiveOptions, base: Base, columns: Columns) -> Contrast
 
 
 class ContrastiveSystem:
-    """Trains both towers on `pixels` (uint8) and `text_ids` (rows, phrasings, tokens), one phrasing a time.
+    """Trains both towers on `pixels` (uint8) and `phrasing_ids` (rows, phrasings, tokens), one phrasing a time.
 
     `pixel_mean` and `pixel_std` are the vision tower's normalisation of pixels in [0, 1].
     """
 
-    columns = ("pixels", "text_ids")
+    columns = ("pixels", "phrasing_ids")
     pixel_mean = (0.48145466, 0.4578275, 0.40821073)
     pixel_std = (0.26862954, 0.26130258, 0.27577711)
 
@@ -163,8 +163,8 @@ class ContrastiveSystem:
     def loss(
         self, batch: dict[str, Tensor], randomness: Randomness
     ) -> tuple[Tensor, dict[str, float | Tensor]]:
-        phrasing = randomness.integers("phrasing", batch["text_ids"].shape[1])
-        text_ids = batch["text_ids"][torch.arange(len(phrasing)), phrasing]
+        phrasing = randomness.integers("phrasing", batch["phrasing_ids"].shape[1])
+        text_ids = batch["phrasing_ids"][torch.arange(len(phrasing)), phrasing]
         logits = self._similarities(batch["pixels"], text_ids)
         # Two images may have the very same caption: both are then right.
         same = (text_ids[:, None] == text_ids[None]).all(2).float()

@@ -90,13 +90,13 @@ def build(options: TextToImageOptions, base: Base, columns: Columns) -> TextToIm
 
 
 class TextToImageSystem:
-    """Trains a UNet on `latents` (rows, channels, h, w; unit variance) and `text_ids` (rows, phrasings, tokens).
+    """Trains a UNet on `latents` (rows, channels, h, w; unit variance) and `phrasing_ids` (rows, phrasings, tokens).
 
     `text_states` turns ids (batch, tokens) into the frozen text encoder's states; `empty_ids` (tokens,)
     stand for a dropped caption.
     """
 
-    columns = ("latents", "text_ids")
+    columns = ("latents", "phrasing_ids")
 
     def __init__(
         self,
@@ -117,8 +117,8 @@ class TextToImageSystem:
         self, batch: dict[str, Tensor], randomness: Randomness
     ) -> tuple[Tensor, dict[str, float | Tensor]]:
         latents = batch["latents"].float()
-        phrasing = randomness.integers("phrasing", batch["text_ids"].shape[1])
-        text_ids = batch["text_ids"][torch.arange(len(phrasing)), phrasing]
+        phrasing = randomness.integers("phrasing", batch["phrasing_ids"].shape[1])
+        text_ids = batch["phrasing_ids"][torch.arange(len(phrasing)), phrasing]
         dropped = randomness.uniform("drop caption") < self.drop_caption
         text_ids = torch.where(dropped[:, None], self.empty_ids, text_ids)
         timesteps = (randomness.uniform("timestep") * len(self._alphas)).long()
@@ -139,7 +139,7 @@ class TextToImageSystem:
     @torch.no_grad()
     def validate(self, batch: dict[str, Tensor], randomness: Randomness) -> dict[str, float]:
         """The loss at evenly spread timesteps on fixed noise, with the caption and without."""
-        latents, text_ids = batch["latents"].float(), batch["text_ids"][:, 0]
+        latents, text_ids = batch["latents"].float(), batch["phrasing_ids"][:, 0]
         position = (torch.arange(len(latents)) + 0.5) * _GOLDEN_RATIO % 1.0
         timesteps = (position * len(self._alphas)).long()
         noise = randomness.normal("noise", tuple(latents.shape[1:]))

@@ -1,0 +1,55 @@
+"""`imprompt diorama`: a contact sheet of the embedded world."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from imprompt.cli.verb import add_verb, new_file
+
+FILTERS = ("kind", "colour", "style", "setting", "placement", "size", "camera")
+
+
+def add_parser(verbs: Any) -> None:
+    parser = add_verb(
+        verbs,
+        "diorama",
+        run,
+        about="draw scenes of the embedded world",
+        examples="  imprompt diorama --grid scenes.png\n"
+        '  imprompt diorama --grid houses.png --kind house --style "line art" --size-px 128',
+    )
+    parser.add_argument("--grid", type=Path, required=True, metavar="FILE", help="the sheet to write")
+    parser.add_argument("--count", type=int, default=48, help="how many scenes (default: 48)")
+    parser.add_argument("--columns", type=int, default=12, help="scenes per row (default: 12)")
+    parser.add_argument("--seed", type=int, default=0, help="the first scene's seed")
+    parser.add_argument("--size-px", type=int, default=64, help="side of a scene (default: 64)")
+    parser.add_argument("--captions", action="store_true", help="print each scene's caption")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    for name in FILTERS:
+        parser.add_argument(f"--{name}", help=f"only scenes of this {name}")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from imprompt.core.errors import ImpromptError
+    from imprompt.core.images import image_grid, pixels_to_images
+    from imprompt.core.progress import progress
+    from imprompt.diorama import caption, render, sample_scene
+
+    if arguments.count < 1:
+        raise ImpromptError(f"--count is {arguments.count}, but must be at least 1.")
+    output = new_file(arguments.grid, overwrite=arguments.overwrite)
+    fixed = {n: getattr(arguments, n) for n in FILTERS if getattr(arguments, n) is not None}
+    scenes = [sample_scene(arguments.seed + i, **fixed) for i in range(arguments.count)]
+    images = []
+    with progress(len(scenes), "drawing", unit="scene") as bar:
+        for start in range(0, len(scenes), 24):
+            part = scenes[start : start + 24]
+            images += pixels_to_images(render(part, arguments.size_px).pixels)
+            bar.update(len(part))
+    image_grid(images, min(arguments.columns, len(images))).save(output)
+    if arguments.captions:
+        for scene in scenes:
+            print(f"{scene.seed}\t{caption(scene)}")
+    print(f"{len(images)} scenes in {output}")

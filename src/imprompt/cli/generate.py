@@ -1,0 +1,106 @@
+"""`imprompt generate`: images from a text, from images, or from both."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from imprompt.cli.verb import add_verb, new_file
+
+
+def add_parser(verbs: Any) -> None:
+    parser = add_verb(
+        verbs,
+        "generate",
+        run,
+        about="make images from a text, from images, or from both",
+        examples='  imprompt generate "a red house in the snow, as a cartoon"\n'
+        "  imprompt generate --image photo.png --num-images 4\n"
+        '  imprompt generate "a boat" --image photo.png --scale 0.6 --output boats.png\n'
+        "  imprompt generate --image photo.png --sweep 0 0.25 0.5 0.75 1",
+    )
+    parser.add_argument("prompt", nargs="?", default="", help="the text; empty: the images decide")
+    parser.add_argument(
+        "--image", type=Path, action="append", default=[], help="an image prompt; may be repeated"
+    )
+    parser.add_argument(
+        "--adapter", type=Path, help="adapter file (default: the one that comes with the base)"
+    )
+    parser.add_argument("--base", default="diorama", help="diorama, a folder, a file or a hub id")
+    parser.add_argument(
+        "--image-encoder", help="folder or hub id of a CLIP vision model (default: the base's own)"
+    )
+    parser.add_argument("--scale", type=float, default=1.0, help="λ, weight of the images (1.0)")
+    parser.add_argument(
+        "--sweep", type=float, nargs="+", metavar="λ", help="a row for each of these weights"
+    )
+    parser.add_argument("--negative-prompt", default="", help="what to get away from")
+    parser.add_argument("--num-images", type=int, default=4, help="how many images (4)")
+    parser.add_argument("--steps", type=int, default=50, help="sampler steps (50)")
+    parser.add_argument("--guidance-scale", type=float, default=7.5, help="guidance (7.5)")
+    parser.add_argument(
+        "--sampler", default="ddim", help="ddim, dpm-solver++, pndm, euler or ddpm (ddim)"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--size-px", type=int, help="side of the images (default: the base's)")
+    parser.add_argument("--output", type=Path, default=Path("images.png"), help="a sheet of all")
+    parser.add_argument("--separate", action="store_true", help="also write each image on its own")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing files")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from imprompt.bases import load_base
+    from imprompt.core.errors import ImpromptError
+    from imprompt.core.images import image_grid, open_image
+    from imprompt.generation import ImagePrompt, generate
+
+    output = new_file(arguments.output, overwrite=arguments.overwrite)
+    if arguments.adapter is not None and not arguments.image:
+        raise ImpromptError("--adapter reads images, but no --image was given.")
+    pictures = [open_image(path) for path in arguments.image]
+    base = load_base(arguments.base)
+    encoder = None
+    if arguments.image_encoder is not None:
+        from imprompt.encoders import load_clip
+
+        encoder = load_clip(arguments.image_encoder)
+    adapter = _adapter(arguments) if pictures else None
+    images = []
+    scales = arguments.sweep or [arguments.scale]
+    for scale in scales:
+        prompts = [] if adapter is None else [
+            ImagePrompt(picture, adapter=adapter, scale=scale) for picture in pictures
+        ]
+        images += generate(
+            base,
+            arguments.prompt,
+            prompts,
+            negative_prompt=arguments.negative_prompt,
+            num_images=arguments.num_images,
+            steps=arguments.steps,
+            guidance_scale=arguments.guidance_scale,
+            sampler=arguments.sampler,
+            seed=arguments.seed,
+            size_px=arguments.size_px,
+            image_encoder=encoder,
+        )
+    columns = arguments.num_images if len(scales) > 1 else min(len(images), 8)
+    image_grid(images, columns).save(output)
+    if arguments.separate:
+        for number, image in enumerate(images):
+            file = output.with_name(f"{output.stem}-{number:03d}{output.suffix}")
+            image.save(new_file(file, overwrite=arguments.overwrite))
+    print(f"{len(images)} images in {output}")
+
+
+def _adapter(arguments: argparse.Namespace) -> Any:
+    from imprompt.checkpoints import load_adapter
+    from imprompt.checkpoints.shipped import shipped_adapter
+    from imprompt.core.errors import ImpromptError
+
+    if arguments.adapter is not None:
+        return load_adapter(arguments.adapter)
+    if arguments.base != "diorama":
+        raise ImpromptError(f"Name the --adapter to read images with on the base {arguments.base}.")
+    return load_adapter(shipped_adapter())

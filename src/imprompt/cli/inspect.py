@@ -1,0 +1,42 @@
+"""`imprompt inspect`: what a checkpoint is."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from imprompt.cli.verb import add_verb
+
+
+def add_parser(verbs: Any) -> None:
+    parser = add_verb(
+        verbs,
+        "inspect",
+        run,
+        about="say what an adapter file is: variant, base, tokens, parameters",
+        examples="  imprompt inspect ip-adapter-plus_sd15.safetensors",
+    )
+    parser.add_argument("file", type=Path, help=".safetensors or .bin")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from imprompt.checkpoints import inspect
+
+    info = inspect(arguments.file)
+    rows = {
+        "file": f"{info.path} ({info.size_bytes / 1e6:.1f} MB)",
+        "layout": info.layout,
+        "variant": info.variant,
+        "base": f"{info.base_family} (text width {info.cross_attention_dim})",
+        "reads": ", ".join(f"{feature.name} {feature.shape}" for feature in info.features),
+        "tokens": info.num_tokens if info.num_tokens is not None else "as many as the encoder gives",
+        "sites": info.num_sites,
+        "parameters": f"{info.num_parameters:,}",
+        "LoRA rank": info.lora_rank or "none",
+        "dtype": str(info.dtype).removeprefix("torch."),
+        **{f"metadata {name}": value for name, value in info.metadata.items()},
+    }
+    width = max(len(name) for name in rows)
+    for name, value in rows.items():
+        print(f"{name:<{width}}  {value}")

@@ -1,0 +1,58 @@
+"""`imprompt`: reads the command line, runs a verb, tells mistakes in one line."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import imprompt
+from imprompt.cli import diorama, evaluate, generate, inspect, prepare, quickstart, train
+from imprompt.core.errors import ImpromptError
+
+VERBS = (quickstart, generate, prepare, train, evaluate, inspect, diorama)
+
+EXAMPLES = """\
+a first look:
+  imprompt quickstart
+a picture from a picture, with what comes with the package:
+  imprompt generate --image photo.png
+your own adapter:
+  imprompt prepare photos/ data/
+  imprompt train image-prompt --data data/ --output runs/first --preset diorama-image-prompt
+  imprompt generate "as line art" --image photo.png --adapter runs/first/adapter.safetensors
+"""
+
+
+def create_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="imprompt",
+        description="Train, judge and run image-prompt adapters for diffusion models.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"imprompt {imprompt.__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for verb in VERBS:
+        verb.add_parser(verbs)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0, 2 for a user's mistake, 130 when interrupted."""
+    parsed = create_parser().parse_args(arguments)
+    try:
+        parsed.run(parsed)
+    except ImpromptError as error:
+        print(f"imprompt: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as interrupt:
+        print(f"imprompt: {interrupt or 'stopped'}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 0
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

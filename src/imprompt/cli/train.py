@@ -1,0 +1,51 @@
+"""`imprompt train`: any system, on prepared data."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from imprompt.cli.verb import add_verb
+
+
+def add_parser(verbs: Any) -> None:
+    parser = add_verb(
+        verbs,
+        "train",
+        run,
+        about="train a system on prepared data; the same command again resumes",
+        examples="  imprompt train image-prompt --data data/ --output runs/first \\\n"
+        "      --preset diorama-image-prompt --set train.steps=2000\n"
+        "  imprompt train image-prompt --data sd15-data/ --base models/sd15 --output runs/sd15 \\\n"
+        "      --preset image-prompt",
+    )
+    parser.add_argument(
+        "system",
+        help="image-prompt, concatenation, text-to-image, autoencoder, contrastive or classifier",
+    )
+    parser.add_argument("--data", type=Path, required=True, help="what `imprompt prepare` made")
+    parser.add_argument("--output", type=Path, required=True, help="folder of this run")
+    parser.add_argument("--base", default="diorama", help="diorama, a folder, a file or a hub id")
+    parser.add_argument("--preset", help="name of a preset, or a TOML file")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="a.b=value",
+        help="change one setting, such as train.steps=500 or system.variant=plus; may be repeated",
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from imprompt.training.run import run_training
+
+    export = run_training(
+        arguments.system,
+        data=arguments.data,
+        base=arguments.base,
+        output=arguments.output,
+        preset=arguments.preset,
+        settings=arguments.set,
+    )
+    print(f"trained: {export}")
