@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as functional
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 
 from imprompt.adapters import ImagePromptAdapter, create_adapter
@@ -198,9 +199,12 @@ class ImagePromptSystem:
         return None if self.draw is None else self.draw()
 
     def export(self, path: Path) -> None:
-        """Write the adapter as one safetensors file with official keys."""
+        """Write what was trained as one safetensors file; an adapter with the official keys."""
         metadata = {"base": self.base.name, "base_fingerprint": self.base.fingerprint()}
-        save_adapter(cast(ImagePromptAdapter, self.module), path, metadata)
+        if isinstance(self.module, ImagePromptAdapter):
+            save_adapter(self.module, path, metadata)
+        else:
+            save_file(self.module.state_dict(), path, metadata)
 
 
 def drops(randomness: Randomness, options: ImagePromptOptions) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,62 @@
+"""`imprompt evaluate`: figures for the judge, the base, or an adapter."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from imprompt.cli.verb import add_verb
+
+
+def add_parser(verbs: Any) -> None:
+    parser = add_verb(
+        verbs,
+        "evaluate",
+        run,
+        about="measure an adapter (or the base, or the judge) on unseen scenes of the embedded world",
+        examples="  imprompt evaluate runs/first/adapter.safetensors\n"
+        "  imprompt evaluate --what base --count 500\n"
+        "  imprompt evaluate --what judge --count 5000\n"
+        "  imprompt evaluate --what ablation --output runs/ablation",
+    )
+    parser.add_argument("adapter", nargs="?", type=Path, help="default: the shipped adapter")
+    parser.add_argument(
+        "--what", default="adapter", choices=("adapter", "base", "judge", "ablation")
+    )
+    parser.add_argument("--base", default="diorama", help="diorama, or a folder")
+    parser.add_argument("--count", type=int, default=96, help="how many images (96)")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--sampler", default="ddim")
+    parser.add_argument("--guidance-scale", type=float, default=7.5)
+    parser.add_argument("--scale", type=float, default=1.0, help="λ for image prompts alone (1.0)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/ablation"), help="folder of the ablation's runs"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    import json
+
+    from imprompt.evaluation.run import evaluate
+
+    figures = evaluate(
+        arguments.what,
+        adapter_file=arguments.adapter,
+        base_name=arguments.base,
+        count=arguments.count,
+        steps=arguments.steps,
+        sampler=arguments.sampler,
+        guidance_scale=arguments.guidance_scale,
+        scale=arguments.scale,
+        seed=arguments.seed,
+        output=arguments.output,
+    )
+    if arguments.json:
+        print(json.dumps(figures, indent=2))
+        return
+    width = max(len(name) for name in figures)
+    for name, value in figures.items():
+        print(f"{name:<{width}}  {value:.1%}" if value <= 1 else f"{name:<{width}}  {value:g}")

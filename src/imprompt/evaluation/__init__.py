@@ -1,0 +1,1 @@
+"""Judging what was generated, and telling it in tables and reports."""

@@ -1,0 +1,53 @@
+"""What a picture shows, read by the judge, and how much of what was asked for is there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from imprompt.core.errors import ImpromptError
+from imprompt.diorama import Scene
+from imprompt.systems.classifier import ATTRIBUTES, Judge
+
+FILE = Path(__file__).parent.parent / "weights" / "diorama-judge.safetensors"
+
+
+def load_judge(path: Path = FILE) -> Judge:
+    """The judge that comes with the package, or one trained elsewhere.
+
+    Raises:
+        ImpromptError: there is no such file.
+    """
+    if not path.is_file():
+        raise ImpromptError(f"There is no judge {path}; `imprompt train classifier` makes one.")
+    weights = load_file(path)
+    judge = Judge(width=weights["features.0.0.weight"].shape[0])
+    judge.load_state_dict({name: tensor.to(judge.state_dict()[name].dtype) for name, tensor in weights.items()})
+    return judge.eval()
+
+
+@torch.inference_mode()
+def read(judge: Judge, pixels: Tensor) -> dict[str, Tensor]:
+    """Class numbers (batch,) per attribute, of pixels (batch, 3, 64, 64) in [-1, 1]."""
+    answers: dict[str, list[Tensor]] = {name: [] for name in ATTRIBUTES}
+    for part in pixels.split(128):
+        for name, logits in judge(part.clamp(-1, 1)).items():
+            answers[name].append(logits.argmax(1))
+    return {name: torch.cat(parts) for name, parts in answers.items()}
+
+
+def truth(scenes: Sequence[Scene]) -> dict[str, Tensor]:
+    """What the judge should read off pictures of these scenes."""
+    return {
+        name: torch.tensor([classes.index(getattr(scene, name)) for scene in scenes])
+        for name, classes in ATTRIBUTES.items()
+    }
+
+
+def shares(read_off: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, float]:
+    """The share of pictures in which each wanted attribute was found."""
+    return {name: (read_off[name] == wanted[name]).float().mean().item() for name in wanted}

@@ -1,0 +1,176 @@
+"""Measurements on the embedded world: how well base and adapter do what they are asked.
+
+All scenes come from seeds that no training sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from imprompt.adapters import ImagePromptAdapter
+from imprompt.bases import Base
+from imprompt.diorama import OBJECT_KINDS, Scene, caption, render, sample_scene
+from imprompt.evaluation.judge import read, shares, truth
+from imprompt.generation.conditions import TokenPrompt
+from imprompt.generation.sampler import sample_latents
+from imprompt.systems.classifier import ATTRIBUTES, Judge
+
+UNSEEN_SEED = 1_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How images are drawn for a measurement."""
+
+    steps: int = 50
+    guidance_scale: float = 7.5
+    sampler: str = "ddim"
+    seed: int = 0
+
+
+def unseen_scenes(count: int, first: int = 0) -> list[Scene]:
+    """Scenes of objects (persons have no object kind to be asked for), every kind as often."""
+    return [
+        sample_scene(UNSEEN_SEED + first + i, kind=OBJECT_KINDS[i % len(OBJECT_KINDS)])
+        for i in range(count)
+    ]
+
+
+def draw(
+    base: Base,
+    texts: Sequence[str],
+    prompts: Sequence[TokenPrompt],
+    sampling: Sampling,
+    *,
+    show_progress: bool = True,
+) -> Tensor:
+    """Pixels (images, 3, size, size) in [-1, 1] for texts and ready token prompts."""
+    with torch.inference_mode():
+        latents = sample_latents(
+            base,
+            base.encode_text(list(texts)),
+            base.encode_text([""]),
+            prompts,
+            steps=sampling.steps,
+            guidance_scale=sampling.guidance_scale,
+            sampler=sampling.sampler,
+            seed=sampling.seed,
+            show_progress=show_progress,
+        )
+        decoded = torch.cat([base.decode_image(part) for part in latents.split(16)])
+    return decoded.float().clamp(-1, 1).cpu()
+
+
+def image_features(base: Base, adapter: ImagePromptAdapter, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """What the adapter reads of pictures, and what it reads of no picture."""
+    encoder = base.image_encoder
+    assert encoder is not None
+    if adapter.variant == "base":
+        features = encoder.embeds(pixels)
+        return features, torch.zeros_like(features[:1])
+    return encoder.hidden_states(pixels), encoder.zero_hidden_states()
+
+
+def measure_judge(judge: Judge, count: int = 1000) -> dict[str, float]:
+    """How often the judge is right on unseen renders."""
+    scenes = [sample_scene(UNSEEN_SEED + 500_000 + i) for i in range(count)]
+    pixels = torch.cat([render(scenes[i : i + 100]).pixels for i in range(0, count, 100)])
+    return shares(read(judge, pixels), truth(scenes))
+
+
+def measure_base(base: Base, judge: Judge, sampling: Sampling, count: int = 500) -> dict[str, float]:
+    """The share of generated images that show what the caption asked for."""
+    scenes = unseen_scenes(count)
+    texts = [caption(scene, i % 5) for i, scene in enumerate(scenes)]
+    return shares(read(judge, draw(base, texts, (), sampling)), truth(scenes))
+
+
+@dataclass(frozen=True)
+class ImagePromptResult:
+    """Image prompts, what was made of them, and the shares that were kept."""
+
+    scenes: list[Scene]
+    references: Tensor
+    images: Tensor
+    kept: dict[str, float]
+
+
+def measure_adapter(
+    base: Base,
+    adapter: ImagePromptAdapter,
+    judge: Judge,
+    sampling: Sampling,
+    count: int = 96,
+    scale: float = 1.0,
+) -> ImagePromptResult:
+    """Image prompts alone (empty text): how much of the reference is kept."""
+    scenes = unseen_scenes(count, first=10_000)
+    references = render(scenes, base.image_size_px).pixels
+    with adapter.install(base.unet) as handle:
+        features, nothing = image_features(base, adapter, references)
+        prompt = TokenPrompt(
+            handle=handle,
+            tokens=adapter.tokens(features).detach(),
+            zero_tokens=adapter.tokens(nothing).detach(),
+            scale=scale,
+        )
+        images = draw(base, [""] * count, [prompt], sampling)
+    return ImagePromptResult(scenes, references, images, shares(read(judge, images), truth(scenes)))
+
+
+@dataclass(frozen=True)
+class SweepPoint:
+    """One λ of a sweep of image and text together.
+
+    follows_text: the object is the text's. follows_image: style and colour are the reference's.
+    follows_both: all three at once.
+    """
+
+    scale: float
+    follows_text: float
+    follows_image: float
+    follows_both: float
+    images: Tensor
+
+
+def measure_text_and_image(
+    base: Base,
+    adapter: ImagePromptAdapter,
+    judge: Judge,
+    sampling: Sampling,
+    count: int = 60,
+    scales: Sequence[float] = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0),
+) -> tuple[list[Scene], Tensor, list[SweepPoint]]:
+    """The image prompt gives style and colour, the text names another object; over λ."""
+    scenes = unseen_scenes(count, first=20_000)
+    references = render(scenes, base.image_size_px).pixels
+    others = [
+        replace(scene, kind=OBJECT_KINDS[(OBJECT_KINDS.index(scene.kind) + 5) % len(OBJECT_KINDS)])
+        for scene in scenes
+    ]
+    wanted = truth(others)
+    points: list[SweepPoint] = []
+    with adapter.install(base.unet) as handle:
+        features, nothing = image_features(base, adapter, references)
+        tokens, zero = adapter.tokens(features).detach(), adapter.tokens(nothing).detach()
+        for scale in scales:
+            prompt = TokenPrompt(handle=handle, tokens=tokens, zero_tokens=zero, scale=scale)
+            texts = [f"a {scene.kind}" for scene in others]
+            images = draw(base, texts, [prompt], sampling)
+            found = read(judge, images)
+            right = {name: found[name] == wanted[name] for name in ATTRIBUTES}
+            image_like = right["style"] & right["colour"]
+            points.append(
+                SweepPoint(
+                    scale,
+                    right["kind"].float().mean().item(),
+                    image_like.float().mean().item(),
+                    (right["kind"] & image_like).float().mean().item(),
+                    images,
+                )
+            )
+    return scenes, references, points

@@ -1,0 +1,52 @@
+"""What `imprompt evaluate` measures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from imprompt.bases import load_base
+from imprompt.checkpoints import load_adapter
+from imprompt.checkpoints.shipped import shipped_adapter
+from imprompt.evaluation.ablation import measure_ablation
+from imprompt.evaluation.judge import load_judge
+from imprompt.evaluation.measure import (
+    Sampling,
+    measure_adapter,
+    measure_base,
+    measure_judge,
+    measure_text_and_image,
+)
+
+
+def evaluate(
+    what: str,
+    *,
+    adapter_file: Path | None,
+    base_name: str,
+    count: int,
+    steps: int,
+    sampler: str,
+    guidance_scale: float,
+    scale: float,
+    seed: int,
+    output: Path,
+) -> dict[str, float]:
+    """Named figures, shares in [0, 1]. `what` is judge, base, adapter or ablation."""
+    judge = load_judge()
+    if what == "judge":
+        return measure_judge(judge, count)
+    base = load_base(base_name)
+    sampling = Sampling(steps=steps, guidance_scale=guidance_scale, sampler=sampler, seed=seed)
+    if what == "base":
+        return measure_base(base, judge, sampling, count)
+    if what == "ablation":
+        return measure_ablation(base, judge, sampling, output, count)
+    adapter = load_adapter(adapter_file or shipped_adapter())
+    kept = measure_adapter(base, adapter, judge, sampling, count, scale).kept
+    figures = {f"{name} kept, image alone": share for name, share in kept.items()}
+    _, _, points = measure_text_and_image(base, adapter, judge, sampling, max(12, count // 2))
+    for point in points:
+        figures[f"image and text, λ={point.scale:g}: object of the text"] = point.follows_text
+        figures[f"image and text, λ={point.scale:g}: look of the image"] = point.follows_image
+        figures[f"image and text, λ={point.scale:g}: both"] = point.follows_both
+    return figures
