@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 Points = tuple[Tensor, Tensor, Tensor]
-Number = float | Tensor
+Number = int | float | Tensor
 Vector = tuple[Number, Number, Number]
 
 
@@ -24,14 +24,14 @@ def move(points: Points, offset: Vector) -> Points:
     return x - offset[0], y - offset[1], z - offset[2]
 
 
-def turn_z(points: Points, degrees: float) -> Points:
+def turn_z(points: Points, degrees: int | float) -> Points:
     """Rotate the solid by `degrees` in the picture plane (about the z axis)."""
     cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     x, y, z = points
     return cosine * x + sine * y, cosine * y - sine * x, z
 
 
-def turn_x(points: Points, degrees: float) -> Points:
+def turn_x(points: Points, degrees: int | float) -> Points:
     """Tilt the solid by `degrees` about the x axis."""
     cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     x, y, z = points
@@ -60,7 +60,7 @@ def ellipsoid(points: Points, center: Vector, radii: Vector) -> Tensor:
     return scaled * (scaled - 1.0) / (gradient + 1e-6)
 
 
-def box(points: Points, center: Vector, half: Vector, rounding: float = 0.0) -> Tensor:
+def box(points: Points, center: Vector, half: Vector, rounding: int | float = 0.0) -> Tensor:
     """A box with half extents `half`, its edges rounded within them."""
     x, y, z = move(points, center)
     x, y, z = (
@@ -81,7 +81,7 @@ def cylinder(points: Points, center: Vector, radius: Number, half_height: Number
     return outside + torch.maximum(radial, vertical).clamp(max=0)
 
 
-def wheel(points: Points, center: Vector, radius: float, half_width: float) -> Tensor:
+def wheel(points: Points, center: Vector, radius: int | float, half_width: int | float) -> Tensor:
     """A cylinder that lies along the z axis."""
     x, y, z = move(points, center)
     return cylinder((x, z, y), (0.0, 0.0, 0.0), radius, half_width)
@@ -104,20 +104,20 @@ def capsule(points: Points, start: Vector, end: Vector, radius: Number) -> Tenso
     return length(x - ax * along, y - ay * along, z - az * along) - radius
 
 
-def torus(points: Points, center: Vector, radius: float, thickness: float) -> Tensor:
+def torus(points: Points, center: Vector, radius: int | float, thickness: int | float) -> Tensor:
     """A ring in the picture plane (axis z)."""
     x, y, z = move(points, center)
     return length(length(x, y) - radius, z) - thickness
 
 
-def roof(points: Points, center: Vector, half_width: float, height: float, half_depth: float) -> Tensor:
+def roof(points: Points, center: Vector, half_width: int | float, height: int | float, half_depth: int | float) -> Tensor:
     """A gable whose ridge runs along z, standing on `center`."""
     x, y, z = move(points, center)
     slope = (x.abs() * height + y * half_width - half_width * height) / math.hypot(height, half_width)
     return torch.maximum(torch.maximum(slope, -y), z.abs() - half_depth)
 
 
-def blend(first: Tensor, second: Tensor, width: float) -> Tensor:
+def blend(first: Tensor, second: Tensor, width: int | float) -> Tensor:
     """Union with a smooth seam of about `width`."""
     mix = (0.5 + 0.5 * (second - first) / width).clamp(0, 1)
     return second + (first - second) * mix - width * mix * (1 - mix)
