@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from PIL import Image
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from imprompt.core.randomness import Randomness
 Figures = dict[str, "float | Tensor"]
 
 
+@runtime_checkable  # for the type checks of the tests
 class System(Protocol):
     """One published method as something to train.
 
