@@ -141,7 +141,7 @@ def test_a_parameter_without_gradient_is_an_error(columns, tmp_path):
 
 
 def test_every_epoch_sees_every_row_once(columns, tmp_path):
-    rows = rows_of_samples(range(0, 120), 60, seed=3)
+    rows = rows_of_samples(range(120), 60, seed=3)
     assert sorted(rows[:60]) == list(range(60)) == sorted(rows[60:])
     assert list(rows[:60]) != list(rows[60:])
 

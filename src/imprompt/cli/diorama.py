@@ -20,7 +20,9 @@ def add_parser(verbs: Any) -> None:
         examples="  imprompt diorama --grid scenes.png\n"
         '  imprompt diorama --grid houses.png --kind house --style "line art" --size-px 128',
     )
-    parser.add_argument("--grid", type=Path, required=True, metavar="FILE", help="the sheet to write")
+    parser.add_argument(
+        "--grid", type=Path, required=True, metavar="FILE", help="the sheet to write"
+    )
     parser.add_argument("--count", type=int, default=48, help="how many scenes (default: 48)")
     parser.add_argument("--columns", type=int, default=12, help="scenes per row (default: 12)")
     parser.add_argument("--seed", type=int, default=0, help="the first scene's seed")

@@ -69,9 +69,11 @@ def run(arguments: argparse.Namespace) -> None:
     images = []
     scales = arguments.sweep or [arguments.scale]
     for scale in scales:
-        prompts = [] if adapter is None else [
-            ImagePrompt(picture, adapter=adapter, scale=scale) for picture in pictures
-        ]
+        prompts = (
+            []
+            if adapter is None
+            else [ImagePrompt(picture, adapter=adapter, scale=scale) for picture in pictures]
+        )
         images += generate(
             base,
             arguments.prompt,

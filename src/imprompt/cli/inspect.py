@@ -30,7 +30,9 @@ def run(arguments: argparse.Namespace) -> None:
         "variant": info.variant,
         "base": f"{info.base_family} (text width {info.cross_attention_dim})",
         "reads": ", ".join(f"{feature.name} {feature.shape}" for feature in info.features),
-        "tokens": info.num_tokens if info.num_tokens is not None else "as many as the encoder gives",
+        "tokens": info.num_tokens
+        if info.num_tokens is not None
+        else "as many as the encoder gives",
         "sites": info.num_sites,
         "parameters": f"{info.num_parameters:,}",
         "LoRA rank": info.lora_rank or "none",

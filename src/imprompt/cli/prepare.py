@@ -24,7 +24,10 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("output", type=Path, help="folder of the prepared data")
     parser.add_argument("--base", default="diorama", help="diorama, a folder, a file or a hub id")
     parser.add_argument(
-        "--variant", default="base", choices=("base", "plus", "full"), help="which adapter it is for"
+        "--variant",
+        default="base",
+        choices=("base", "plus", "full"),
+        help="which adapter it is for",
     )
     parser.add_argument("--size-px", type=int, help="side of the images (default: the base's)")
     parser.add_argument("--batch-size", type=int, default=64)

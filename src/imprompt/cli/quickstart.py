@@ -18,7 +18,10 @@ def add_parser(verbs: Any) -> None:
         examples="  imprompt quickstart\n  imprompt quickstart --output elsewhere/",
     )
     parser.add_argument(
-        "--output", type=Path, default=Path("imprompt-quickstart"), help="folder for everything made"
+        "--output",
+        type=Path,
+        default=Path("imprompt-quickstart"),
+        help="folder for everything made",
     )
     parser.add_argument("--num-pairs", type=int, default=4000, help="scenes to train on (4000)")
     parser.add_argument(

@@ -45,7 +45,9 @@ def with_settings(tables: Mapping[str, Any], settings: Sequence[str]) -> dict[st
         name, equals, text = setting.partition("=")
         path = name.strip().split(".")
         if not equals or not all(path):
-            raise ImpromptError(f"The setting {setting!r} is not of the form name=value or a.b=value.")
+            raise ImpromptError(
+                f"The setting {setting!r} is not of the form name=value or a.b=value."
+            )
         try:
             value = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:
@@ -54,7 +56,9 @@ def with_settings(tables: Mapping[str, Any], settings: Sequence[str]) -> dict[st
         for part in path[:-1]:
             table = table.setdefault(part, {})
             if not isinstance(table, dict):
-                raise ImpromptError(f"In the setting {setting!r}, {part!r} is a value, not a group.")
+                raise ImpromptError(
+                    f"In the setting {setting!r}, {part!r} is a value, not a group."
+                )
         table[path[-1]] = value
     return result
 
@@ -72,7 +76,9 @@ def build(kind: type[Config], values: Mapping[str, Any], where: str = "") -> Con
         full_name = f"{where}{name}"
         if name not in fields:
             close = difflib.get_close_matches(name, fields, 1)
-            hint = f"did you mean {where}{close[0]}?" if close else f"known are {', '.join(fields)}."
+            hint = (
+                f"did you mean {where}{close[0]}?" if close else f"known are {', '.join(fields)}."
+            )
             raise ImpromptError(f"There is no setting {full_name}; {hint}")
         wanted = hints[name]
         if dataclasses.is_dataclass(wanted):

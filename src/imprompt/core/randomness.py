@@ -52,7 +52,8 @@ class Randomness:
     def uniform(self, purpose: str) -> Tensor:
         """Uniform numbers in [0, 1), float32, (batch,)."""
         values = [
-            generator(self.seed, sample, purpose).random(dtype=np.float32) for sample in self.samples
+            generator(self.seed, sample, purpose).random(dtype=np.float32)
+            for sample in self.samples
         ]
         return torch.tensor(values, dtype=torch.float32, device=self.device)
 

@@ -107,7 +107,9 @@ def _encoder(base: Base) -> ClipImageEncoder:
 def _scenes(batch: Batch) -> list[Scene]:
     scenes = [pair.image for pair in batch.pairs if isinstance(pair.image, Scene)]
     if len(scenes) != len(batch.pairs):
-        raise ImpromptError("This column is known of diorama scenes only; the source is diorama:COUNT.")
+        raise ImpromptError(
+            "This column is known of diorama scenes only; the source is diorama:COUNT."
+        )
     return scenes
 
 

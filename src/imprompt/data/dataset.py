@@ -44,16 +44,28 @@ class Columns:
         path = Path(path)
         description = path / "meta.json"
         if not description.is_file():
-            hint = "it is unfinished: run the same `imprompt prepare` again" if path.is_dir() else "no such folder"
-            raise ImpromptError(f"{path} is no prepared data ({hint}); `imprompt prepare SOURCE {path}` makes it.")
+            hint = (
+                "it is unfinished: run the same `imprompt prepare` again"
+                if path.is_dir()
+                else "no such folder"
+            )
+            raise ImpromptError(
+                f"{path} is no prepared data ({hint}); `imprompt prepare SOURCE {path}` makes it."
+            )
         try:
             meta = json.loads(description.read_text(encoding="utf-8"))
-            arrays = {name: np.load(path / f"{name}.npy", mmap_mode="r") for name in meta["columns"]}
+            arrays = {
+                name: np.load(path / f"{name}.npy", mmap_mode="r") for name in meta["columns"]
+            }
         except (OSError, ValueError, KeyError) as error:
-            raise ImpromptError(f"The prepared data in {path} is damaged: {error}. Prepare it again.") from error
+            raise ImpromptError(
+                f"The prepared data in {path} is damaged: {error}. Prepare it again."
+            ) from error
         count = int(meta["count"])
         if short := [name for name, array in arrays.items() if len(array) < count]:
-            raise ImpromptError(f"In {path}, the column {short[0]} has not {count} rows. Prepare it again.")
+            raise ImpromptError(
+                f"In {path}, the column {short[0]} has not {count} rows. Prepare it again."
+            )
         # A column has room for every pair of the source; those that could not be used leave a tail.
         return cls(path, meta, {name: array[:count] for name, array in arrays.items()})
 
@@ -80,7 +92,9 @@ class Columns:
         order = np.argsort(indices, kind="stable")
         inverse = np.empty_like(order)
         inverse[order] = np.arange(len(order))
-        return {name: torch.from_numpy(self.arrays[name][indices[order]][inverse]) for name in names}
+        return {
+            name: torch.from_numpy(self.arrays[name][indices[order]][inverse]) for name in names
+        }
 
     def captions(self) -> list[str]:
         """All captions, in row order."""
@@ -136,7 +150,9 @@ class ColumnsWriter:
     def finish(self, count: int, meta: Mapping[str, Any]) -> None:
         """Write the description that makes the folder whole, of its first `count` rows."""
         self.flush()
-        write_json(self.path / "meta.json", {**meta, "count": count, "columns": sorted(self._arrays)})
+        write_json(
+            self.path / "meta.json", {**meta, "count": count, "columns": sorted(self._arrays)}
+        )
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -60,7 +60,9 @@ def _diorama(source: str) -> list[Pair]:
         if count < 1 or first < 0 or len(numbers) > 2:
             raise ValueError
     except (ValueError, IndexError) as error:
-        raise ImpromptError(f"{source!r}: write diorama:COUNT or diorama:COUNT:FIRST_SEED.") from error
+        raise ImpromptError(
+            f"{source!r}: write diorama:COUNT or diorama:COUNT:FIRST_SEED."
+        ) from error
     return [diorama_pair(seed) for seed in range(first, first + count)]
 
 
@@ -103,7 +105,9 @@ def _json_list(path: Path, root: Path) -> list[Pair]:
     except (ValueError, OSError) as error:
         raise ImpromptError(f"{path} is no JSON list: {error}") from error
     if not isinstance(records, list) or not records:
-        raise ImpromptError(f'{path} must be a list like [{{"image_file": "a.jpg", "text": "a dog"}}].')
+        raise ImpromptError(
+            f'{path} must be a list like [{{"image_file": "a.jpg", "text": "a dog"}}].'
+        )
     root = root.resolve()
     return [_json_pair(path, number, record, root) for number, record in enumerate(records)]
 
@@ -143,7 +147,7 @@ def load(pair: Pair, size_px: int) -> tuple[object, str]:
     return resize_and_center_crop(image, size_px), text
 
 
-def to_pixels(pictures: Sequence[object], size_px: int):  # noqa: ANN201
+def to_pixels(pictures: Sequence[object], size_px: int):
     """Pixels (batch, 3, size_px, size_px) in [-1, 1] of what `load` gave; scenes are drawn together."""
     import torch
 

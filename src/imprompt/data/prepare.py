@@ -98,14 +98,20 @@ def _claim(output: Path, meta: dict[str, Any]) -> bool:
     begun = output / "begun.json"
     if begun.exists():
         found = json.loads(begun.read_text(encoding="utf-8"))
-        differing = [f"{name} {found.get(name)!r}, now {meta[name]!r}" for name in meta if found.get(name) != meta[name]]
+        differing = [
+            f"{name} {found.get(name)!r}, now {meta[name]!r}"
+            for name in meta
+            if found.get(name) != meta[name]
+        ]
         if differing:
             raise ImpromptError(
                 f"{output} holds other prepared data ({'; '.join(differing)}). Choose another folder."
             )
         return (output / "meta.json").exists()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ImpromptError(f"{output} is not empty and holds no prepared data. Choose another folder.")
+        raise ImpromptError(
+            f"{output} is not empty and holds no prepared data. Choose another folder."
+        )
     try:
         output.mkdir(parents=True, exist_ok=True)
         write_json(begun, meta)
@@ -125,7 +131,9 @@ class _State:
         if self._file.exists():
             saved = json.loads(self._file.read_text(encoding="utf-8"))
             self.next_pair, self.num_rows, self.num_rejected = (
-                saved["next_pair"], saved["num_rows"], saved["num_rejected"],
+                saved["next_pair"],
+                saved["num_rows"],
+                saved["num_rejected"],
             )
         # Lines past the last save belong to pairs that will be looked at again.
         _keep_lines(self._captions, self.num_rows)
@@ -138,13 +146,18 @@ class _State:
         self._new_rejects.append({"pair": name, "reason": reason})
 
     def save(self) -> None:
-        for path, lines in ((self._captions, self.new_captions), (self._quarantine, self._new_rejects)):
+        for path, lines in (
+            (self._captions, self.new_captions),
+            (self._quarantine, self._new_rejects),
+        ):
             if lines or path is self._captions:
                 with open(path, "a", encoding="utf-8") as file:
                     file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         self.new_captions, self._new_rejects = [], []
         counts = {
-            "next_pair": self.next_pair, "num_rows": self.num_rows, "num_rejected": self.num_rejected
+            "next_pair": self.next_pair,
+            "num_rows": self.num_rows,
+            "num_rejected": self.num_rejected,
         }
         write_json(self._file, counts)
 
@@ -172,5 +185,3 @@ def _load_batch(pairs: Sequence[Pair], size_px: int, state: _State) -> Batch | N
         captions.append(caption)
         used.append(pair)
     return Batch(used, to_pixels(pictures, size_px), captions) if pictures else None
-
-

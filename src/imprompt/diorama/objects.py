@@ -48,7 +48,9 @@ def house(p: Points, shape: Tensor) -> list[Solid]:
 def tree(p: Points, shape: Tensor) -> list[Solid]:
     wide = 0.62 + 0.12 * shape
     crown = blend(
-        blend(sphere(p, (-0.36, 1.2, 0), wide - 0.1), sphere(p, (0.38, 1.15, 0.1), wide - 0.12), 0.2),
+        blend(
+            sphere(p, (-0.36, 1.2, 0), wide - 0.1), sphere(p, (0.38, 1.15, 0.1), wide - 0.12), 0.2
+        ),
         sphere(p, (0, 1.55, -0.05), wide - 0.06),
         0.2,
     )
@@ -81,7 +83,9 @@ def rocket(p: Points, shape: Tensor) -> list[Solid]:
     )
     x, y, z = mirror_x(p)
     fins = box(turn_z((x - 0.58, y - 0.36, z), -28), (0, 0, 0), (0.17, 0.42, 0.07), 0.05)
-    fins = fins.minimum(box(turn_x((x, y - 0.36, z - 0.56), -25), (0, 0, 0), (0.07, 0.4, 0.16), 0.05))
+    fins = fins.minimum(
+        box(turn_x((x, y - 0.36, z - 0.56), -25), (0, 0, 0), (0.07, 0.4, 0.16), 0.05)
+    )
     nose = ellipsoid(p, (0, 1.88, 0), (0.27, 0.32, 0.27))
     window = sphere(p, (0, 1.3, 0.44), 0.2)
     return [(body, MAIN), (fins, DARK), (nose, GREY), (window, CREAM)]

@@ -59,7 +59,9 @@ def _noise_fields(scenes: list[Scene], size: int) -> tuple[Tensor, Tensor]:
     smooth, fine = [], []
     for scene in scenes:
         random = generator(scene.seed, 0, "diorama.texture")
-        smooth.append(torch.from_numpy(random.standard_normal((_NUM_SMOOTH, 7, 7), dtype="float32")))
+        smooth.append(
+            torch.from_numpy(random.standard_normal((_NUM_SMOOTH, 7, 7), dtype="float32"))
+        )
         fine.append(torch.from_numpy(random.standard_normal((_NUM_FINE, 28, 28), dtype="float32")))
 
     def stretch(knots: list[Tensor]) -> Tensor:
@@ -106,7 +108,11 @@ def _with_sky_signs(scenes: list[Scene], sky: Tensor, ray_y: Tensor, noise: Tens
         elif scene.setting == "night":
             stars = torch.from_numpy(random.uniform(0, 1, (14, 2)).astype("float32"))
             for star_x, star_y in stars.tolist():
-                _paint(sky[index], (x - star_x).abs() + (y - star_y * 0.6).abs() < 0.011, (0.9, 0.9, 0.8))
+                _paint(
+                    sky[index],
+                    (x - star_x).abs() + (y - star_y * 0.6).abs() < 0.011,
+                    (0.9, 0.9, 0.8),
+                )
             moon = (x - across) ** 2 + (y - 0.13) ** 2 < 0.0055
             bite = (x - across - 0.035) ** 2 + (y - 0.115) ** 2 < 0.0048
             _paint(sky[index], moon & ~bite, (0.97, 0.95, 0.80))
@@ -141,9 +147,7 @@ def outlines(surfaces: Surfaces, thickness: int) -> tuple[Tensor, Tensor]:
         dot = (normals[(a[0], slice(None), *a[1:])] * normals[(b[0], slice(None), *b[1:])]).sum(1)
         marked = touches & (between(parts[a], parts[b]) | (both & (jump | (dot < 0.55))))
         line[a] = torch.maximum(line[a], marked.float())
-        horizon[a] = torch.maximum(
-            horizon[a], (~touches & between(parts[a], parts[b])).float()
-        )
+        horizon[a] = torch.maximum(horizon[a], (~touches & between(parts[a], parts[b])).float())
 
     def thicken(mask: Tensor, width: int) -> Tensor:
         return functional.max_pool2d(mask[:, None], width, 1, width // 2)[:, 0]

@@ -110,10 +110,18 @@ def torus(points: Points, center: Vector, radius: int | float, thickness: int | 
     return length(length(x, y) - radius, z) - thickness
 
 
-def roof(points: Points, center: Vector, half_width: int | float, height: int | float, half_depth: int | float) -> Tensor:
+def roof(
+    points: Points,
+    center: Vector,
+    half_width: int | float,
+    height: int | float,
+    half_depth: int | float,
+) -> Tensor:
     """A gable whose ridge runs along z, standing on `center`."""
     x, y, z = move(points, center)
-    slope = (x.abs() * height + y * half_width - half_width * height) / math.hypot(height, half_width)
+    slope = (x.abs() * height + y * half_width - half_width * height) / math.hypot(
+        height, half_width
+    )
     return torch.maximum(torch.maximum(slope, -y), z.abs() - half_depth)
 
 

@@ -140,7 +140,9 @@ def _with_framing(scene: Scene, random: np.random.Generator, fixed: dict[str, ob
         + 0.04 * float(jitter[2]),
     }
     if is_person:
-        values["camera_degrees"] = {"low": -4.0, "high": 10.0}[scene.camera] + 4.0 * float(jitter[0])
+        values["camera_degrees"] = {"low": -4.0, "high": 10.0}[scene.camera] + 4.0 * float(
+            jitter[0]
+        )
         values["zoom"] = 0.92 * float(values["zoom"])  # room for hair
         values["character"] = scene.character or sample_character(scene.seed)
     elif scene.character is not None:

@@ -32,7 +32,9 @@ def cartoon(canvas: Canvas) -> Tensor:
     """Two flat tones, strong colours, thick black outlines."""
     surfaces = canvas.surfaces
     lit = (surfaces.diffuse * surfaces.shadow > 0.3).float()[:, None]
-    highlight = (surfaces.diffuse * surfaces.shadow > 0.97).float()[:, None] * canvas.on_object[:, None]
+    highlight = (surfaces.diffuse * surfaces.shadow > 0.97).float()[:, None] * canvas.on_object[
+        :, None
+    ]
     tone = torch.where(canvas.on_object[:, None], 0.70 + 0.32 * lit, 0.80 + 0.2 * lit)
     tone = torch.where((surfaces.parts == 0)[:, None], torch.ones_like(tone), tone)
     grey = canvas.albedo.mean(1, keepdim=True)
@@ -103,7 +105,9 @@ def crayon(canvas: Canvas) -> Tensor:
     cover = cover * (0.95 * inside + 0.60 * (1 - inside))
     light = 0.70 + 0.36 * (surfaces.diffuse * surfaces.shadow)[:, None]
     light = torch.where((surfaces.parts == 0)[:, None], torch.ones_like(light), light)
-    painted = torch.lerp(_PAPER.expand_as(canvas.albedo), (canvas.albedo * light).clamp(0, 1), cover)
+    painted = torch.lerp(
+        _PAPER.expand_as(canvas.albedo), (canvas.albedo * light).clamp(0, 1), cover
+    )
     lines, _ = outlines(surfaces, _odd(canvas, 3.0))
     waxy = _spread(canvas.albedo * inside, inside) * 0.55
     painted = torch.lerp(painted, waxy, lines[:, None] * 0.85)
@@ -119,7 +123,9 @@ def _odd(canvas: Canvas, length_px: float) -> int:
 def _spread(colours: Tensor, mask: Tensor) -> Tensor:
     """Carry colours a little beyond their mask, so that lines on the silhouette have the inside's."""
     radius = 2.0 * colours.shape[-1] / 128.0
-    return torch.where(mask > 0, colours, blur(colours, radius) / blur(mask, radius).clamp(min=0.02))
+    return torch.where(
+        mask > 0, colours, blur(colours, radius) / blur(mask, radius).clamp(min=0.02)
+    )
 
 
 STYLE_PAINTERS: dict[str, Callable[[Canvas], Tensor]] = {

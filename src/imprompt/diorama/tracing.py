@@ -74,9 +74,7 @@ class Camera:
         # A turned object seen by a fixed camera is a fixed object seen by a camera turned the other way.
         zero = torch.zeros_like(turn)
         right = torch.stack([turn.cos(), zero, turn.sin()], 1)
-        back = torch.stack(
-            [-turn.sin() * rise.cos(), rise.sin(), turn.cos() * rise.cos()], 1
-        )
+        back = torch.stack([-turn.sin() * rise.cos(), rise.sin(), turn.cos() * rise.cos()], 1)
         up = torch.linalg.cross(back, right)
         target = torch.tensor([0.0, 1.02, 0.0])
         position = target + back * (_CAMERA_DISTANCE / zoom)[:, None]
@@ -118,7 +116,9 @@ def parameters_of(scenes: list[Scene]) -> Tensor:
 def keypoints_of(scenes: list[Scene], size_px: int) -> Tensor:
     """Five projected points per scene (facial landmarks for persons), shape (batch, 5, 2), in pixels."""
     kind = scenes[0].kind
-    points = landmarks() if kind == PERSON else torch.tensor(OBJECT_KEYPOINTS[kind], dtype=torch.float32)
+    points = (
+        landmarks() if kind == PERSON else torch.tensor(OBJECT_KEYPOINTS[kind], dtype=torch.float32)
+    )
     return Camera.of(scenes).project(points, size_px)
 
 
@@ -135,7 +135,9 @@ def trace(scenes: list[Scene], size_px: int) -> Surfaces:
     ground_y = -0.75 if scenes[0].kind == PERSON else 0.0
 
     to_ground = (ground_y - origin[:, 1]) / direction[:, 1]
-    to_ground = torch.where(to_ground > 0, to_ground, torch.full_like(to_ground, FAR)).clamp(max=FAR)
+    to_ground = torch.where(to_ground > 0, to_ground, torch.full_like(to_ground, FAR)).clamp(
+        max=FAR
+    )
     enter, leave = _sphere_crossing(origin, direction)
     candidates = torch.nonzero((leave > enter) & (to_ground > enter))[:, 0]
     hit, depth_of_hit = _march(
@@ -198,7 +200,9 @@ def _sphere_crossing(origin: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]
     along = -(to_center * direction).sum(1)
     squared = _BOUND_RADIUS**2 - (to_center * to_center).sum(1) + along * along
     half = squared.clamp(min=0).sqrt()
-    return (along - half).clamp(min=0), torch.where(squared > 0, along + half, torch.zeros_like(along))
+    return (along - half).clamp(min=0), torch.where(
+        squared > 0, along + half, torch.zeros_like(along)
+    )
 
 
 def _distance(solids: Solids, points: Tensor, parameters: Tensor) -> Tensor:
@@ -210,7 +214,12 @@ def _distance(solids: Solids, points: Tensor, parameters: Tensor) -> Tensor:
 
 
 def _march(
-    solids: Solids, origin: Tensor, direction: Tensor, start: Tensor, end: Tensor, parameters: Tensor
+    solids: Solids,
+    origin: Tensor,
+    direction: Tensor,
+    start: Tensor,
+    end: Tensor,
+    parameters: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Follow rays until they touch a solid or pass `end`; rays that are done leave the computation."""
     reached = start.clone()
@@ -231,7 +240,9 @@ def _march(
     return hit & (reached < end), reached
 
 
-def _material_and_normal(solids: Solids, points: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
+def _material_and_normal(
+    solids: Solids, points: Tensor, parameters: Tensor
+) -> tuple[Tensor, Tensor]:
     """Part numbers and unit normals (by four-point differences) at surface points (n, 3)."""
     p = points.T.contiguous()
     listed = solids((p[0], p[1], p[2]), parameters)
@@ -265,7 +276,9 @@ def _light_received(
     extra = parameters[:, scene_of_ray[shaded]]
     start = (position[shaded] + normal[shaded] * 0.03).T.contiguous()
     towards = light[shaded].T.contiguous()
-    t = torch.where(lit[shaded], torch.full_like(enter[shaded], 0.04), enter[shaded].clamp(min=0.02))
+    t = torch.where(
+        lit[shaded], torch.full_like(enter[shaded], 0.04), enter[shaded].clamp(min=0.02)
+    )
     brightness = torch.ones_like(t)
     for _ in range(_SHADOW_STEPS):
         distance = _distance(solids, start + towards * t, extra)

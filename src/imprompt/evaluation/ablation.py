@@ -74,7 +74,9 @@ def measure_ablation(
         ("decoupled, trained", measure_adapter(base, decoupled, judge, sampling, count).kept),
         (
             "concatenated, trained",
-            _measure_concatenated(base, cast(ConcatenatedTokens, concatenated), judge, sampling, count),
+            _measure_concatenated(
+                base, cast(ConcatenatedTokens, concatenated), judge, sampling, count
+            ),
         ),
         ("decoupled, untrained", measure_adapter(base, untrained, judge, sampling, count).kept),
     ):

@@ -26,7 +26,9 @@ def load_judge(path: Path = FILE) -> Judge:
         raise ImpromptError(f"There is no judge {path}; `imprompt train classifier` makes one.")
     weights = load_file(path)
     judge = Judge(width=weights["features.0.0.weight"].shape[0])
-    judge.load_state_dict({name: tensor.to(judge.state_dict()[name].dtype) for name, tensor in weights.items()})
+    judge.load_state_dict(
+        {name: tensor.to(judge.state_dict()[name].dtype) for name, tensor in weights.items()}
+    )
     return judge.eval()
 
 

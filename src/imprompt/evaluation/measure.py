@@ -65,7 +65,9 @@ def draw(
     return decoded.float().clamp(-1, 1).cpu()
 
 
-def image_features(base: Base, adapter: ImagePromptAdapter, pixels: Tensor) -> tuple[Tensor, Tensor]:
+def image_features(
+    base: Base, adapter: ImagePromptAdapter, pixels: Tensor
+) -> tuple[Tensor, Tensor]:
     """What the adapter reads of pictures, and what it reads of no picture."""
     encoder = base.image_encoder
     assert encoder is not None
@@ -82,7 +84,9 @@ def measure_judge(judge: Judge, count: int = 1000) -> dict[str, float]:
     return shares(read(judge, pixels), truth(scenes))
 
 
-def measure_base(base: Base, judge: Judge, sampling: Sampling, count: int = 500) -> dict[str, float]:
+def measure_base(
+    base: Base, judge: Judge, sampling: Sampling, count: int = 500
+) -> dict[str, float]:
     """The share of generated images that show what the caption asked for."""
     scenes = unseen_scenes(count)
     texts = [caption(scene, i % 5) for i, scene in enumerate(scenes)]

@@ -197,7 +197,9 @@ def _write_report(
         picture_rows(
             [
                 (caption(scene), show(torch.cat([reference[None], row])))
-                for scene, reference, row in zip(alone.scenes, references, gallery.by_scale, strict=False)
+                for scene, reference, row in zip(
+                    alone.scenes, references, gallery.by_scale, strict=False
+                )
             ],
             ["image prompt", *(f"λ = {scale:g}" for scale in SCALES)],
         ),
@@ -254,7 +256,9 @@ def _write_report(
             "text: with the image it must fall below the line without.",
             line_chart(
                 {
-                    "with the image": [(e["step"], e["validation_loss_with_image"]) for e in losses],
+                    "with the image": [
+                        (e["step"], e["validation_loss_with_image"]) for e in losses
+                    ],
                     "without": [(e["step"], e["validation_loss_without_image"]) for e in losses],
                 },
                 x_name="step",

@@ -95,7 +95,9 @@ def picture_rows(
         cells = "".join(f"<th>{html.escape(name)}</th>" for name in ("", *header))
         head = f"<tr>{cells}</tr>"
     body = "".join(
-        f"<tr><th>{html.escape(label)}</th>" + "".join(f"<td>{picture(i, label)}</td>" for i in images) + "</tr>"
+        f"<tr><th>{html.escape(label)}</th>"
+        + "".join(f"<td>{picture(i, label)}</td>" for i in images)
+        + "</tr>"
         for label, images in rows
     )
     return f'<table class="rows">{head}{body}</table>'
@@ -106,7 +108,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
     def cells(tag: str, values: Sequence[str]) -> str:
         return "".join(
-            f"<{tag}{' class=n' if i else ''}>{html.escape(v)}</{tag}>" for i, v in enumerate(values)
+            f"<{tag}{' class=n' if i else ''}>{html.escape(v)}</{tag}>"
+            for i, v in enumerate(values)
         )
 
     body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
@@ -130,7 +133,9 @@ def line_chart(
     def at(x: float, y: float) -> tuple[float, float]:
         across = (x - x_low) / ((x_high - x_low) or 1)
         up = (y - y_low) / ((y_high - y_low) or 1)
-        return left + across * (width - left - right), height - bottom - up * (height - bottom - top)
+        return left + across * (width - left - right), height - bottom - up * (
+            height - bottom - top
+        )
 
     parts = []
     for i in range(5):
@@ -143,13 +148,19 @@ def line_chart(
         )
     for x_value in sorted({x_low, (x_low + x_high) / 2, x_high}):
         x, _ = at(x_value, y_low)
-        parts.append(f'<text x="{x:.1f}" y="{height - bottom + 18}" text-anchor="middle">{x_value:g}</text>')
+        parts.append(
+            f'<text x="{x:.1f}" y="{height - bottom + 18}" text-anchor="middle">{x_value:g}</text>'
+        )
     middle = (left + width - right) / 2
-    parts.append(f'<text x="{middle}" y="{height - 6}" text-anchor="middle">{html.escape(x_name)}</text>')
+    parts.append(
+        f'<text x="{middle}" y="{height - 6}" text-anchor="middle">{html.escape(x_name)}</text>'
+    )
     for index, (name, line) in enumerate(lines.items()):
         colour = _COLOURS[index % len(_COLOURS)]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(*point) for point in line))
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2.5"/>')
+        parts.append(
+            f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2.5"/>'
+        )
         parts += [
             f'<circle cx="{at(*p)[0]:.1f}" cy="{at(*p)[1]:.1f}" r="3.5" fill="{colour}"/>'
             for p in (line if len(line) < 16 else ())

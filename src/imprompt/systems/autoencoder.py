@@ -62,7 +62,9 @@ class AutoencoderOptions:
 
 def build(options: AutoencoderOptions, base: Base, columns: Columns) -> AutoencoderSystem:
     """The system for a column of pixels."""
-    module = base.vae.requires_grad_(True) if starts_from_base(options.start) else create_autoencoder()
+    module = (
+        base.vae.requires_grad_(True) if starts_from_base(options.start) else create_autoencoder()
+    )
     return AutoencoderSystem(module.to(memory_format=torch.channels_last), options.kl_weight)
 
 
@@ -87,7 +89,9 @@ class AutoencoderSystem:
         self, batch: dict[str, Tensor], randomness: Randomness
     ) -> tuple[Tensor, dict[str, float | Tensor]]:
         pixels = batch["pixels"].float() / 127.5 - 1.0
-        flipped = torch.where(randomness.uniform("flip")[:, None, None, None] < 0.5, pixels, pixels.flip(3))
+        flipped = torch.where(
+            randomness.uniform("flip")[:, None, None, None] < 0.5, pixels, pixels.flip(3)
+        )
         pixels = flipped.contiguous(memory_format=torch.channels_last)
         noise = randomness.normal("posterior", self._latent_shape(pixels))
         decoded, mean, log_variance = self._reconstruct(pixels, noise)
@@ -121,7 +125,9 @@ class AutoencoderSystem:
             return None
         pixels = self._preview_pixels
         decoded = self.module.decode(self.module.encode(pixels).latent_dist.mean).sample
-        return image_grid(pixels_to_images(torch.cat([pixels, decoded.clamp(-1, 1)])), columns=len(pixels))
+        return image_grid(
+            pixels_to_images(torch.cat([pixels, decoded.clamp(-1, 1)])), columns=len(pixels)
+        )
 
     def export(self, path: Path) -> None:
         """Write the folder `path` as diffusers does. Latents keep unit scale: see `measure_scaling`."""

@@ -50,7 +50,9 @@ def train_tokenizer(captions: Iterable[str], vocabulary_size: int = 1024) -> CLI
     learner.train_from_iterator(captions, trainer)
     merges = [tuple(merge) for merge in _merges_of(learner)]
     pieces = [*alphabet, *(letter + "</w>" for letter in alphabet), *("".join(m) for m in merges)]
-    vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys([*pieces, start, end]))}
+    vocabulary = {
+        piece: number for number, piece in enumerate(dict.fromkeys([*pieces, start, end]))
+    }
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_TOKENS)
 
 

@@ -165,7 +165,9 @@ class ImagePromptSystem:
         alphas = self._alphas[timesteps].to(latents.device)
         features = replace_rows(batch[self._features].float(), self._dropped_features, no_image)
         tokens = self.module.tokens(features.to(latents.device))
-        text_states = self.base.encode_text(replace_rows(batch["text_ids"], self._empty_ids, no_text))
+        text_states = self.base.encode_text(
+            replace_rows(batch["text_ids"], self._empty_ids, no_text)
+        )
         noisy = add_noise(latents, noise, alphas).contiguous(memory_format=torch.channels_last)
         text_states, condition = self._join(text_states, tokens)
         prediction = self.base.denoise(noisy, timesteps.to(noisy.device), text_states, condition)

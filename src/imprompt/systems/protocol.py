@@ -50,5 +50,7 @@ def starts_from_base(start: str) -> bool:
         ImpromptError: it says neither.
     """
     if start not in ("new", "base"):
-        raise ImpromptError(f"start is {start!r}; use new (random weights) or base (go on with them).")
+        raise ImpromptError(
+            f"start is {start!r}; use new (random weights) or base (go on with them)."
+        )
     return start == "base"

@@ -126,14 +126,18 @@ class TextToImageSystem:
         loss = self._errors(latents, text_ids, timesteps, noise).mean()
         return loss, {}
 
-    def _errors(self, latents: Tensor, text_ids: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
+    def _errors(
+        self, latents: Tensor, text_ids: Tensor, timesteps: Tensor, noise: Tensor
+    ) -> Tensor:
         """Squared error of the prediction per sample, (batch,)."""
         alphas = self._alphas[timesteps]
         with torch.no_grad():
             states = self.text_encoder(input_ids=text_ids).last_hidden_state
         noisy = add_noise(latents, noise, alphas).contiguous(memory_format=torch.channels_last)
         prediction = self.module(noisy, timesteps, states.float()).sample.float()
-        target = prediction_target(str(self.scheduler.config["prediction_type"]), latents, noise, alphas)
+        target = prediction_target(
+            str(self.scheduler.config["prediction_type"]), latents, noise, alphas
+        )
         return functional.mse_loss(prediction, target, reduction="none").mean(dim=(1, 2, 3))
 
     @torch.no_grad()

@@ -43,7 +43,13 @@ class TrainConfig:
     """The last rows of the data are held out for validation."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "checkpoint_every_steps", "keep_checkpoints", "validate_every_steps"):
+        for name in (
+            "steps",
+            "batch_size",
+            "checkpoint_every_steps",
+            "keep_checkpoints",
+            "validate_every_steps",
+        ):
             if getattr(self, name) < 1:
                 raise ImpromptError(f"{name} is {getattr(self, name)}, but must be at least 1.")
         if self.schedule not in ("constant", "cosine"):

@@ -67,7 +67,10 @@ def train(
             f"{columns.path} has {len(columns)} rows and {config.validation_rows} are held out for "
             "validation: nothing is left to train on. Prepare more pairs or lower validation_rows."
         )
-    claim_output(output, {"config": dataclasses.asdict(config), "data": dict(columns.meta), **(identity or {})})
+    claim_output(
+        output,
+        {"config": dataclasses.asdict(config), "data": dict(columns.meta), **(identity or {})},
+    )
     state = _begin(system, config)
     checkpoints = output / "checkpoints"
     for path in half_written(checkpoints):
@@ -78,8 +81,14 @@ def train(
     log_file = output / "log.jsonl"
     log.drop_after(log_file, state.step)
 
-    held_out = columns.rows(range(num_rows, len(columns)), system.columns) if config.validation_rows else {}
-    precision = torch.autocast("cpu", torch.bfloat16) if config.precision == "bfloat16" else nullcontext()
+    held_out = (
+        columns.rows(range(num_rows, len(columns)), system.columns)
+        if config.validation_rows
+        else {}
+    )
+    precision = (
+        torch.autocast("cpu", torch.bfloat16) if config.precision == "bfloat16" else nullcontext()
+    )
     sums: dict[str, float] = {}
     since, first_step = time.monotonic(), state.step
     steps = batches(
@@ -95,7 +104,10 @@ def train(
         bar.update(state.step)
         for samples, batch in steps:
             rate = config.learning_rate * learning_rate_factor(
-                state.step, steps=config.steps, warmup_steps=config.warmup_steps, schedule=config.schedule
+                state.step,
+                steps=config.steps,
+                warmup_steps=config.warmup_steps,
+                schedule=config.schedule,
             )
             for group in state.optimizer.param_groups:
                 group["lr"] = rate
@@ -134,7 +146,9 @@ def train(
             if state.step % config.checkpoint_every_steps == 0 or is_last or stop():
                 save_checkpoint(state, checkpoints, keep=config.keep_checkpoints)
             if stop() and not is_last:
-                raise Interrupted(f"stopped and saved at step {state.step}; the same command goes on from there")
+                raise Interrupted(
+                    f"stopped and saved at step {state.step}; the same command goes on from there"
+                )
     export = output / export_name
     with state.average or nullcontext():
         system.module.eval()
@@ -160,7 +174,9 @@ def claim_output(output: Path, identity: dict[str, Any]) -> None:
             )
         return
     if output.exists() and any(output.iterdir()):
-        raise ImpromptError(f"{output} is not empty and holds no run. Choose another output folder.")
+        raise ImpromptError(
+            f"{output} is not empty and holds no run. Choose another output folder."
+        )
     try:
         output.mkdir(parents=True, exist_ok=True)
         description.write_text(json.dumps(wanted, indent=2), encoding="utf-8")
@@ -192,7 +208,10 @@ def _begin(system: System, config: TrainConfig) -> TrainingState:
         parameters=parameters,
         buffers={n: b for n, b in system.module.named_buffers() if n in system.module.state_dict()},
         optimizer=create_optimizer(
-            parameters, learning_rate=config.learning_rate, weight_decay=config.weight_decay, beta2=config.beta2
+            parameters,
+            learning_rate=config.learning_rate,
+            weight_decay=config.weight_decay,
+            beta2=config.beta2,
         ),
         average=MovingAverage(parameters, config.ema_decay) if config.ema_decay else None,
     )
@@ -208,7 +227,12 @@ def _assert_gradients(state: TrainingState) -> None:
 
 
 def _validate(
-    system: System, state: TrainingState, held_out: dict[str, Tensor], config: TrainConfig, output: Path, log_file: Path
+    system: System,
+    state: TrainingState,
+    held_out: dict[str, Tensor],
+    config: TrainConfig,
+    output: Path,
+    log_file: Path,
 ) -> None:
     randomness = Randomness(config.seed + 1, range(config.validation_rows))
     with state.average or nullcontext():
@@ -216,7 +240,10 @@ def _validate(
         figures = system.validate(held_out, randomness)
         picture = system.preview()
         system.module.train()
-    log.append(log_file, {"step": state.step, **{f"validation_{name}": value for name, value in figures.items()}})
+    log.append(
+        log_file,
+        {"step": state.step, **{f"validation_{name}": value for name, value in figures.items()}},
+    )
     if picture is not None:
         (output / "previews").mkdir(exist_ok=True)
         picture.save(output / "previews" / f"step-{state.step:08d}.png")

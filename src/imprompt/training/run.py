@@ -56,7 +56,9 @@ def prepare_run(
         ImpromptError: no such system or preset, or a setting that does not exist.
     """
     if system_name not in SYSTEMS:
-        raise ImpromptError(f"There is no system {system_name!r}; choose one of: {', '.join(SYSTEMS)}.")
+        raise ImpromptError(
+            f"There is no system {system_name!r}; choose one of: {', '.join(SYSTEMS)}."
+        )
     module_name, options_name = SYSTEMS[system_name]
     module = importlib.import_module(module_name)
     tables = read_toml(preset_path(preset)) if preset else {}

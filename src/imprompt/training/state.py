@@ -89,7 +89,9 @@ def whole_checkpoints(folder: Path) -> list[Path]:
     """Finished checkpoints, oldest first; half-written ones do not count."""
     if not folder.is_dir():
         return []
-    return sorted(p for p in folder.glob("step-*") if p.suffix == "" and (p / "counters.json").is_file())
+    return sorted(
+        p for p in folder.glob("step-*") if p.suffix == "" and (p / "counters.json").is_file()
+    )
 
 
 def half_written(folder: Path) -> list[Path]:
@@ -107,11 +109,15 @@ def load_checkpoint(state: TrainingState, path: Path) -> None:
         with safe_open(path / "state.safetensors", framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, ValueError, SafetensorError) as error:
-        raise ImpromptError(f"The checkpoint {path} is damaged ({error}); delete it to go on from the one before.") from error
+        raise ImpromptError(
+            f"The checkpoint {path} is damaged ({error}); delete it to go on from the one before."
+        ) from error
     wanted = set(state.tensors()) | {f"{m}.{name}" for m in _MOMENTS for name in state.names}
     if wanted != set(tensors):
         odd = sorted(wanted ^ set(tensors))[:3]
-        raise ImpromptError(f"The checkpoint {path} is of another model or optimiser: {', '.join(odd)} do not match.")
+        raise ImpromptError(
+            f"The checkpoint {path} is of another model or optimiser: {', '.join(odd)} do not match."
+        )
     step = int(counters["step"])
     with torch.no_grad():
         for name, buffer in state.buffers.items():

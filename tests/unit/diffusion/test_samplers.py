@@ -56,7 +56,7 @@ def test_every_number_of_steps_up_to_that_of_training_works(
     name: str, num_steps: int, spacing: dict[str, Any]
 ) -> None:
     scheduler = create_sampler(name, {**CONFIG, **spacing}, num_steps)
-    assert 0 <= scheduler.timesteps.min() and scheduler.timesteps.max() <= 999
+    assert scheduler.timesteps.min() >= 0 and scheduler.timesteps.max() <= 999
 
 
 def test_mistakes_are_named() -> None:

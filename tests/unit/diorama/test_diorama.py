@@ -84,7 +84,7 @@ def test_ground_truth_fits_together():
     on_object = truth.segmentation > GROUND
     assert torch.allclose(truth.normals.norm(dim=1)[on_object], torch.ones(()), atol=1e-3)
     assert (truth.depth[on_object] < 8).all() and truth.depth.max() <= 30
-    assert 0 <= truth.edges.min() and truth.edges.max() <= 1 and truth.edges.mean() > 0.01
+    assert truth.edges.min() >= 0 and truth.edges.max() <= 1 and truth.edges.mean() > 0.01
 
 
 def test_landmarks_lie_on_the_face():

@@ -1,0 +1,64 @@
+"""Judging, measuring and telling."""
+
+import pytest
+import torch
+from PIL import Image
+
+from imprompt.diorama import OBJECT_KINDS, render
+from imprompt.evaluation.judge import load_judge, read, shares, truth
+from imprompt.evaluation.measure import UNSEEN_SEED, measure_judge, unseen_scenes
+from imprompt.evaluation.report import Report, line_chart, picture_rows, table
+
+
+def test_the_shipped_judge_reads_unseen_renders():
+    figures = measure_judge(load_judge(), count=300)
+    for attribute in ("kind", "colour", "style"):
+        assert figures[attribute] >= 0.99, figures
+
+
+def test_the_judge_is_not_always_right():
+    scenes = unseen_scenes(24)
+    judge = load_judge()
+    noise = torch.randn(24, 3, 64, 64).clamp(-1, 1)
+    assert shares(read(judge, noise), truth(scenes))["kind"] < 0.5
+    shifted = render(scenes[1:] + scenes[:1]).pixels
+    assert shares(read(judge, shifted), truth(scenes))["kind"] < 0.5
+
+
+def test_unseen_scenes_are_objects_of_every_kind_beyond_the_training_seeds():
+    scenes = unseen_scenes(24)
+    assert {scene.kind for scene in scenes} == set(OBJECT_KINDS)
+    assert min(scene.seed for scene in scenes) >= UNSEEN_SEED
+
+
+def test_shares_count():
+    found = {"kind": torch.tensor([1, 2, 3, 4]), "colour": torch.tensor([0, 0, 0, 0])}
+    wanted = {"kind": torch.tensor([1, 2, 0, 0]), "colour": torch.tensor([0, 0, 0, 1])}
+    assert shares(found, wanted) == {"kind": 0.5, "colour": 0.75}
+
+
+def test_a_report_is_one_file_that_loads_nothing_and_escapes_text(tmp_path):
+    report = Report("A <title>", "lead & more")
+    report.numbers({"kept": "80%"})
+    image = Image.new("RGB", (4, 4), "red")
+    report.section(
+        "Rows",
+        "text",
+        picture_rows([("one <b>", [image])], ["column"]),
+        table(["a", "b"], [["x", "1"]]),
+        line_chart({"line": [(0.0, 0.1), (1.0, 0.9)]}, x_name="λ", as_percent=True),
+    )
+    report.write(tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "http" not in page.replace("http-equiv", "")
+    assert "&lt;title&gt;" in page and "one &lt;b&gt;" in page
+    assert "data:image/png;base64," in page and "<svg" in page
+
+
+def test_a_flat_line_can_be_drawn():
+    assert "polyline" in line_chart({"flat": [(0.0, 0.5)]}, x_name="step")
+
+
+@pytest.mark.parametrize("count", [1, 13])
+def test_truth_has_a_row_per_scene(count):
+    assert all(len(values) == count for values in truth(unseen_scenes(count)).values())

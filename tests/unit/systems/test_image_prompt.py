@@ -1,0 +1,129 @@
+"""IP-Adapter as a system: what trains, what is dropped, what is saved."""
+
+import pytest
+import torch
+from tiny_base import write_tiny_base
+
+from imprompt.bases import load_base
+from imprompt.checkpoints import load_adapter
+from imprompt.core.errors import ImpromptError
+from imprompt.core.randomness import Randomness
+from imprompt.data.dataset import Columns
+from imprompt.data.prepare import prepare
+from imprompt.systems import concatenation, image_prompt
+from imprompt.systems.image_prompt import ImagePromptOptions, drops
+from imprompt.training.config import TrainConfig
+from imprompt.training.loop import train
+
+
+@pytest.fixture(scope="module")
+def base_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base") / "tiny"
+    write_tiny_base(folder, image_encoder=True)
+    return folder
+
+
+@pytest.fixture
+def base(base_folder):
+    return load_base(base_folder)
+
+
+@pytest.fixture(scope="module", params=["base", "plus", "full"])
+def variant_and_columns(request, base_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param) / "data"
+    prepare("diorama:12", folder, load_base(base_folder), variant=request.param)
+    return request.param, Columns.open(folder)
+
+
+def system_of(base, variant, columns, **options):
+    return image_prompt.build(ImagePromptOptions(variant=variant, **options), base, columns)
+
+
+def test_drops_come_at_the_published_rates():
+    no_image, no_text = drops(Randomness(0, range(40_000)), ImagePromptOptions())
+    only_image, only_text = no_image & ~no_text, no_text & ~no_image
+    for share in (only_image, only_text, no_image & no_text):
+        assert share.float().mean().item() == pytest.approx(0.05, abs=0.004)
+
+
+def test_exactly_the_adapter_receives_gradients(base, variant_and_columns):
+    variant, columns = variant_and_columns
+    system = system_of(base, variant, columns)
+    batch = columns.rows(range(6), system.columns)
+    loss, _ = system.loss(batch, Randomness(0, range(6)))
+    loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in system.module.parameters())
+    assert all(p.grad is None for part in base.parts().values() for p in part.parameters())
+
+
+def test_the_loss_of_a_sample_does_not_depend_on_its_batch(base, variant_and_columns):
+    variant, columns = variant_and_columns
+    system = system_of(base, variant, columns)
+    together, _ = system.loss(columns.rows(range(4), system.columns), Randomness(0, range(4)))
+    alone = [
+        system.loss(columns.rows([i], system.columns), Randomness(0, [i]))[0] for i in range(4)
+    ]
+    torch.testing.assert_close(together, torch.stack(alone).mean())
+
+
+def test_a_dropped_image_is_what_the_paper_says(base, variant_and_columns):
+    variant, columns = variant_and_columns
+    system = system_of(base, variant, columns, drop_image=1.0, drop_text=0.0, drop_both=0.0)
+    batch = columns.rows(range(3), system.columns)
+    loss, _ = system.loss(batch, Randomness(0, range(3)))
+    feature = system.columns[2]
+    nothing = torch.zeros(1) if variant == "base" else base.image_encoder.zero_hidden_states()
+    replaced = {**batch, feature: nothing.expand_as(batch[feature]).to(batch[feature])}
+    kept = system_of(base, variant, columns, drop_image=0.0, drop_text=0.0, drop_both=0.0)
+    expected, _ = kept.loss(replaced, Randomness(0, range(3)))
+    torch.testing.assert_close(loss, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_trained_saved_and_loaded_it_is_the_same_adapter(base, variant_and_columns, tmp_path):
+    variant, columns = variant_and_columns
+    system = system_of(base, variant, columns)
+    config = TrainConfig(steps=3, batch_size=2, validation_rows=4, learning_rate=1e-3)
+    file = train(system, columns, config, tmp_path / "run", export_name="adapter.safetensors")
+    loaded = load_adapter(file)
+    assert loaded.variant == variant
+    for name, weight in system.module.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], weight), name
+
+
+def test_training_lowers_the_loss_with_the_image(base, variant_and_columns, tmp_path):
+    variant, columns = variant_and_columns
+    system = system_of(base, variant, columns)
+    held_out = columns.rows(range(12), system.columns)
+    before = system.validate(held_out, Randomness(1, range(12)))
+    config = TrainConfig(steps=60, batch_size=4, validation_rows=0, learning_rate=1e-2)
+    train(system, columns, config, tmp_path / "run", export_name="adapter.safetensors")
+    after = system.validate(held_out, Randomness(1, range(12)))
+    assert after["loss_with_image"] < before["loss_with_image"]
+
+
+def test_data_of_another_base_are_refused(variant_and_columns, tmp_path):
+    variant, columns = variant_and_columns
+    write_tiny_base(tmp_path / "other", seed=1, image_encoder=True)
+    with pytest.raises(ImpromptError, match="prepare them with this base"):
+        system_of(load_base(tmp_path / "other"), variant, columns)
+
+
+def test_data_of_another_variant_are_refused(base, variant_and_columns, tmp_path):
+    variant, columns = variant_and_columns
+    other = "plus" if variant == "base" else "base"
+    system = system_of(base, other, columns)
+    with pytest.raises(ImpromptError, match="lacks the column"):
+        train(system, columns, TrainConfig(steps=1, validation_rows=1), tmp_path / "run")
+
+
+def test_the_ablation_trains_as_many_parameters_and_leaves_the_unet_bare(base, variant_and_columns):
+    variant, columns = variant_and_columns
+    if variant != "base":
+        pytest.skip("the ablation reads image embeddings")
+    decoupled = system_of(base, "base", columns)
+    system = concatenation.build(concatenation.ConcatenationOptions(), base, columns)
+    sizes = [sum(p.numel() for p in s.module.parameters()) for s in (decoupled, system)]
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.05)
+    loss, _ = system.loss(columns.rows(range(2), system.columns), Randomness(0, range(2)))
+    loss.backward()
+    assert all(p.grad is not None for p in system.module.parameters())
