@@ -82,7 +82,7 @@ def _only_if(distance: Tensor, present: Tensor) -> Tensor:
 
 def person(p: Points, face: FaceNumbers) -> list[tuple[Tensor, int]]:
     """The solids of a bust whose face looks along +z; `face` holds one number per point."""
-    x, y, z = p
+    _x, y, z = p
     side = mirror_x(p)
     head = ellipsoid(p, (0, 1.2, 0), (face.width, face.height, 0.64))
     jaw = box(p, (0, 0.98, 0.08), (0.5, 0.42, 0.46), 0.2)
@@ -140,7 +140,7 @@ def _hair(p: Points, face: FaceNumbers) -> Tensor:
 
 
 def _glasses(side: Points, face: FaceNumbers) -> Tensor:
-    x, y, z = side
+    _x, _y, _z = side
     rings = torus(side, (0.25, 1.35, 0.64), 0.19, 0.035)
     frame = carve(
         box(side, (0.26, 1.35, 0.64), (0.23, 0.18, 0.035)),

@@ -1,0 +1,1 @@
+"""Pairs of image and caption, and their cached columns."""
