@@ -1,5 +1,8 @@
 """Configuration: a tree of frozen dataclasses, filled from a TOML preset and then `a.b=value` settings."""
 
+# Strict but for what numpy, Pillow and tqdm leave untyped:
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 from __future__ import annotations
 
 import dataclasses

@@ -3,6 +3,9 @@
 Pixels are float32, RGB, (channels, height, width) or a batch of these, in [-1, 1].
 """
 
+# Strict but for what numpy, Pillow and tqdm leave untyped:
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 from __future__ import annotations
 
 import warnings

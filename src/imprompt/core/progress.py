@@ -1,9 +1,13 @@
 """Progress with the time left, on standard error."""
 
+# Strict but for what numpy, Pillow and tqdm leave untyped:
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
+from typing import Any
 
 from tqdm import tqdm
 
@@ -11,7 +15,7 @@ from tqdm import tqdm
 class Progress:
     """A bar to report to."""
 
-    def __init__(self, bar: tqdm[None]) -> None:
+    def __init__(self, bar: Any) -> None:
         self._bar = bar
 
     def update(self, count: int) -> None:
@@ -25,7 +29,7 @@ class Progress:
 
 
 @contextmanager
-def progress(total: int, description: str, unit: str = "it") -> Iterator[Progress]:
+def progress(total: int, description: str, unit: str = "it") -> Generator[Progress, None, None]:
     """A bar over `total` units for as long as the block runs.
 
     On a terminal it redraws itself; in a log it writes a line now and then.

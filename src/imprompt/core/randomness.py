@@ -6,6 +6,9 @@ drawn before; so a resumed run goes on exactly and many processes equal one.
 Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3" (Philox).
 """
 
+# Strict but for what numpy, Pillow and tqdm leave untyped:
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 from __future__ import annotations
 
 import hashlib

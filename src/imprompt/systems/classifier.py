@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as functional
@@ -69,7 +70,8 @@ class ClassifierOptions:
 
 def build(options: ClassifierOptions, base: Base, columns: Columns) -> ClassifierSystem:
     """The system for columns of pixels and labels; the base has no part in it."""
-    return ClassifierSystem(Judge(options.width).to(memory_format=torch.channels_last))
+    judge: Any = Judge(options.width)
+    return ClassifierSystem(judge.to(memory_format=torch.channels_last))
 
 
 class ClassifierSystem:

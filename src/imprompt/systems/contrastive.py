@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as functional
@@ -53,7 +54,8 @@ def train_tokenizer(captions: Iterable[str], vocabulary_size: int = 1024) -> CLI
     vocabulary = {
         piece: number for number, piece in enumerate(dict.fromkeys([*pieces, start, end]))
     }
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_TOKENS)
+    tokenizer_class: Any = CLIPTokenizer
+    return tokenizer_class(vocab=vocabulary, merges=merges, model_max_length=MAX_TOKENS)
 
 
 def _merges_of(tokenizer: Tokenizer) -> list[list[str]]:
@@ -62,7 +64,7 @@ def _merges_of(tokenizer: Tokenizer) -> list[list[str]]:
 
 
 def create_encoders(
-    tokenizer: CLIPTokenizer,
+    tokenizer: Any,
 ) -> tuple[CLIPTextModelWithProjection, CLIPVisionModelWithProjection]:
     """The diorama base's text and vision transformers, with random weights."""
     text = CLIPTextConfig(

@@ -115,7 +115,7 @@ class ImagePromptSystem:
     def __init__(
         self,
         base: Base,
-        module: torch.nn.Module,
+        module: Any,
         join: Join,
         *,
         features: str,
@@ -134,9 +134,9 @@ class ImagePromptSystem:
         """Makes the picture of a preview; set by whoever can generate."""
         self._join = join
         self._features = features
-        self._dropped_features = dropped_features.float()
-        self._empty_ids = base.tokenize([""])
-        self._alphas = alphas_cumprod_of(base.scheduler.config)
+        self._dropped_features = dropped_features.float().to(base.device)
+        self._empty_ids = base.tokenize([""]).to(base.device)
+        self._alphas = alphas_cumprod_of(base.scheduler.config).to(base.device)
         self._prediction = str(base.scheduler.config["prediction_type"])
 
     def loss(
@@ -161,16 +161,16 @@ class ImagePromptSystem:
     ) -> Tensor:
         """The squared error of each sample's prediction, (batch,)."""
         latents = sample_latents(batch, randomness, self.base)
-        noise = randomness.normal("noise", tuple(latents.shape[1:])).to(latents)
-        alphas = self._alphas[timesteps].to(latents.device)
+        noise = randomness.normal("noise", tuple(latents.shape[1:]))
+        alphas = self._alphas[timesteps]
         features = replace_rows(batch[self._features].float(), self._dropped_features, no_image)
-        tokens = self.module.tokens(features.to(latents.device))
+        tokens = self.module.tokens(features)
         text_states = self.base.encode_text(
             replace_rows(batch["text_ids"], self._empty_ids, no_text)
         )
         noisy = add_noise(latents, noise, alphas).contiguous(memory_format=torch.channels_last)
         text_states, condition = self._join(text_states, tokens)
-        prediction = self.base.denoise(noisy, timesteps.to(noisy.device), text_states, condition)
+        prediction = self.base.denoise(noisy, timesteps, text_states, condition)
         target = prediction_target(self._prediction, latents, noise, alphas)
         errors = functional.mse_loss(prediction.float(), target.float(), reduction="none")
         return errors.mean(dim=(1, 2, 3))
@@ -182,9 +182,11 @@ class ImagePromptSystem:
         With the text the image adds little that a caption does not say, so a gap shows best here.
         """
         count = len(batch["text_ids"])
-        spread = (torch.arange(count) + 0.5) / count
+        device = self._alphas.device
+        spread = (torch.arange(count, device=device) + 0.5) / count
         timesteps = (spread * len(self._alphas)).long()
-        never, always = torch.zeros(count, dtype=torch.bool), torch.ones(count, dtype=torch.bool)
+        never = torch.zeros(count, dtype=torch.bool, device=device)
+        always = ~never
         figures: dict[str, float] = {}
         for name, no_image, no_text in (
             ("loss_with_image", never, always),
@@ -233,5 +235,4 @@ def sample_latents(batch: dict[str, Tensor], randomness: Randomness, base: Base)
     mean = batch["latent_mean"].float()
     deviation = (0.5 * batch["latent_logvar"].float()).exp()
     noise = randomness.normal("posterior", tuple(mean.shape[1:]))
-    latents = (mean + deviation * noise) * float(base.vae.config.scaling_factor)
-    return latents.to(base.device)
+    return (mean + deviation * noise) * float(base.vae.config.scaling_factor)

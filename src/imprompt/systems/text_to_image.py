@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as functional
@@ -24,12 +25,13 @@ from imprompt.systems.protocol import starts_from_base
 _GOLDEN_RATIO = 0.6180339887498949
 
 
-def create_unet(latent_channels: int = 8, text_width: int = 128) -> UNet2DConditionModel:
+def create_unet(latent_channels: int = 8, text_width: int = 128) -> Any:
     """The diorama base's denoiser over 16 × 16 latents, with attention to text at every level.
 
     Residual branches and the output begin at zero, which a short training rewards.
     """
-    unet = UNet2DConditionModel(
+    model_class: Any = UNet2DConditionModel  # its signature says less than it takes
+    unet = model_class(
         sample_size=16,
         in_channels=latent_channels,
         out_channels=latent_channels,
@@ -100,18 +102,19 @@ class TextToImageSystem:
 
     def __init__(
         self,
-        module: UNet2DConditionModel,
-        text_encoder: torch.nn.Module,
+        module: Any,
+        text_encoder: Any,
         empty_ids: Tensor,
         scheduler: DDIMScheduler,
         drop_caption: float = 0.1,
     ):
         self.module = module
         self.text_encoder = text_encoder.eval().requires_grad_(False)
-        self.empty_ids = empty_ids
         self.scheduler = scheduler
         self.drop_caption = drop_caption
-        self._alphas = alphas_cumprod_of(scheduler.config)
+        device = next(module.parameters()).device
+        self._alphas = alphas_cumprod_of(scheduler.config).to(device)
+        self.empty_ids = empty_ids.to(device)
 
     def loss(
         self, batch: dict[str, Tensor], randomness: Randomness
@@ -144,7 +147,7 @@ class TextToImageSystem:
     def validate(self, batch: dict[str, Tensor], randomness: Randomness) -> dict[str, float]:
         """The loss at evenly spread timesteps on fixed noise, with the caption and without."""
         latents, text_ids = batch["latents"].float(), batch["phrasing_ids"][:, 0]
-        position = (torch.arange(len(latents)) + 0.5) * _GOLDEN_RATIO % 1.0
+        position = (torch.arange(len(latents), device=latents.device) + 0.5) * _GOLDEN_RATIO % 1.0
         timesteps = (position * len(self._alphas)).long()
         noise = randomness.normal("noise", tuple(latents.shape[1:]))
         empty = self.empty_ids.expand_as(text_ids)

@@ -81,14 +81,12 @@ def train(
     log_file = output / "log.jsonl"
     log.drop_after(log_file, state.step)
 
-    held_out = (
-        columns.rows(range(num_rows, len(columns)), system.columns)
-        if config.validation_rows
-        else {}
-    )
-    precision = (
-        torch.autocast("cpu", torch.bfloat16) if config.precision == "bfloat16" else nullcontext()
-    )
+    device = state.parameters[0].device
+    held_out: dict[str, Tensor] = {}
+    if config.validation_rows:
+        rows = columns.rows(range(num_rows, len(columns)), system.columns)
+        held_out = {name: values.to(device) for name, values in rows.items()}
+    half = config.precision == "bfloat16"
     sums: dict[str, float] = {}
     since, first_step = time.monotonic(), state.step
     steps = batches(
@@ -111,8 +109,9 @@ def train(
             )
             for group in state.optimizer.param_groups:
                 group["lr"] = rate
-            with precision:
-                loss, figures = system.loss(batch, Randomness(config.seed, samples))
+            batch = {name: values.to(device) for name, values in batch.items()}
+            with torch.autocast(device.type, torch.bfloat16, enabled=half):
+                loss, figures = system.loss(batch, Randomness(config.seed, samples, device))
             if not torch.isfinite(loss):
                 raise ImpromptError(
                     f"The loss is {loss.item()} at step {state.step} (samples {samples.start} to "
@@ -234,7 +233,9 @@ def _validate(
     output: Path,
     log_file: Path,
 ) -> None:
-    randomness = Randomness(config.seed + 1, range(config.validation_rows))
+    randomness = Randomness(
+        config.seed + 1, range(config.validation_rows), state.parameters[0].device
+    )
     with state.average or nullcontext():
         system.module.eval()
         figures = system.validate(held_out, randomness)

@@ -7,6 +7,8 @@ import importlib
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from imprompt.bases import Base, load_base
 from imprompt.core.config import build, read_toml, to_toml, with_settings
 from imprompt.core.errors import ImpromptError
@@ -93,7 +95,8 @@ def run_training(
         Interrupted: stopped by a signal, after saving.
     """
     columns = Columns.open(data)
-    loaded = load_base(base) if isinstance(base, str) else base
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    loaded = load_base(base, device=device) if isinstance(base, str) else base
     system, config, resolved = prepare_run(system_name, loaded, columns, preset, settings or [])
     export = train(
         system,
