@@ -1,0 +1,148 @@
+"""Train the embedded base from nothing: autoencoder, encoders, denoiser, judge and adapter.
+
+    python benchmarks/accelerator/train_base.py runs/base            # all parts, then measure
+
+The same command resumes. `OUT/weights` in the end has the layout of `src/imprompt/weights`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPVisionModelWithProjection
+
+from imprompt.bases import load_base
+from imprompt.bases.clip_vision import ClipImageEncoder
+from imprompt.bases.stable_diffusion import StableDiffusionBase
+from imprompt.bases.writing import write_base
+from imprompt.checkpoints import load_adapter
+from imprompt.core.config import build, read_toml
+from imprompt.data.dataset import Columns
+from imprompt.data.prepare import prepare
+from imprompt.diorama import NUM_PHRASINGS, caption, sample_scene
+from imprompt.evaluation.judge import load_judge
+from imprompt.evaluation.measure import Sampling, measure_adapter, measure_base, measure_judge
+from imprompt.systems import autoencoder, classifier, contrastive, text_to_image
+from imprompt.training.config import TrainConfig
+from imprompt.training.loop import train
+from imprompt.training.run import preset_path, run_training
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train the embedded base from nothing.")
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--num-scenes", type=int, default=48_000)
+    parser.add_argument("--num-pairs", type=int, default=20_000, help="of the adapter")
+    parser.add_argument("--num-images", type=int, default=500, help="to measure with")
+    parser.add_argument("--factor", type=float, default=1.0, help="times the presets' steps")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    out: Path = arguments.output
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    # A base of untrained parts says how scenes are encoded; it is replaced part by part.
+    seeds = range(arguments.num_scenes)
+    sampled = seeds[:: max(1, len(seeds) // 5000)]
+    texts = [caption(sample_scene(s), i) for s in sampled for i in range(NUM_PHRASINGS)]
+    tokenizer = contrastive.train_tokenizer(texts)
+    text, vision = contrastive.create_encoders(tokenizer)
+    base = StableDiffusionBase(
+        name="diorama",
+        unet=text_to_image.create_unet(),
+        vae=autoencoder.create_autoencoder(),
+        text_encoder=text,
+        tokenizer=tokenizer,
+        scheduler=text_to_image.create_scheduler(),
+        image_encoder=ClipImageEncoder(vision),
+    )
+    base.to(device)
+    source = f"diorama:{arguments.num_scenes}"
+    pictures = prepare(
+        source, out / "pictures", base, columns=("pixels", "labels", "phrasing_ids"), batch_size=104
+    )
+    columns = Columns.open(pictures)
+
+    def config(name: str) -> TrainConfig:
+        settings = build(TrainConfig, read_toml(preset_path(f"diorama-{name}"))["train"])
+        return dataclasses.replace(settings, steps=max(1, int(settings.steps * arguments.factor)))
+
+    def fit(system: Any, name: str, columns: Columns) -> Path:
+        system.module.to(device)
+        return train(system, columns, config(name), out / name)
+
+    judge = classifier.ClassifierSystem(classifier.Judge())
+    judge_file = fit(judge, "classifier", columns)
+
+    vae: Any = autoencoder.create_autoencoder()
+    vae_folder = fit(autoencoder.AutoencoderSystem(vae), "autoencoder", columns)
+    vae = AutoencoderKL.from_pretrained(vae_folder)
+    sample = columns.rows(range(min(512, len(columns))), ["pixels"])["pixels"].float() / 127.5 - 1
+    vae.register_to_config(scaling_factor=autoencoder.measure_scaling(vae, sample))
+
+    encoders = contrastive.ContrastiveSystem(*contrastive.create_encoders(tokenizer))
+    clip_folder = fit(encoders, "contrastive", columns)
+    base.vae = vae
+    base.text_encoder = CLIPTextModel.from_pretrained(clip_folder / "text_encoder")
+    image_encoder: Any = CLIPVisionModelWithProjection.from_pretrained(
+        clip_folder / "image_encoder"
+    )
+    base.image_encoder = ClipImageEncoder(image_encoder)
+    base.to(device)
+    encoded = prepare(source, out / "latents", base, columns=("latents", "phrasing_ids"))
+
+    denoiser = text_to_image.TextToImageSystem(
+        base.unet.requires_grad_(True),
+        base.text_encoder,
+        base.tokenize([""])[0],
+        base.scheduler,
+    )
+    unet_folder = fit(denoiser, "text-to-image", Columns.open(encoded))
+
+    weights = out / "weights"
+    write_base(
+        weights / "diorama-base",
+        unet=UNet2DConditionModel.from_pretrained(unet_folder / "unet"),
+        vae=vae,
+        text_encoder=base.text_encoder,
+        tokenizer=tokenizer,
+        scheduler=base.scheduler,
+        image_encoder=image_encoder,
+    )
+    shutil.copy(judge_file, weights / "diorama-judge.safetensors")
+    shipped = str(weights / "diorama-base")
+    pairs = prepare(
+        f"diorama:{arguments.num_pairs}:4000000", out / "pairs", load_base(shipped, device=device)
+    )
+    steps = read_toml(preset_path("diorama-shipped"))["train"]["steps"]
+    adapter = run_training(
+        "image-prompt",
+        data=pairs,
+        base=shipped,
+        output=out / "adapter",
+        preset="diorama-shipped",
+        settings=[f"train.steps={max(1, int(steps * arguments.factor))}"],
+    )
+    shutil.copy(adapter, weights / "diorama-ip-adapter.safetensors")
+
+    final, reader = load_base(shipped), load_judge(weights / "diorama-judge.safetensors")
+    sampling = Sampling(steps=50, guidance_scale=5.0)
+    figures = {
+        "judge": measure_judge(reader, 4 * arguments.num_images),
+        "base": measure_base(final, reader, sampling, arguments.num_images),
+        "adapter": measure_adapter(
+            final, load_adapter(adapter), reader, sampling, arguments.num_images
+        ).kept,
+    }
+    (out / "figures.json").write_text(json.dumps(figures, indent=2), encoding="utf-8")
+    print(json.dumps(figures, indent=2))
+
+
+if __name__ == "__main__":
+    main()
