@@ -1,0 +1,63 @@
+"""What the documents tell people to type exists, and what they point to is there."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from imprompt.cli.main import create_parser
+from imprompt.core.config import read_toml
+from imprompt.training.run import PRESETS, SYSTEMS
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def commands() -> list[str]:
+    found = []
+    for document in DOCUMENTS:
+        for block in re.findall(r"```sh\n(.*?)```", document.read_text(), re.S):
+            lines = block.replace("\\\n", " ").splitlines()
+            found += [line.strip() for line in lines if line.strip().startswith("imprompt ")]
+    return found
+
+
+@pytest.mark.parametrize("command", commands())
+def test_commands_can_be_typed(command):
+    arguments = shlex.split(command, comments=True)[1:]
+    parsed = create_parser().parse_args(arguments)
+    if parsed.verb == "train":
+        assert parsed.system in SYSTEMS
+        assert parsed.preset is None or (PRESETS / f"{parsed.preset}.toml").is_file()
+
+
+def test_there_are_commands_to_type():
+    assert len(commands()) > 8
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document):
+    for target in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
+        if not target.startswith("http"):
+            assert (document.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS.glob("*.toml")), ids=lambda path: path.stem)
+def test_presets_fit_their_systems(preset):
+    import importlib
+
+    from imprompt.core.config import build
+    from imprompt.training.config import TrainConfig
+
+    tables = read_toml(preset)
+    build(TrainConfig, tables["train"], "train.")
+    name = preset.stem.removeprefix("diorama-")
+    module, options = SYSTEMS["image-prompt" if name == "shipped" else name]
+    build(getattr(importlib.import_module(module), options), tables.get("system", {}), "system.")
+
+
+def test_make_targets_of_the_readme_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"make (\w+)", (ROOT / "README.md").read_text()):
+        assert f"\n{target}:" in makefile, target
