@@ -1,0 +1,108 @@
+"""The command line: one clear line and status 2 for every mistake, nothing overwritten."""
+
+import pytest
+from PIL import Image
+from tiny_base import write_tiny_base
+
+from imprompt.adapters import create_adapter
+from imprompt.bases import load_base
+from imprompt.checkpoints import save_adapter
+from imprompt.cli.main import VERBS, main
+
+
+@pytest.fixture(scope="module")
+def base_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base") / "tiny"
+    write_tiny_base(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter_file(base_folder, tmp_path_factory):
+    base = load_base(base_folder)
+    adapter = create_adapter(base.unet, feature_dim=base.image_encoder.embed_dim)
+    file = tmp_path_factory.mktemp("adapter") / "adapter.safetensors"
+    save_adapter(adapter, file)
+    return file
+
+
+def refused(capsys, *arguments):
+    """The one line that a mistake is told in."""
+    assert main([str(argument) for argument in arguments]) == 2
+    output = capsys.readouterr()
+    lines = [line for line in output.err.splitlines() if line.startswith("imprompt: error: ")]
+    assert len(lines) == 1 and "Traceback" not in output.err
+    return lines[0]
+
+
+def test_every_verb_has_help_with_examples(capsys):
+    for verb in VERBS:
+        name = verb.__name__.rsplit(".", 1)[1]
+        with pytest.raises(SystemExit) as caught:
+            main([name, "--help"])
+        assert caught.value.code == 0
+        assert "examples:" in capsys.readouterr().out
+
+
+def test_generate_with_an_image_and_a_sweep(base_folder, adapter_file, tmp_path):
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "photo.png")
+    arguments = ["generate", "a cat", "--image", tmp_path / "photo.png", "--base", base_folder]
+    arguments += ["--adapter", adapter_file, "--steps", 2, "--num-images", 2, "--sweep", 0, 0.5, 1]
+    arguments += ["--output", tmp_path / "out.png", "--separate"]
+    assert main([str(argument) for argument in arguments]) == 0
+    assert Image.open(tmp_path / "out.png").size == (2 * 32, 3 * 32)
+    assert len(list(tmp_path.glob("out-*.png"))) == 6
+
+
+def test_nothing_is_overwritten_unasked(tmp_path, capsys):
+    sheet = tmp_path / "sheet.png"
+    command = ["diorama", "--grid", str(sheet), "--count", "2", "--size-px", "16"]
+    assert main(command) == 0
+    before = sheet.read_bytes()
+    assert "--overwrite" in refused(capsys, *command)
+    assert sheet.read_bytes() == before
+    assert main([*command, "--overwrite"]) == 0
+
+
+def test_inspect_says_what_a_file_is(adapter_file, capsys):
+    assert main(["inspect", str(adapter_file)]) == 0
+    told = capsys.readouterr().out
+    assert "variant" in told and "base" in told and "parameters" in told
+
+
+def test_mistakes(base_folder, adapter_file, tmp_path, capsys):
+    missing = tmp_path / "missing.png"
+    assert "missing.png" in refused(capsys, "generate", "--image", missing)
+    assert "no --image" in refused(capsys, "generate", "--adapter", adapter_file)
+    assert "'nowhere'" in refused(capsys, "generate", "x", "--base", "nowhere")
+    assert "missing.png" in refused(capsys, "inspect", missing)
+    assert "not a kind" in refused(capsys, "diorama", "--grid", missing, "--kind", "dragon")
+    assert "no source" in refused(capsys, "prepare", "nowhere", tmp_path / "data")
+    assert "no prepared data" in refused(
+        capsys, "train", "image-prompt", "--data", tmp_path, "--output", tmp_path / "run"
+    )
+
+
+def test_an_adapter_of_another_base_is_refused(adapter_file, tmp_path, capsys):
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "photo.png")
+    arguments = ["generate", "--image", tmp_path / "photo.png", "--adapter", adapter_file]
+    line = refused(capsys, *arguments, "--output", tmp_path / "out.png")
+    assert "adapter" in line and not (tmp_path / "out.png").exists()
+
+
+def test_training_names_the_nearest_setting_and_system(base_folder, tmp_path, capsys):
+    base = ["--base", base_folder]
+    assert main([str(a) for a in ("prepare", "diorama:6", tmp_path / "data", *base)]) == 0
+    train = ["--data", tmp_path / "data", "--output", tmp_path / "run", *base]
+    line = refused(capsys, "train", "image-prompt", *train, "--set", "train.stepz=3")
+    assert "train.steps" in line
+    assert "text-to-image" in refused(capsys, "train", "imageprompt", *train)
+    assert "must be given" in refused(capsys, "train", "image-prompt", *train)
+    assert "validation_rows" in refused(
+        capsys, "train", "image-prompt", *train, "--set", "train.steps=3"
+    )
+    settings = ["--set", "train.steps=3", "--set", "train.validation_rows=2"]
+    arguments = ["train", "image-prompt", *train, *settings]
+    assert main([str(argument) for argument in arguments]) == 0
+    assert (tmp_path / "run/adapter.safetensors").is_file()
+    assert (tmp_path / "run/config.toml").is_file()

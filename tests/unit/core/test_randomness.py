@@ -1,0 +1,41 @@
+"""Random numbers are a function of seed, purpose and sample, and of nothing else."""
+
+import numpy as np
+import pytest
+import torch
+
+from imprompt.core.randomness import Randomness, generator, permutation
+
+
+def test_a_sample_draws_the_same_in_any_batch():
+    together, alone = Randomness(3, [5, 9, 2]), Randomness(3, [9])
+    assert torch.equal(together.normal("noise", (4, 2))[1], alone.normal("noise", (4, 2))[0])
+    assert together.uniform("t")[1] == alone.uniform("t")[0]
+    assert together.integers("k", 1000)[1] == alone.integers("k", 1000)[0]
+
+
+def test_asking_twice_gives_the_same_and_order_does_not_matter():
+    first, second = Randomness(0, range(4)), Randomness(0, range(4))
+    noise = first.normal("noise", (3,))
+    second.uniform("other")
+    assert torch.equal(noise, second.normal("noise", (3,)))
+    assert torch.equal(noise, first.normal("noise", (3,)))
+
+
+@pytest.mark.parametrize("other", [(1, 0, "a"), (0, 1, "a"), (0, 0, "b")])
+def test_seed_sample_and_purpose_each_matter(other):
+    assert not np.array_equal(generator(0, 0, "a").random(4), generator(*other).random(4))
+
+
+def test_the_numbers_are_as_they_should_be():
+    draws = Randomness(1, range(4000))
+    assert draws.normal("n", (8,)).mean().abs() < 0.02
+    assert (draws.normal("n", (8,)).std() - 1).abs() < 0.02
+    uniform = draws.uniform("u")
+    assert uniform.min() >= 0 and uniform.max() < 1 and abs(uniform.mean() - 0.5) < 0.02
+    assert set(draws.integers("i", 3).tolist()) == {0, 1, 2}
+
+
+def test_a_permutation_has_every_row_once_and_differs_by_epoch():
+    assert sorted(permutation(0, 0, 50)) == list(range(50))
+    assert list(permutation(0, 0, 50)) != list(permutation(0, 1, 50))

@@ -1,0 +1,188 @@
+"""Pairs to columns: every source, every fault, and going on after a kill."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_base import write_tiny_base
+
+from imprompt.bases import load_base
+from imprompt.core.errors import ImpromptError
+from imprompt.data import columns as columns_module
+from imprompt.data import dataset
+from imprompt.data import prepare as prepare_module
+from imprompt.data.dataset import Columns
+from imprompt.data.pairs import load, open_pairs
+from imprompt.data.prepare import prepare
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base") / "tiny"
+    write_tiny_base(folder)
+    return load_base(folder)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(6):
+        values = np.random.default_rng(number).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+        Image.fromarray(values).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"caption {number}")
+    return folder
+
+
+def test_a_folder_with_faults_gives_the_good_ones_and_names_the_bad(base, photos, tmp_path):
+    Image.new("RGB", (1, 1)).save(photos / "a-tiny.png")
+    (photos / "a-tiny.txt").write_text("small")
+    Image.new("RGB", (40, 40)).save(photos / "b-silent.png")
+    (photos / "c-cut.png").write_bytes((photos / "0.png").read_bytes()[:200])
+    (photos / "c-cut.txt").write_text("cut")
+    (photos / "d-odd.txt").write_bytes(b"\xff\xfe\xfa")
+    Image.new("RGB", (40, 40)).save(photos / "d-odd.png")
+    Image.new("RGB", (40, 40)).save(photos / "e-blank.png")
+    (photos / "e-blank.txt").write_text("  \n")
+    data = Columns.open(prepare(str(photos), tmp_path / "data", base, batch_size=4))
+    assert data.captions() == [f"caption {number}" for number in range(6)]
+    lines = (tmp_path / "data/quarantine.jsonl").read_text().splitlines()
+    reasons = {entry["pair"]: entry["reason"] for entry in map(json.loads, lines)}
+    assert sorted(reasons) == [
+        "a-tiny.png",
+        "b-silent.png",
+        "c-cut.png",
+        "d-odd.png",
+        "e-blank.png",
+    ]
+    assert "1 × 1" in reasons["a-tiny.png"] and "missing" in reasons["b-silent.png"]
+    assert "UTF-8" in reasons["d-odd.png"] and "empty" in reasons["e-blank.png"]
+
+
+def test_columns_hold_what_the_encoders_say(base, photos, tmp_path):
+    data = Columns.open(prepare(str(photos), tmp_path / "data", base))
+    assert data.names == ("image_embeds", "latent_logvar", "latent_mean", "text_ids")
+    image, text = load(open_pairs(str(photos))[3], base.image_size_px)
+    from imprompt.core.images import image_to_pixels
+
+    pixels = image_to_pixels(image)[None]
+    row = data.rows([3], data.names)
+    torch.testing.assert_close(
+        row["image_embeds"].float(), base.image_encoder.embeds(pixels), atol=5e-3, rtol=5e-3
+    )
+    mean, deviation = base.latent_distribution(pixels)
+    scale = base.vae.config.scaling_factor
+    torch.testing.assert_close(row["latent_mean"].float() * scale, mean, atol=5e-3, rtol=5e-3)
+    spread = (0.5 * row["latent_logvar"].float()).exp() * scale
+    torch.testing.assert_close(spread, deviation, atol=5e-3, rtol=5e-3)
+    assert torch.equal(row["text_ids"], base.tokenize([text]))
+
+
+def test_the_json_list_of_the_original_scripts(base, photos, tmp_path):
+    records = [{"image_file": f"photos/{n}.png", "text": f"text {n}"} for n in range(4)]
+    records += [{"image_file": "../../etc/passwd", "text": "no"}, {"image_file": "photos/1.png"}]
+    (tmp_path / "list.json").write_text(json.dumps(records))
+    data = Columns.open(prepare(str(tmp_path / "list.json"), tmp_path / "data", base))
+    assert data.captions() == [f"text {n}" for n in range(4)]
+    rejected = (tmp_path / "data/quarantine.jsonl").read_text()
+    assert "outside" in rejected and '"text\\" is missing' in rejected
+
+
+@pytest.mark.parametrize("flush_every", [1, 3])
+@pytest.mark.parametrize("kill_at", [1, 2, 4])
+def test_killed_and_started_again_the_result_is_the_same(
+    base, photos, tmp_path, monkeypatch, kill_at, flush_every
+):
+    (photos / "3.txt").unlink()
+    monkeypatch.setattr(prepare_module, "FLUSH_EVERY_BATCHES", flush_every)
+    prepare(str(photos), tmp_path / "straight", base, batch_size=1)
+    original, calls = columns_module.text_ids, 0
+
+    def killed(base, batch):
+        nonlocal calls
+        calls += 1
+        if calls == kill_at:
+            raise KeyboardInterrupt
+        return original(base, batch)
+
+    monkeypatch.setitem(columns_module.COLUMNS, "text_ids", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(str(photos), tmp_path / "killed", base, batch_size=1)
+    with pytest.raises(ImpromptError, match="unfinished"):
+        Columns.open(tmp_path / "killed")
+    monkeypatch.setitem(columns_module.COLUMNS, "text_ids", original)
+    prepare(str(photos), tmp_path / "killed", base, batch_size=1)
+    files = sorted(path.name for path in (tmp_path / "straight").iterdir())
+    assert files == sorted(path.name for path in (tmp_path / "killed").iterdir())
+    for name in files:
+        one, other = (tmp_path / run / name for run in ("straight", "killed"))
+        assert one.read_bytes() == other.read_bytes(), name
+
+
+def test_the_same_again_returns_at_once_and_something_else_is_refused(base, photos, tmp_path):
+    prepare("diorama:4", tmp_path / "data", base)
+    begun = (tmp_path / "data/latent_mean.npy").stat().st_mtime_ns
+    prepare("diorama:4", tmp_path / "data", base)
+    assert (tmp_path / "data/latent_mean.npy").stat().st_mtime_ns == begun
+    with pytest.raises(ImpromptError, match="'diorama:4', now 'diorama:5'"):
+        prepare("diorama:5", tmp_path / "data", base)
+    with pytest.raises(ImpromptError, match="no prepared data"):
+        prepare("diorama:4", photos, base)
+
+
+def test_a_full_disk_is_told_before_work_is_done(base, tmp_path, monkeypatch):
+    class Usage:
+        free = 10
+
+    monkeypatch.setattr(dataset.shutil, "disk_usage", lambda path: Usage)
+    with pytest.raises(ImpromptError, match="needs .* MB"):
+        prepare("diorama:4", tmp_path / "data", base)
+
+
+def test_nothing_usable_is_an_error(base, tmp_path):
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(ImpromptError, match="holds no images"):
+        prepare(str(tmp_path / "photos"), tmp_path / "data", base)
+    (tmp_path / "photos/x.png").write_text("no image")
+    with pytest.raises(ImpromptError, match=r"None of the 1 pairs.*x\.png"):
+        prepare(str(tmp_path / "photos"), tmp_path / "data2", base)
+
+
+@pytest.mark.parametrize("source", ["diorama:", "diorama:0", "diorama:x", "diorama:3:-1", "a.csv"])
+def test_what_is_no_source_is_told(source):
+    with pytest.raises(ImpromptError):
+        open_pairs(source)
+
+
+def test_a_diorama_pair_is_a_function_of_its_seed():
+    first, later = open_pairs("diorama:5:10"), open_pairs("diorama:2:13")
+    assert first[3].read_caption() == later[0].read_caption()
+    assert first[3].image == later[0].image
+
+
+@pytest.mark.parametrize(
+    ("variant", "feature"), [("plus", "hidden_states"), ("full", "hidden_states")]
+)
+def test_each_variant_has_its_features(base, tmp_path, variant, feature):
+    data = Columns.open(prepare("diorama:3", tmp_path / "data", base, variant=variant))
+    assert feature in data.names and "image_embeds" not in data.names
+
+
+def test_rows_come_in_the_order_asked_for(base, tmp_path):
+    columns = ("pixels", "labels", "phrasing_ids", "latents")
+    data = Columns.open(prepare("diorama:6", tmp_path / "data", base, columns=columns))
+    all_rows = data.rows(range(6), columns)
+    some = data.rows([4, 0, 4], columns)
+    for name in columns:
+        assert torch.equal(some[name], all_rows[name][[4, 0, 4]])
+    with pytest.raises(ImpromptError, match="lacks the column image_embeds"):
+        data.require(["image_embeds"])
+
+
+def test_unknown_columns_and_variants_are_told(base, tmp_path):
+    with pytest.raises(ImpromptError, match="no column 'depth'"):
+        prepare("diorama:3", tmp_path / "data", base, columns=("depth",))
+    with pytest.raises(ImpromptError, match="'faceid' is unknown"):
+        prepare("diorama:3", tmp_path / "data", base, variant="faceid")
