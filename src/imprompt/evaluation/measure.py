@@ -147,7 +147,7 @@ def measure_text_and_image(
     judge: Judge,
     sampling: Sampling,
     count: int = 60,
-    scales: Sequence[float] = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0),
+    scales: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25),
 ) -> tuple[list[Scene], Tensor, list[SweepPoint]]:
     """The image prompt gives style and colour, the text names another object; over λ."""
     scenes = unseen_scenes(count, first=20_000)

@@ -41,7 +41,7 @@ from imprompt.generation.conditions import TokenPrompt
 from imprompt.training.run import run_training
 
 FIRST_SEED = 3_000_000
-SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
+SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
 GALLERY = Sampling(steps=50, guidance_scale=5.0)
 JUDGED = Sampling(steps=25, guidance_scale=5.0, sampler="dpm-solver++")
 

@@ -33,7 +33,7 @@ th, td { text-align: left; padding: 6px 18px 6px 0; border-bottom: 1px solid var
 td.n, th.n { text-align: right; }
 .rows { border-spacing: 6px; border-collapse: separate; margin-left: -6px; }
 .rows td, .rows th { padding: 0; border: 0; font-weight: 500; color: var(--soft); font-size: 14px; }
-.rows th { padding-right: 10px; white-space: nowrap; }
+.rows th { padding-right: 10px; } .rows tr > th:first-child { width: 150px; min-width: 90px; }
 img { display: block; border-radius: 6px; image-rendering: pixelated; width: 104px; height: 104px; }
 pre { background: var(--paper); border: 1px solid var(--line); border-radius: 8px; padding: 12px 14px;
   overflow-x: auto; } svg { max-width: 100%; height: auto; } svg text { fill: var(--soft); font-size: 13px; }
