@@ -5,9 +5,12 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
 from imprompt.cli.main import create_parser
 from imprompt.core.config import read_toml
+from imprompt.core.images import pixels_to_images
+from imprompt.diorama import render, sample_scene
 from imprompt.training.run import PRESETS, SYSTEMS
 
 ROOT = Path(__file__).parents[2]
@@ -61,3 +64,18 @@ def test_make_targets_of_the_readme_exist():
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"make (\w+)", (ROOT / "README.md").read_text()):
         assert f"\n{target}:" in makefile, target
+
+
+def test_what_the_document_on_image_prompts_shows_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "src").symlink_to(ROOT / "src")
+    for number, name in enumerate(("photo", "a", "b", "c", "left")):
+        pixels = render([sample_scene(number)]).pixels
+        pixels_to_images(pixels)[0].save(f"{name}.png")
+    text = (ROOT / "docs" / "image-prompts.md").read_text()
+    names: dict[str, object] = {}
+    for block in re.findall(r"```python\n(.*?)```", text, re.S):
+        exec(block, names)
+    assert (tmp_path / "where.png").is_file() and (tmp_path / "photo.safetensors").is_file()
+    heat = names["heat"]
+    assert isinstance(heat, torch.Tensor) and heat.shape == (1, 64, 64)
