@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from imprompt.checkpoints import inspect, load_adapter, save_adapter
-from imprompt.checkpoints.layouts import block_order
+from imprompt.checkpoints.unet_names import block_order
 from imprompt.core.errors import ImpromptError
 
 DIFFUSERS_VARIANTS = ["base", "plus", "full", "faceid", "faceid-plus"]

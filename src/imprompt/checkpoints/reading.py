@@ -1,0 +1,175 @@
+"""From a file to named tensors, without trusting the file.
+
+Nothing in a file is executed, and nothing it merely declares is allocated: no compressed archives,
+no tensors larger than the bytes behind them. Whatever goes wrong is an ImpromptError of one line.
+"""
+
+import json
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from imprompt.checkpoints.messages import listed, one_line
+from imprompt.core.errors import ImpromptError
+
+# What accelerate, DeepSpeed and diffusers call the weights in a folder. First the one that keeps
+# all names: where tensors are shared, safetensors drops all of their names but one.
+STATE_FILES = (
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model/mp_rank_00_model_states.pt",
+    "diffusion_pytorch_model.safetensors",
+)
+MAX_INDEX_BYTES = 64 << 20
+
+
+class Content(NamedTuple):
+    """What lies in a file, under the file's own names."""
+
+    values: dict[str, Any]
+    metadata: dict[str, str]
+    size_bytes: int
+
+
+def read_content(path: Path) -> Content:
+    """Content of a safetensors file, of a pickled one (told apart by content), or of the folder
+    that a training script saved.
+
+    Raises:
+        ImpromptError: no such file, unreadable, or another kind of file.
+    """
+    if path.is_dir():
+        found = [path / name for name in STATE_FILES if (path / name).is_file()]
+        if not found:
+            names = sorted(p.name for p in path.iterdir() if p.suffix in (".safetensors", ".bin"))
+            raise ImpromptError(f"{path} is a folder; give a file of it ({listed(names)}).")
+        path = found[0]
+    if not path.is_file():
+        raise ImpromptError(f"{path} does not exist.")
+    try:
+        if path.name.endswith(".index.json"):
+            return read_shards(path)
+        content = read_file(path)
+        check_memory(content.values)
+        return content
+    except ImpromptError:
+        raise
+    except pickle.UnpicklingError:
+        raise ImpromptError(
+            f"{path} cannot be read as a checkpoint: it is half-written, or pickles more than "
+            "tensors, which is not loaded because it could run any code."
+        ) from None
+    except OSError as error:
+        raise ImpromptError(f"{path} cannot be read: {error.strerror or error}") from None
+    except Exception as error:  # a reader that is fed noise may stumble over anything
+        reason = one_line(str(error).strip().split("\n")[0] or type(error).__name__, 160)
+        raise ImpromptError(
+            f"{path} cannot be read as a checkpoint (half-written, or another kind of file): "
+            f"{reason}"
+        ) from None
+
+
+def read_file(path: Path) -> Content:
+    size_bytes = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(64)
+        if start.startswith(b"version https://git-lfs"):
+            raise ImpromptError(f"{path} is a Git LFS pointer, not the file: `git lfs pull`.")
+        # Safetensors is 8 bytes of length, then JSON; what torch saves is a zip or a pickle.
+        is_json = start[8:9] == b"{"
+        is_zip = start.startswith(b"PK")
+        if is_zip or (start.startswith(b"\x80") and not is_json):
+            if is_zip:
+                check_archive(path, file, size_bytes)
+            file.seek(0)  # given a name, torch would judge by its ending
+            values = torch.load(file, map_location="cpu", weights_only=True)
+            if not isinstance(values, Mapping):
+                raise ImpromptError(
+                    f"{path} holds a {type(values).__name__} instead of tensors by name: "
+                    "it is no checkpoint of an adapter."
+                )
+            return Content(dict(values), {}, size_bytes)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        values = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        return Content(values, metadata, size_bytes)
+
+
+def check_archive(path: Path, file: IO[bytes], size_bytes: int) -> None:
+    """Refuse an archive that would take more memory than it has bytes.
+
+    torch writes its entries uncompressed, so a compressed one, or entries that share bytes, were
+    made to fill the memory of whoever opens them.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+    except zipfile.BadZipFile:
+        raise ImpromptError(
+            f"{path} cannot be read as a checkpoint: it is half-written, or another kind of file."
+        ) from None
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise ImpromptError(
+            f"{path} is a compressed archive, which no checkpoint is: it is not unpacked."
+        )
+    declared_bytes = sum(entry.file_size for entry in entries)
+    if declared_bytes > size_bytes:
+        raise ImpromptError(
+            f"{path} declares {declared_bytes:,} bytes of content but has {size_bytes:,}: "
+            "it is not unpacked."
+        )
+    names = [entry.filename for entry in entries]
+    if len(set(names)) < len(names):
+        raise ImpromptError(f"{path} is damaged: an archive with the same entry twice.")
+
+
+def check_memory(values: Mapping[str, Any]) -> None:
+    """Refuse tensors that have a size but not the memory: views that repeat a few numbers, and
+    kinds without plain memory (sparse, quantised, meta)."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            check_memory(value)
+        elif isinstance(value, Tensor):
+            is_plain = (
+                value.layout is torch.strided
+                and not value.is_quantized
+                and value.device.type == "cpu"
+            )
+            if not is_plain or (
+                value.numel() * value.element_size() > value.untyped_storage().nbytes()
+            ):
+                raise ImpromptError(
+                    f"{one_line(str(key))} in this file is no plain tensor: its size "
+                    f"{one_line(str(tuple(value.shape)))} is only declared. The file is damaged."
+                )
+
+
+def read_shards(index: Path) -> Content:
+    """The files that an index names, as one."""
+    if index.stat().st_size > MAX_INDEX_BYTES:
+        raise ImpromptError(f"{index} is too large for an index of files.")
+    try:
+        names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ImpromptError(f"{index} is no index of files: it lacks weight_map.") from None
+    shards: list[Content] = []
+    for name in sorted(map(str, names)):
+        file = index.parent / name
+        # An index names its neighbours; anything else would read elsewhere on this machine.
+        if Path(name).name != name or not file.is_file():
+            raise ImpromptError(f"{index} names {one_line(name)}, which is not beside it.")
+        shards.append(read_file(file))
+        check_memory(shards[-1].values)
+    return Content(
+        {key: value for shard in shards for key, value in shard.values.items()},
+        shards[0].metadata if shards else {},
+        sum(shard.size_bytes for shard in shards),
+    )
