@@ -3,9 +3,11 @@
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from imprompt.adapters.adapter import VARIANTS, ImagePromptAdapter
 from imprompt.adapters.projection import (
@@ -23,7 +25,22 @@ from imprompt.core.errors import ImpromptError
 
 MAX_DEPTH = 64  # of a resampler; a larger number in a key is damage
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FILLING = ("normal", "uniform", "zero", "zeros", "ones", "fill")  # in-place functions end with "_"
 LORA_PARTS = ("to_q_lora", "to_k_lora", "to_v_lora", "to_out_lora")
+
+
+class WithoutValues(TorchFunctionMode):
+    """Modules made inside have shapes only: on the meta device, and not initialised, which there
+    takes long and leaves nothing."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        if name.endswith("_") and name.removesuffix("_").endswith(FILLING):
+            return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
+        with torch.device("meta"):
+            return func(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True)
@@ -68,7 +85,7 @@ def build(
         )
     shapes = Shapes(tensors)
     try:
-        with torch.device("meta"):
+        with WithoutValues():
             adapter = ImagePromptAdapter(
                 build_projection(deviation.variant, shapes),
                 {index: build_site(shapes, index) for index in sorted(site_indexes(tensors))},
@@ -128,7 +145,7 @@ def nearest_variant(
 
 def projection_keys(variant: str, depth: int) -> set[str]:
     """Keys of a variant's projection, taken from the very class."""
-    with torch.device("meta"):
+    with WithoutValues():
         projection: nn.Module
         if variant == "base":
             projection = LinearProjection(1, 1)
