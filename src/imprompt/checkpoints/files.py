@@ -153,7 +153,7 @@ def inspect(path: str | os.PathLike[str]) -> AdapterInfo:
         ImpromptError: as `load_adapter`.
     """
     path = Path(path)
-    checkpoint, adapter, size_bytes = read_adapter(path)
+    checkpoint, adapter, size_bytes = read_adapter(path, with_values=False)
     dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in checkpoint.tensors.values()})
     layers = resampler_of(adapter)
     return AdapterInfo(
@@ -184,9 +184,13 @@ class Read(NamedTuple):
     size_bytes: int
 
 
-def read_adapter(path: Path) -> Read:
-    """What is in a file, its numbers not yet looked at."""
-    content = read_content(path)
+def read_adapter(path: Path, *, with_values: bool = True) -> Read:
+    """What is in a file, its numbers not yet looked at.
+
+    Args:
+        with_values: whether the tensors of the checkpoint are needed, or only their shapes.
+    """
+    content = read_content(path, with_values=with_values)
     try:
         checkpoint = to_official(content.values, content.metadata)
         metadata = checkpoint.metadata

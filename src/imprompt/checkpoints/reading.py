@@ -28,6 +28,13 @@ STATE_FILES = (
     "pytorch_model/mp_rank_00_model_states.pt",
     "diffusion_pytorch_model.safetensors",
 )
+DTYPES = {  # as safetensors calls them; an adapter in another is refused
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+}
 MAX_INDEX_BYTES = 64 << 20
 
 
@@ -39,9 +46,13 @@ class Content(NamedTuple):
     size_bytes: int
 
 
-def read_content(path: Path) -> Content:
+def read_content(path: Path, *, with_values: bool = True) -> Content:
     """Content of a safetensors file, of a pickled one (told apart by content), or of the folder
     that a training script saved.
+
+    Args:
+        with_values: else tensors may be on the meta device: it is enough to know what a file is,
+            and of safetensors only the header is read.
 
     Raises:
         ImpromptError: no such file, unreadable, or another kind of file.
@@ -56,10 +67,8 @@ def read_content(path: Path) -> Content:
         raise ImpromptError(f"{path} does not exist.")
     try:
         if path.name.endswith(".index.json"):
-            return read_shards(path)
-        content = read_file(path)
-        check_memory(content.values)
-        return content
+            return read_shards(path, with_values=with_values)
+        return read_file(path, with_values=with_values)
     except ImpromptError:
         raise
     except pickle.UnpicklingError:
@@ -77,7 +86,7 @@ def read_content(path: Path) -> Content:
         ) from None
 
 
-def read_file(path: Path) -> Content:
+def read_file(path: Path, *, with_values: bool) -> Content:
     size_bytes = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(64)
@@ -96,11 +105,21 @@ def read_file(path: Path) -> Content:
                     f"{path} holds a {type(values).__name__} instead of tensors by name: "
                     "it is no checkpoint of an adapter."
                 )
+            check_memory(values)
             return Content(dict(values), {}, size_bytes)
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
-        values = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        values = {
+            key: file.get_tensor(key) if with_values else without_value(file.get_slice(key))
+            for key in file.keys()  # noqa: SIM118
+        }
         return Content(values, metadata, size_bytes)
+
+
+def without_value(declared: Any) -> Tensor:
+    """A tensor of the shape and type that a header declares, on the meta device."""
+    dtype = DTYPES.get(declared.get_dtype(), torch.uint8)
+    return torch.empty(declared.get_shape(), dtype=dtype, device="meta")
 
 
 def check_archive(path: Path, file: IO[bytes], size_bytes: int) -> None:
@@ -152,7 +171,7 @@ def check_memory(values: Mapping[str, Any]) -> None:
                 )
 
 
-def read_shards(index: Path) -> Content:
+def read_shards(index: Path, *, with_values: bool) -> Content:
     """The files that an index names, as one."""
     if index.stat().st_size > MAX_INDEX_BYTES:
         raise ImpromptError(f"{index} is too large for an index of files.")
@@ -166,8 +185,7 @@ def read_shards(index: Path) -> Content:
         # An index names its neighbours; anything else would read elsewhere on this machine.
         if Path(name).name != name or not file.is_file():
             raise ImpromptError(f"{index} names {one_line(name)}, which is not beside it.")
-        shards.append(read_file(file))
-        check_memory(shards[-1].values)
+        shards.append(read_file(file, with_values=with_values))
     return Content(
         {key: value for shard in shards for key, value in shard.values.items()},
         shards[0].metadata if shards else {},
