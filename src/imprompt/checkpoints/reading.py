@@ -6,8 +6,9 @@ no tensors larger than the bytes behind them. Whatever goes wrong is an Imprompt
 
 import json
 import pickle
+import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -80,6 +81,8 @@ def read_content(path: Path, *, with_values: bool = True) -> Content:
         raise ImpromptError(f"{path} cannot be read: {error.strerror or error}") from None
     except Exception as error:  # a reader that is fed noise may stumble over anything
         reason = one_line(str(error).strip().split("\n")[0] or type(error).__name__, 160)
+        if "allocate memory" in reason or isinstance(error, MemoryError):
+            reason = "it declares more than fits into the memory"
         raise ImpromptError(
             f"{path} cannot be read as a checkpoint (half-written, or another kind of file): "
             f"{reason}"
@@ -99,13 +102,15 @@ def read_file(path: Path, *, with_values: bool) -> Content:
             if is_zip:
                 check_archive(path, file, size_bytes)
             file.seek(0)  # given a name, torch would judge by its ending
-            values = torch.load(file, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():  # of torch, about how others once wrote their files
+                warnings.simplefilter("ignore")
+                values = torch.load(file, map_location="cpu", weights_only=True)
             if not isinstance(values, Mapping):
                 raise ImpromptError(
-                    f"{path} holds a {type(values).__name__} instead of tensors by name: "
-                    "it is no checkpoint of an adapter."
+                    f"{path} is no checkpoint of an adapter: it holds {type(values).__name__}, "
+                    "and not tensors by name."
                 )
-            check_memory(values)
+            check_memory(path, values, size_bytes)
             return Content(dict(values), {}, size_bytes)
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
@@ -150,25 +155,38 @@ def check_archive(path: Path, file: IO[bytes], size_bytes: int) -> None:
         raise ImpromptError(f"{path} is damaged: an archive with the same entry twice.")
 
 
-def check_memory(values: Mapping[str, Any]) -> None:
-    """Refuse tensors that have a size but not the memory: views that repeat a few numbers, and
-    kinds without plain memory (sparse, quantised, meta)."""
+def check_memory(path: Path, values: Mapping[Any, Any], size_bytes: int) -> None:
+    """Refuse tensors that have a size but not the memory: views that repeat a few numbers, kinds
+    without plain memory (sparse, quantised, meta), and more memory than the file has bytes."""
+    storages: dict[int, int] = {}
+    for key, tensor in tensors_in(values):
+        is_plain = (
+            tensor.layout is torch.strided
+            and not tensor.is_quantized
+            and tensor.device.type == "cpu"
+        )
+        if is_plain:
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+        if not is_plain or tensor.numel() * tensor.element_size() > storage.nbytes():
+            raise ImpromptError(
+                f"{path} is damaged: {one_line(key)} is no plain tensor, its size "
+                f"{one_line(str(tuple(tensor.shape)))} is only declared."
+            )
+    if sum(storages.values()) > size_bytes:
+        raise ImpromptError(
+            f"{path} is damaged: {sum(storages.values()):,} bytes of tensors in a file of "
+            f"{size_bytes:,}."
+        )
+
+
+def tensors_in(values: Mapping[Any, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor in nested dicts, with its key."""
     for key, value in values.items():
         if isinstance(value, Mapping):
-            check_memory(value)
+            yield from tensors_in(value)
         elif isinstance(value, Tensor):
-            is_plain = (
-                value.layout is torch.strided
-                and not value.is_quantized
-                and value.device.type == "cpu"
-            )
-            if not is_plain or (
-                value.numel() * value.element_size() > value.untyped_storage().nbytes()
-            ):
-                raise ImpromptError(
-                    f"{one_line(str(key))} in this file is no plain tensor: its size "
-                    f"{one_line(str(tuple(value.shape)))} is only declared. The file is damaged."
-                )
+            yield str(key), value
 
 
 def read_shards(index: Path, *, with_values: bool) -> Content:
