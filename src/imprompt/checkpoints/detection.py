@@ -1,11 +1,13 @@
 """Which adapter is this? Variant from the keys alone; depth, heads and widths from the shapes."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from imprompt.adapters.adapter import VARIANTS, ImagePromptAdapter
 from imprompt.adapters.projection import (
@@ -15,11 +17,30 @@ from imprompt.adapters.projection import (
     LinearProjection,
 )
 from imprompt.adapters.resampler import HEAD_DIM, InstructResampler, Resampler
+from imprompt.adapters.sites import family_of
 from imprompt.adapters.weights import SiteWeights
+from imprompt.checkpoints.messages import listed
+from imprompt.checkpoints.unet_names import known_site_names
 from imprompt.core.errors import ImpromptError
 
 MAX_DEPTH = 64  # of a resampler; a larger number in a key is damage
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FILLING = ("normal", "uniform", "zero", "zeros", "ones", "fill")  # in-place functions end with "_"
 LORA_PARTS = ("to_q_lora", "to_k_lora", "to_v_lora", "to_out_lora")
+
+
+class WithoutValues(TorchFunctionMode):
+    """Modules made inside have shapes only: on the meta device, and not initialised, which there
+    takes long and leaves nothing."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        if name.endswith("_") and name.removesuffix("_").endswith(FILLING):
+            return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
+        with torch.device("meta"):
+            return func(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True)
@@ -34,14 +55,20 @@ class Deviation:
         return len(self.missing) + len(self.unexpected)
 
 
-def build(tensors: Mapping[str, Tensor]) -> ImagePromptAdapter:
+def build(
+    tensors: Mapping[str, Tensor], declared_sites: Collection[int] | None = None
+) -> ImagePromptAdapter:
     """The adapter whose state dict has these keys and shapes, on the meta device (no values).
+
+    Args:
+        declared_sites: numbers of the cross-attention sites, where the file tells them; else they
+            are the odd numbers, as of every UNet made of transformer blocks.
 
     Raises:
         ImpromptError: missing or unexpected keys, which it names beside the nearest variant; or
             shapes that do not belong together.
     """
-    deviation = nearest_variant(tensors)
+    deviation = nearest_variant(tensors, declared_sites)
     if len(deviation):
         raise ImpromptError(
             f"damaged or of an unknown kind; the nearest variant is {deviation.variant}, of which "
@@ -51,12 +78,20 @@ def build(tensors: Mapping[str, Tensor]) -> ImagePromptAdapter:
     flat = [key for key, tensor in tensors.items() if tensor.ndim == 0 or 0 in tensor.shape]
     if flat:
         raise ImpromptError(f"damaged: empty tensors at {listed(flat)}.")
-    shapes = Shapes(tensors)
-    with torch.device("meta"):
-        adapter = ImagePromptAdapter(
-            build_projection(deviation.variant, shapes),
-            {index: build_site(shapes, index) for index in sorted(site_indexes(tensors))},
+    odd = [f"{key} ({t.dtype})" for key, t in tensors.items() if t.dtype not in DTYPES]
+    if odd:
+        raise ImpromptError(
+            f"damaged: weights are floating-point numbers of 16 to 64 bits, but not {listed(odd)}."
         )
+    shapes = Shapes(tensors)
+    try:
+        with WithoutValues():
+            adapter = ImagePromptAdapter(
+                build_projection(deviation.variant, shapes),
+                {index: build_site(shapes, index) for index in sorted(site_indexes(tensors))},
+            )
+    except RuntimeError:  # sizes whose product is no number any more
+        raise ImpromptError("damaged: shapes that no adapter has.") from None
     wrong = [
         f"{key} {tuple(tensors[key].shape)} instead of {tuple(needed.shape)}"
         for key, needed in adapter.state_dict().items()
@@ -64,15 +99,44 @@ def build(tensors: Mapping[str, Tensor]) -> ImagePromptAdapter:
     ]
     if wrong:
         raise ImpromptError(f"damaged: shapes that do not belong together: {listed(wrong)}.")
+    check_sites(adapter, has_declared_sites=declared_sites is not None)
     return adapter
 
 
-def nearest_variant(keys: Iterable[str]) -> Deviation:
+def check_sites(adapter: ImagePromptAdapter, *, has_declared_sites: bool) -> None:
+    """Raise an ImpromptError if the sites are not those of one UNet."""
+    cross = {index: site for index, site in adapter.site_weights.items() if site.is_cross}
+    width = adapter.cross_attention_dim
+    wrong = [
+        f"ip_adapter.{index} ({site.to_k_ip.in_features})"
+        for index, site in cross.items()
+        if site.to_k_ip.in_features != width
+    ]
+    if wrong:
+        raise ImpromptError(
+            f"damaged: tokens have the width {width}, which these sites do not read: {listed(wrong)}."
+        )
+    ranks = {site.lora_rank for site in adapter.site_weights.values()}
+    if len(ranks) > 1:
+        raise ImpromptError(f"damaged: LoRA of several ranks: {listed(sorted(map(str, ranks)))}.")
+    known = [inner_dim for _, inner_dim in known_site_names(width)]
+    found = [site.to_k_ip.out_features for site in cross.values()]
+    if not has_declared_sites and len(found) < len(known) and found == known[: len(found)]:
+        raise ImpromptError(
+            f"damaged: it ends after {len(found)} of the {len(known)} cross-attention sites of "
+            f"{family_of(width)}."
+        )
+
+
+def nearest_variant(
+    keys: Iterable[str], declared_sites: Collection[int] | None = None
+) -> Deviation:
     """The variant whose keys differ least, and how."""
     present = set(keys)
+    sites = site_keys(present, declared_sites)
     candidates: list[Deviation] = []
     for variant in VARIANTS:
-        expected = projection_keys(variant, depth_of(present)) | site_keys(present)
+        expected = projection_keys(variant, depth_of(present)) | sites
         candidates.append(
             Deviation(variant, sorted(expected - present), sorted(present - expected))
         )
@@ -81,7 +145,7 @@ def nearest_variant(keys: Iterable[str]) -> Deviation:
 
 def projection_keys(variant: str, depth: int) -> set[str]:
     """Keys of a variant's projection, taken from the very class."""
-    with torch.device("meta"):
+    with WithoutValues():
         projection: nn.Module
         if variant == "base":
             projection = LinearProjection(1, 1)
@@ -98,35 +162,34 @@ def projection_keys(variant: str, depth: int) -> set[str]:
     return {f"image_proj.{key}" for key in projection.state_dict()}
 
 
-def site_keys(present: set[str]) -> set[str]:
+def site_keys(present: set[str], declared_sites: Collection[int] | None = None) -> set[str]:
     """Keys that the attention sites should have, given those that are there.
 
-    Where one of K', V' is, both must be; and LoRA, if there is any, is at every site.
+    Each cross-attention site has K' and V'; and LoRA, if there is any, is at every site.
     """
-    sites = site_indexes(present)
-    expected: set[str] = set()
-    for index in sites or {1}:
-        pair = {f"ip_adapter.{index}.{part}.weight" for part in ("to_k_ip", "to_v_ip")}
-        if pair & present or not sites:
-            expected |= pair
+    last = max(site_indexes(present), default=1)
+    cross = range(1, last + 1, 2) if declared_sites is None else declared_sites
+    expected = {
+        f"ip_adapter.{index}.{part}.weight" for index in cross for part in ("to_k_ip", "to_v_ip")
+    }
     if any("_lora." in key for key in present):
-        for index in range(max(sites, default=0) + 1):
-            expected |= {
-                f"ip_adapter.{index}.{part}.{half}.weight"
-                for part in LORA_PARTS
-                for half in ("down", "up")
-            }
+        expected |= {
+            f"ip_adapter.{index}.{part}.{half}.weight"
+            for index in range(last + 1)
+            for part in LORA_PARTS
+            for half in ("down", "up")
+        }
     return expected
 
 
 def site_indexes(keys: Iterable[str]) -> set[int]:
-    found = (re.match(r"ip_adapter\.(\d{1,4})\.", key) for key in keys)
+    found = (re.match(r"ip_adapter\.([0-9]{1,4})\.", key) for key in keys)
     return {int(match[1]) for match in found if match}
 
 
 def depth_of(keys: Iterable[str]) -> int:
     """Number of layers of a resampler; 1 where there is none."""
-    pattern = r"image_proj\.(?:perceiver_resampler\.)?layers\.(\d+)\."
+    pattern = r"image_proj\.(?:perceiver_resampler\.)?layers\.([0-9]{1,4})\."
     found = [int(match[1]) for key in keys if (match := re.match(pattern, key))]
     return min(max(found, default=0) + 1, MAX_DEPTH)
 
@@ -211,9 +274,3 @@ def build_site(shapes: Shapes, index: int) -> SiteWeights:
         is_cross=is_cross,
         lora_rank=size("to_q_lora.down", 0),
     )
-
-
-def listed(items: list[str], limit: int = 5) -> str:
-    """The first few of a list, for a message."""
-    shown = ", ".join(items[:limit]) or "nothing"
-    return shown + (f" and {len(items) - limit} more" if len(items) > limit else "")

@@ -2,28 +2,38 @@
 
 import errno
 import os
-import pickle
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from imprompt.adapters import Feature, ImagePromptAdapter, family_of
 from imprompt.adapters.projection import FacePlusProjection, FullProjection
-from imprompt.checkpoints.detection import build, listed
-from imprompt.checkpoints.layouts import NATIVE_FORMAT, Checkpoint, to_official
+from imprompt.checkpoints.detection import build
+from imprompt.checkpoints.layouts import (
+    NATIVE_FORMAT,
+    WRITTEN_LAYOUTS,
+    Checkpoint,
+    to_official,
+)
+from imprompt.checkpoints.messages import listed, one_line
+from imprompt.checkpoints.published import published_name, resampler_of
+from imprompt.checkpoints.reading import read_content
+from imprompt.checkpoints.unet_names import check_held, to_unet, unet_site_names
 from imprompt.core.errors import ImpromptError
 
 FORMAT_VERSION = "1"
 # The second generation of face-id-plus has the same keys as the first and is known by its name.
 SHORTCUT_NAME = "plusv2"
+# Written by us from the weights themselves, so not carried over from the file before.
+FACTS = {"format_version", "variant", "cross_attention_dim", "sites", "num_tokens", "shortcut"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +44,8 @@ class AdapterInfo:
     layout: str
     """native, official, diffusers or training"""
     variant: str
+    published_name: str | None
+    """which published file has these shapes, if any has"""
     base_family: str
     """which models it fits, from the width of the text states"""
     cross_attention_dim: int
@@ -42,6 +54,10 @@ class AdapterInfo:
     num_sites: int
     """cross-attention sites"""
     num_parameters: int
+    num_heads: int | None
+    """of the resampler; None without one"""
+    num_layers: int | None
+    """of the resampler; None without one"""
     lora_rank: int
     """0 without LoRA"""
     dtype: str
@@ -69,10 +85,9 @@ def load_adapter(
         ImpromptError: no such file, unreadable, damaged, or not an adapter.
     """
     path = Path(path)
-    checkpoint, adapter = read_adapter(path)
+    checkpoint, adapter, _ = read_adapter(path)
     tensors = {
-        key: tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
-        for key, tensor in checkpoint.tensors.items()
+        key: tensor.to(device=device, dtype=dtype) for key, tensor in checkpoint.tensors.items()
     }
     broken = [key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     if broken:
@@ -86,9 +101,11 @@ def save_adapter(
     path: str | os.PathLike[str],
     metadata: Mapping[str, str] | None = None,
     *,
+    layout: str = "native",
     dtype: torch.dtype | None = None,
+    site_names: Sequence[str] | None = None,
 ) -> None:
-    """Write an adapter as safetensors with exactly the official keys.
+    """Write an adapter as safetensors, by default with exactly the official keys.
 
     diffusers, ComfyUI and the authors' code load it as it is. The file appears under its name
     when it is complete, or not at all.
@@ -96,29 +113,37 @@ def save_adapter(
     Args:
         path: ends with ".safetensors"; missing folders are made.
         metadata: is stored in the file beside what `adapter.metadata` holds, e.g. {"base": …}.
+        layout: "native"; "official", the same keys without our mark; or "diffusers", the keys of
+            the state dict of a UNet into which diffusers has loaded the adapter.
         dtype: of the file, e.g. torch.float16; None keeps the adapter's.
+        site_names: for "diffusers": names of the UNet's cross-attention layers, in order. They
+            are known for Stable Diffusion 1.x, 2.x and XL.
 
     Raises:
-        ImpromptError: another ending, or the file cannot be written (disk full, no permission).
+        ImpromptError: another ending or layout; numbers that are not finite, or not in this
+            dtype; an adapter that diffusers cannot hold; or the file cannot be written.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ImpromptError(f'{path} does not end with ".safetensors", the only format written.')
+    if layout not in WRITTEN_LAYOUTS:
+        raise ImpromptError(f'layout is "{layout}"; written are {", ".join(WRITTEN_LAYOUTS)}.')
     tensors = {
         key: tensor.detach().to("cpu", dtype).contiguous()
         for key, tensor in adapter.state_dict().items()
     }
-    facts = {
-        "format": NATIVE_FORMAT,
-        "format_version": FORMAT_VERSION,
-        "variant": adapter.variant,
-        "cross_attention_dim": str(adapter.cross_attention_dim),
-    }
-    if adapter.num_tokens is not None:
-        facts["num_tokens"] = str(adapter.num_tokens)
-    if isinstance(adapter.image_proj, FacePlusProjection):
-        facts["shortcut"] = str(adapter.image_proj.shortcut).lower()
-    write_tensors(tensors, path, adapter.metadata | dict(metadata or {}) | facts)
+    broken = [key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+    if broken:
+        raise ImpromptError(
+            f"{path} was not written: numbers that are not finite, or too large for "
+            f"{dtype or 'their type'}, in {listed(broken)}."
+        )
+    if layout == "diffusers":
+        check_held(adapter)
+        tensors = to_unet(tensors, adapter.variant, unet_site_names(adapter, site_names))
+    # "pt" is what other programs write there; some of them look for it.
+    form = {"format": NATIVE_FORMAT if layout == "native" else "pt"}
+    write_tensors(tensors, path, adapter.metadata | dict(metadata or {}) | facts_of(adapter) | form)
 
 
 def inspect(path: str | os.PathLike[str]) -> AdapterInfo:
@@ -128,34 +153,64 @@ def inspect(path: str | os.PathLike[str]) -> AdapterInfo:
         ImpromptError: as `load_adapter`.
     """
     path = Path(path)
-    checkpoint, adapter = read_adapter(path)
+    checkpoint, adapter, size_bytes = read_adapter(path, with_values=False)
     dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in checkpoint.tensors.values()})
+    layers = resampler_of(adapter)
     return AdapterInfo(
         path=path,
         layout=checkpoint.layout,
         variant=adapter.variant,
+        published_name=published_name(adapter, path.name),
         base_family=family_of(adapter.cross_attention_dim),
         cross_attention_dim=adapter.cross_attention_dim,
         num_tokens=adapter.num_tokens,
         num_sites=sum(site.is_cross for site in adapter.site_weights.values()),
         num_parameters=sum(tensor.numel() for tensor in checkpoint.tensors.values()),
+        num_heads=layers and layers.num_heads,
+        num_layers=layers and layers.num_layers,
         lora_rank=adapter.lora_rank,
         dtype=", ".join(dtypes),
         features=adapter.projection.features,
-        size_bytes=path.stat().st_size,
+        size_bytes=size_bytes,
         metadata=checkpoint.metadata,
     )
 
 
-def read_adapter(path: Path) -> tuple[Checkpoint, ImagePromptAdapter]:
-    """A file's tensors under official keys, and the adapter they belong to (still without them)."""
-    content, metadata = read_tensors(path)
+class Read(NamedTuple):
+    """A file's tensors under official keys, and the adapter they belong to, still without them."""
+
+    checkpoint: Checkpoint
+    adapter: ImagePromptAdapter
+    size_bytes: int
+
+
+def read_adapter(path: Path, *, with_values: bool = True) -> Read:
+    """What is in a file, its numbers not yet looked at.
+
+    Args:
+        with_values: whether the tensors of the checkpoint are needed, or only their shapes.
+    """
+    content = read_content(path, with_values=with_values)
     try:
-        checkpoint = to_official(content, metadata)
-        adapter = build(checkpoint.tensors)
+        checkpoint = to_official(content.values, content.metadata)
+        metadata = checkpoint.metadata
+        adapter = build(checkpoint.tensors, declared_sites(metadata))
+        # Without this, many names for the same few bytes would fill the memory.
+        own_bytes = sum(size_bytes_of(tensor) for tensor in checkpoint.tensors.values())
+        if own_bytes > content.size_bytes:
+            raise ImpromptError(
+                f"damaged: {own_bytes:,} bytes of weights in a file of {content.size_bytes:,}."
+            )
+        told = metadata.get("variant", adapter.variant)
+        if checkpoint.layout == "native" and told != adapter.variant:
+            raise ImpromptError(
+                f"damaged: it says to be {one_line(told)}, but its weights are {adapter.variant}."
+            )
     except ImpromptError as error:
         raise ImpromptError(f"{path} is {error}") from None
-    adapter.metadata = dict(checkpoint.metadata)
+    adapter.metadata = {
+        key: value for key, value in metadata.items() if key not in FACTS | {"format"}
+    }
     projection = adapter.image_proj
     if isinstance(projection, FacePlusProjection):
         projection.shortcut = (
@@ -163,44 +218,48 @@ def read_adapter(path: Path) -> tuple[Checkpoint, ImagePromptAdapter]:
             if "shortcut" in metadata
             else SHORTCUT_NAME in path.name.lower().replace("-", "").replace("_", "")
         )
-    if isinstance(projection, FullProjection) and metadata.get("num_tokens", "").isdigit():
-        projection.num_tokens = int(metadata["num_tokens"])
-    return checkpoint, adapter
+    if isinstance(projection, FullProjection):
+        projection.num_tokens = positive_number(metadata.get("num_tokens", ""))
+    return Read(checkpoint, adapter, content.size_bytes)
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """Content and metadata of a safetensors file or of a pickled one, told apart by content."""
-    if path.is_dir():
-        files = sorted(p.name for p in path.iterdir() if p.suffix in (".safetensors", ".bin"))
-        raise ImpromptError(f"{path} is a folder; give a file of it ({listed(files)}).")
-    if not path.is_file():
-        raise ImpromptError(f"{path} does not exist.")
-    try:
-        with path.open("rb") as file:
-            start = file.read(64)
-            if start.startswith(b"version https://git-lfs"):
-                raise ImpromptError(f"{path} is a Git LFS pointer, not the file: `git lfs pull`.")
-            # Safetensors is 8 bytes of length, then JSON; what torch saves is a zip or a pickle.
-            is_json = start[8:9] == b"{"
-            if start.startswith(b"PK") or (start.startswith(b"\x80") and not is_json):
-                file.seek(0)  # given a name, torch would judge by its ending
-                return dict(torch.load(file, map_location="cpu", weights_only=True)), {}
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            return {key: file.get_tensor(key) for key in file.keys()}, metadata  # noqa: SIM118
-    except pickle.UnpicklingError:
-        raise ImpromptError(
-            f"{path} cannot be read as a checkpoint: it is half-written, or pickles more than "
-            "tensors, which is not loaded because it could run any code."
-        ) from None
-    except (SafetensorError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ImpromptError(
-            f"{path} cannot be read as a checkpoint (half-written, or another kind of file): "
-            f"{reason}"
-        ) from None
-    except (OSError, TypeError) as error:
-        raise ImpromptError(f"{path} cannot be read: {error}") from None
+def declared_sites(metadata: Mapping[str, str]) -> list[int] | None:
+    """The numbers of the cross-attention sites that our own files tell.
+
+    Raises:
+        ImpromptError: they are no numbers.
+    """
+    if "sites" not in metadata:
+        return None
+    sites = [positive_number(part) for part in metadata["sites"].split(",")]
+    if None in sites:
+        raise ImpromptError(f"damaged: its sites are {one_line(metadata['sites'])}.")
+    return [site for site in sites if site is not None]
+
+
+def positive_number(text: str) -> int | None:
+    is_number = text.isascii() and text.isdecimal() and len(text) < 7
+    return int(text) or None if is_number else None
+
+
+def size_bytes_of(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def facts_of(adapter: ImagePromptAdapter) -> dict[str, str]:
+    """What is written beside the weights, because they do not tell it or to check them."""
+    cross = [index for index, site in adapter.site_weights.items() if site.is_cross]
+    facts = {
+        "format_version": FORMAT_VERSION,
+        "variant": adapter.variant,
+        "cross_attention_dim": str(adapter.cross_attention_dim),
+        "sites": ",".join(map(str, cross)),
+    }
+    if adapter.num_tokens is not None:
+        facts["num_tokens"] = str(adapter.num_tokens)
+    if isinstance(adapter.image_proj, FacePlusProjection):
+        facts["shortcut"] = str(adapter.image_proj.shortcut).lower()
+    return facts
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:

@@ -5,37 +5,21 @@
     diffusers    inside a UNet's own state dict: `encoder_hid_proj.*` and `*.processor.to_k_ip.0.*`
     training     what the authors' training scripts leave: `image_proj_model.*`, `adapter_modules.*`
 
-Only names are dealt with here, and the two tensors that diffusers splits where the others join.
+Only names are dealt with here.
 """
 
-import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
+from imprompt.checkpoints.messages import listed, one_line
+from imprompt.checkpoints.unet_names import PROJECTION_KEY, from_processors, from_unet
 from imprompt.core.errors import ImpromptError
 
 NATIVE_FORMAT = "imprompt"  # value of the metadata's "format"
-
-# A name of diffusers' image projections → ours. `{j}` stands for a layer's number.
-LAYER_NAMES = {
-    "layers.{j}.ln0.": "layers.{j}.0.norm1.",
-    "layers.{j}.ln1.": "layers.{j}.0.norm2.",
-    "layers.{j}.attn.to_q.": "layers.{j}.0.to_q.",
-    "layers.{j}.attn.to_kv.": "layers.{j}.0.to_kv.",
-    "layers.{j}.attn.to_out.0.": "layers.{j}.0.to_out.",
-    "layers.{j}.ff.0.": "layers.{j}.1.0.",
-    "layers.{j}.ff.1.net.0.proj.": "layers.{j}.1.1.",
-    "layers.{j}.ff.1.net.2.": "layers.{j}.1.3.",
-}
-RESAMPLER_PARTS = ("layers.", "proj_in.", "proj_out.", "norm_out.")
-
-PROCESSOR_KEY = re.compile(
-    r"(?:unet\.)?((?:down_blocks|up_blocks|mid_block)\..+)\.processor\.(to_[kv]_ip)\.(?:(\d+)\.)?weight"
-)
-PROJECTION_KEY = re.compile(r"(?:unet\.)?encoder_hid_proj\.image_projection_layers\.(\d+)\.(.+)")
+WRITTEN_LAYOUTS = ("native", "official", "diffusers")
+ENVELOPES = ("state_dict", "module")  # Lightning and DeepSpeed put the weights under these
 
 
 class Checkpoint(NamedTuple):
@@ -46,21 +30,13 @@ class Checkpoint(NamedTuple):
     layout: str  # one of the names above
 
 
-def to_official(content: Mapping[str, Any], metadata: Mapping[str, str]) -> Checkpoint:
+def to_official(content: Mapping[Any, Any], metadata: Mapping[str, str]) -> Checkpoint:
     """Recognise the layout of a file's content and rename its tensors.
 
     Raises:
         ImpromptError: no known layout; the message names some of the keys.
     """
-    content = content.get("state_dict", content)
-    if isinstance(content.get("image_proj"), Mapping):
-        content = {
-            f"{part}.{key}": value
-            for part, tensors in content.items()
-            if isinstance(tensors, Mapping)
-            for key, value in tensors.items()
-        }
-    tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
+    tensors = flat(content)
 
     def has(prefix: str) -> bool:
         return any(key.startswith(prefix) for key in tensors)
@@ -71,13 +47,37 @@ def to_official(content: Mapping[str, Any], metadata: Mapping[str, str]) -> Chec
     if has("image_proj_model.") or has("adapter_modules."):
         return Checkpoint(from_training(tensors), dict(metadata), "training")
     if any(PROJECTION_KEY.fullmatch(key) for key in tensors):
-        return Checkpoint(from_diffusers(tensors), dict(metadata), "diffusers")
-    some = ", ".join(sorted(tensors)[:3]) or "none"
+        return Checkpoint(from_unet(tensors), dict(metadata), "diffusers")
+    some = ", ".join(one_line(key) for key in sorted(tensors)[:3]) or "none"
     raise ImpromptError(
         f"no image-prompt adapter: its {len(tensors)} tensors ({some}, …) are under none of the "
         "known names (image_proj.* and ip_adapter.*, or those of diffusers or of the authors' "
         "training scripts)."
     )
+
+
+def flat(content: Mapping[Any, Any]) -> dict[str, Tensor]:
+    """The tensors by name, out of the dicts and the prefixes that programs wrap them in."""
+    for envelope in ENVELOPES:
+        if isinstance(content.get(envelope), Mapping):
+            content = content[envelope]
+    if isinstance(content.get("image_proj"), Mapping):
+        names = {"adapter_modules": "ip_adapter"}  # as some files call it
+        content = {
+            f"{names.get(part, part)}.{key}": value
+            for part, tensors in content.items()
+            if isinstance(tensors, Mapping)
+            for key, value in tensors.items()
+        }
+    tensors: dict[str, Tensor] = {}
+    for key, value in content.items():
+        if isinstance(key, str) and isinstance(value, Tensor):
+            # DistributedDataParallel and torch.compile each put their mark on every name.
+            name = key.removeprefix("module.").replace("_orig_mod.", "")
+            if name in tensors:
+                raise ImpromptError(f"damaged: {listed([name])} is there twice.")
+            tensors[name] = value
+    return tensors
 
 
 def from_training(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -103,74 +103,3 @@ def from_training(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             "convert the pytorch_model.bin of the same checkpoint instead."
         )
     return official
-
-
-def from_diffusers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A UNet's state dict into which diffusers has loaded one IP-Adapter."""
-    found = [match for key in tensors if (match := PROJECTION_KEY.fullmatch(key))]
-    adapters = sorted({match[1] for match in found})
-    if len(adapters) > 1:
-        raise ImpromptError(
-            f"{len(adapters)} adapters in one file: save a UNet with one of them loaded."
-        )
-    projection = official_projection({match[2]: tensors[match[0]] for match in found})
-    return {f"image_proj.{k}": v for k, v in projection.items()} | from_processors(tensors)
-
-
-def from_processors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`ip_adapter.*` out of the names of attention processors inside a UNet.
-
-    Every transformer block has a self-attention (even number) and then a cross-attention (odd).
-    """
-    found = [match for key in tensors if (match := PROCESSOR_KEY.fullmatch(key))]
-    names = sorted({match[1] for match in found}, key=block_order)
-    index = {name: 2 * position + 1 for position, name in enumerate(names)}
-    return {f"ip_adapter.{index[match[1]]}.{match[2]}.weight": tensors[match[0]] for match in found}
-
-
-def block_order(name: str) -> tuple[int, list[tuple[int, str]]]:
-    """Sorts names of attention layers as `unet.attn_processors` does: down, up, mid."""
-    first, *rest = name.split(".")
-    parts = [(int(part), "") if part.isdigit() else (-1, part) for part in rest]
-    return ("down_blocks", "up_blocks", "mid_block").index(first), parts
-
-
-def official_projection(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names of diffusers' image projections → official ones; variants are told by their keys."""
-    tensors = join_key_value(tensors)
-    if "image_embeds.weight" in tensors:  # base
-        return {key.replace("image_embeds.", "proj.", 1): v for key, v in tensors.items()}
-    if "ff.net.0.proj.weight" in tensors:
-        first = tensors["ff.net.0.proj.weight"]
-        names = {"ff.net.0.proj.": "proj.0.", "ff.net.2.": "proj.2."}
-        if first.shape[0] == first.shape[1]:  # full; the face projection widens there
-            names["norm."] = "proj.3."
-        return {renamed(key, names): v for key, v in tensors.items()}
-    if "proj.net.0.proj.weight" in tensors:  # faceid-plus
-        names = {"proj.net.0.proj.": "proj.0.", "proj.net.2.": "proj.2."}
-        return {
-            ("perceiver_resampler." if key.startswith(RESAMPLER_PARTS) else "")
-            + renamed(key, names | LAYER_NAMES): v
-            for key, v in tensors.items()
-        }
-    return {renamed(key, LAYER_NAMES): v for key, v in tensors.items()}  # plus
-
-
-def renamed(key: str, names: Mapping[str, str]) -> str:
-    layer = re.match(r"layers\.(\d+)\.", key)
-    number = layer[1] if layer else ""
-    for theirs, ours in names.items():
-        prefix = theirs.replace("{j}", number)
-        if key.startswith(prefix):
-            return ours.replace("{j}", number) + key.removeprefix(prefix)
-    return key
-
-
-def join_key_value(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """diffusers keeps `to_k` and `to_v` of a resampler apart; the official files join them."""
-    joined = {key: v for key, v in tensors.items() if ".to_k." not in key and ".to_v." not in key}
-    for key, tensor in tensors.items():
-        value_key = key.replace(".to_k.", ".to_v.")
-        if value_key != key and value_key in tensors:
-            joined[key.replace(".to_k.", ".to_kv.")] = torch.cat([tensor, tensors[value_key]])
-    return joined

@@ -8,36 +8,48 @@ from typing import Any
 
 from imprompt.cli.verb import add_verb
 
+MAX_VALUE = 120  # characters of a metadata's value; the file may hold a whole configuration
+
 
 def add_parser(verbs: Any) -> None:
     parser = add_verb(
         verbs,
         "inspect",
         run,
-        about="say what an adapter file is: variant, base, tokens, parameters",
+        about="say what an adapter file is: variant, base, tokens, sites, parameters",
         examples="  imprompt inspect ip-adapter-plus_sd15.safetensors",
     )
-    parser.add_argument("file", type=Path, help=".safetensors or .bin")
+    parser.add_argument(
+        "file", type=Path, help=".safetensors or .bin, or a training state's folder"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
     from imprompt.checkpoints import inspect
+    from imprompt.checkpoints.messages import one_line
 
     info = inspect(arguments.file)
     rows = {
         "file": f"{info.path} ({info.size_bytes / 1e6:.1f} MB)",
         "layout": info.layout,
         "variant": info.variant,
+        "shaped like": info.published_name or "no published adapter",
         "base": f"{info.base_family} (text width {info.cross_attention_dim})",
         "reads": ", ".join(f"{feature.name} {feature.shape}" for feature in info.features),
         "tokens": info.num_tokens
         if info.num_tokens is not None
         else "as many as the encoder gives",
         "sites": info.num_sites,
+        "resampler": f"{info.num_layers} layers, {info.num_heads} heads"
+        if info.num_layers
+        else "none",
         "parameters": f"{info.num_parameters:,}",
         "LoRA rank": info.lora_rank or "none",
-        "dtype": str(info.dtype).removeprefix("torch."),
-        **{f"metadata {name}": value for name, value in info.metadata.items()},
+        "dtype": info.dtype,
+        **{
+            f"metadata {one_line(name)}": one_line(value, MAX_VALUE)
+            for name, value in info.metadata.items()
+        },
     }
     width = max(len(name) for name in rows)
     for name, value in rows.items():

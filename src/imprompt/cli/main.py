@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 
 import imprompt
-from imprompt.cli import diorama, evaluate, generate, inspect, prepare, quickstart, train
+from imprompt.cli import convert, diorama, evaluate, generate, inspect, prepare, quickstart, train
 from imprompt.core.errors import ImpromptError
 
-VERBS = (quickstart, generate, prepare, train, evaluate, inspect, diorama)
+VERBS = (quickstart, generate, prepare, train, evaluate, inspect, convert, diorama)
 
 EXAMPLES = """\
 a first look:

@@ -2,12 +2,16 @@
 
 import errno
 import shutil
+import struct
+import zipfile
 from collections import namedtuple
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
+from imprompt.adapters.weights import LowRankLayer
 from imprompt.checkpoints import files, inspect, load_adapter, save_adapter
 from imprompt.core.errors import ImpromptError
 
@@ -139,6 +143,87 @@ def test_pickled_code_is_not_run(tmp_path):
     with pytest.raises(ImpromptError):
         load_adapter(tmp_path / "a.bin")
     assert not (tmp_path / "owned").exists()
+
+
+def parts(adapter):
+    content = {"image_proj": {}, "ip_adapter": {}}
+    for key, tensor in adapter.state_dict().items():
+        part, name = key.split(".", 1)
+        content[part][name] = tensor.detach()
+    return content
+
+
+def test_an_archive_that_unpacks_to_more_than_it_is(base_adapter, tmp_path):
+    path = tmp_path / "a.bin"
+    content = parts(base_adapter)
+    content["ip_adapter"]["1.to_k_ip.weight"] = torch.zeros(1).expand(1 << 20, 1 << 20)
+    torch.save(content, path)
+    with pytest.raises(ImpromptError, match=r"a\.bin .*1\.to_k_ip\.weight .* only declared"):
+        load_adapter(path)
+
+    shared = torch.zeros(300, 64)
+    for index in range(1, 201, 2):
+        for part in ("to_k_ip", "to_v_ip"):
+            content["ip_adapter"][f"{index}.{part}.weight"] = shared
+    torch.save(content, path)
+    with pytest.raises(ImpromptError, match="15,[0-9,]+ bytes of weights in a file of"):
+        load_adapter(path)
+
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(1 << 20))
+    with pytest.raises(ImpromptError, match="compressed archive"):
+        load_adapter(path)
+
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", bytes(1 << 10))
+    whole = path.read_bytes()
+    path.write_bytes(
+        whole.replace(struct.pack("<II", 1 << 10, 1 << 10), struct.pack("<II", 0, 1 << 30))
+    )
+    with pytest.raises(ImpromptError, match="declares 1,073,741,824 bytes"):
+        load_adapter(path)
+
+
+def test_what_is_missed_of_the_sites(make_adapter, base_adapter, tmp_path):
+    """Weights of a UNet's sites belong together, in number, width and rank."""
+    last = [f"ip_adapter.7.{part}.weight" for part in ("to_k_ip", "to_v_ip")]
+    path = tmp_path / "a.safetensors"
+    save_adapter(base_adapter, path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    state = {k: v for k, v in base_adapter.state_dict().items() if k not in last}
+    save_file(state, path, metadata)
+    with pytest.raises(ImpromptError, match=r"lacks ip_adapter\.7\.to_k_ip"):
+        load_adapter(path)
+
+    adapter = make_adapter("faceid")
+    small = LowRankLayer(8, 8, 1)
+    adapter.ip_adapter["2"].to_q_lora = small
+    with pytest.raises(ImpromptError, match="shapes|ranks"):
+        load_adapter(save(adapter, path))
+
+
+def test_the_end_of_a_known_model_is_missed(tmp_path):
+    """Stable Diffusion 1.5 has 16 sites; without a word of ours in the file that is the measure."""
+    state = {
+        "image_proj.proj.weight": torch.zeros(3072, 1),
+        "image_proj.proj.bias": torch.zeros(3072),
+    }
+    state |= {f"image_proj.norm.{name}": torch.zeros(768) for name in ("weight", "bias")}
+    for position, width in enumerate([320, 320, 640]):
+        for part in ("to_k_ip", "to_v_ip"):
+            state[f"ip_adapter.{2 * position + 1}.{part}.weight"] = torch.zeros(width, 768)
+    save_file(state, tmp_path / "a.safetensors")
+    with pytest.raises(ImpromptError, match=r"ends after 3 of the 16 .*Stable Diffusion 1"):
+        load_adapter(tmp_path / "a.safetensors")
+
+
+def test_a_message_holds_no_control_characters(base_adapter, tmp_path):
+    name = "image_proj.\x1b[31m\n" + "x" * 5000
+    path = save(base_adapter, tmp_path / "a.safetensors", extra={name: torch.ones(1)})
+    with pytest.raises(ImpromptError) as caught:
+        load_adapter(path)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 600
 
 
 def test_another_model(tmp_path):

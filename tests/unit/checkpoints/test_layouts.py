@@ -4,10 +4,13 @@ import copy
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
+from imprompt.adapters import create_adapter
+from imprompt.adapters.sites import attention_sites
 from imprompt.checkpoints import inspect, load_adapter, save_adapter
-from imprompt.checkpoints.layouts import block_order
+from imprompt.checkpoints.unet_names import block_order
 from imprompt.core.errors import ImpromptError
 
 DIFFUSERS_VARIANTS = ["base", "plus", "full", "faceid", "faceid-plus"]
@@ -143,6 +146,27 @@ def test_two_adapters_in_one_unet(base_adapter, tiny_unet, tmp_path):
     torch.save(theirs.state_dict(), tmp_path / "unet.bin")
     with pytest.raises(ImpromptError, match="2 adapters"):
         load_adapter(tmp_path / "unet.bin")
+
+
+def test_sites_that_are_not_the_odd_ones(tmp_path):
+    """A UNet with blocks of self-attention alone counts otherwise; our files tell how."""
+    unet = UNet2DConditionModel(
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("AttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=64,
+        attention_head_dim=2,
+    )
+    adapter = create_adapter(unet, "base", feature_dim=24)
+    assert 2 in adapter.site_weights
+    for layout in ("native", "official"):
+        save_adapter(adapter, tmp_path / "a.safetensors", layout=layout)
+        assert_same(adapter, load_adapter(tmp_path / "a.safetensors"))
+    names = [site.name for site in attention_sites(unet) if site.is_cross]
+    with pytest.raises(ImpromptError, match="other attention layers"):
+        save_adapter(adapter, tmp_path / "a.safetensors", layout="diffusers", site_names=names)
 
 
 def test_order_of_blocks(tiny_unet):
