@@ -48,6 +48,7 @@ class KeyValue(NamedTuple):
     key: Float[Tensor, "batch heads tokens head_dim"]
     value: Float[Tensor, "batch heads tokens head_dim"]  # multiplied by λ already
     mask: Float[Tensor, "mask_batch 1 height width"] | None = None  # in [0, 1], at any resolution
+    record: Callable[[Tensor, Tensor], None] | None = None  # is shown text's and image's attention
     # The mask at sites of so many positions, (mask_batch, positions), as far as computed beforehand.
     mask_at: Mapping[int, Tensor] | None = None
 
@@ -156,9 +157,13 @@ def attend(
     else:
         key, value = own_key_value(attn, flat, text_states, loras)
 
-    attended = scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
+    is_recorded = any(prompt.record is not None for prompt in condition.prompts)
+    attended = text = scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
     for prompt in condition.prompts:
-        attended = add_image_attention(attended, query, prompt)
+        image = image_attention(query, prompt)
+        if prompt.record is not None:
+            prompt.record(text, image)
+        attended = plus(attended, image, keep=attended is text and is_recorded)
 
     joined = join_heads(attended).to(query.dtype)
     output = with_loras(attn.to_out[0], joined, [lora.out for lora in loras])
@@ -217,29 +222,33 @@ def image_residual(
     query = query if attn.norm_q is None else attn.norm_q(query)
     attended = torch.zeros_like(query)
     for prompt in condition.prompts:
-        attended = add_image_attention(attended, query, prompt)
+        attended = plus(attended, image_attention(query, prompt))
     joined = join_heads(attended)
     output = attn.to_out[0](joined) - attn.to_out[0](torch.zeros_like(joined[:1, :1]))
     return from_sequence(output, hidden_states) / attn.rescale_output_factor
 
 
-def add_image_attention(
-    attended: Float[Tensor, "batch heads length head_dim"],
-    query: Float[Tensor, "batch heads length head_dim"],
-    prompt: KeyValue,
+def image_attention(
+    query: Float[Tensor, "batch heads length head_dim"], prompt: KeyValue
 ) -> Float[Tensor, "batch heads length head_dim"]:
-    """attended + λ · m · Attn(Q, K', V'), in place where no gradient needs the addends."""
+    """λ · m · Attn(Q, K', V')."""
     batch, _, length, _ = query.shape
     key, value = (repeat_to(x.to(query), batch) for x in (prompt.key, prompt.value))
-    image = scaled_dot_product_attention(query, key, value)
-    in_place = not (attended.requires_grad or image.requires_grad)
+    attended = scaled_dot_product_attention(query, key, value)
     if prompt.mask is None:
-        return attended.add_(image) if in_place else attended + image
+        return attended
     mask = None if prompt.mask_at is None else prompt.mask_at.get(length)
     if mask is None:
         mask = mask_at_site(prompt.mask.to(query), length)
     mask = repeat_to(mask.to(query), batch)[:, None, :, None]
-    return attended.addcmul_(image, mask) if in_place else attended + image * mask
+    return attended * mask if attended.requires_grad else attended.mul_(mask)
+
+
+def plus(attended: Tensor, image: Tensor, *, keep: bool = False) -> Tensor:
+    """Their sum, written over the first unless it is still needed: half the cost on a CPU."""
+    if keep or attended.requires_grad or image.requires_grad:
+        return attended + image
+    return attended.add_(image)
 
 
 def repeat_to(prompts: Tensor, batch: int) -> Tensor:

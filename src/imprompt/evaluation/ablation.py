@@ -1,7 +1,7 @@
 """The paper's ablation: decoupled against concatenated attention, trained against untrained.
 
 Both are trained alike, on the same pairs, with as many parameters; then each is given unseen image
-prompts alone.
+prompts alone. Beside them stands the decoupled one that began with the projection fitted to captions.
 
 Source: Ye et al. (2308.06721), section 4.4.
 """
@@ -42,24 +42,22 @@ def measure_ablation(
     num_pairs: int = 4000,
     settings: list[str] | None = None,
 ) -> dict[str, float]:
-    """Shares kept by each of the three, and the sizes of the two that train."""
+    """Shares kept by each of the four, and the sizes of the two kinds that train."""
     data = prepare(f"diorama:{num_pairs}:{FIRST_SEED}", output / "data", base)
-    decoupled_file = run_training(
-        "image-prompt",
-        data=data,
-        base=base,
-        output=output / "decoupled",
-        preset=PRESET,
-        settings=settings,
-    )
-    concatenated_file = run_training(
-        "concatenation",
-        data=data,
-        base=base,
-        output=output / "concatenated",
-        preset=PRESET,
-        settings=settings,
-    )
+
+    def trained(system: str, name: str, fit_to_captions: str) -> Path:
+        return run_training(
+            system,
+            data=data,
+            base=base.name,
+            output=output / name,
+            preset=PRESET,
+            settings=[f"system.fit_to_captions={fit_to_captions}", *(settings or [])],
+        )
+
+    decoupled_file = trained("image-prompt", "decoupled", "false")
+    fitted_file = trained("image-prompt", "decoupled-fitted", "true")
+    concatenated_file = trained("concatenation", "concatenated", "false")
     base = load_base(base.name)
     assert base.image_encoder is not None
     untrained = create_adapter(base.unet, feature_dim=base.image_encoder.embed_dim)
@@ -70,8 +68,13 @@ def measure_ablation(
         "decoupled: parameters": sum(p.numel() for p in decoupled.parameters()),
         "concatenated: parameters": sum(p.numel() for p in concatenated.parameters()),
     }
+    fitted = load_adapter(fitted_file)
     for name, kept in (
         ("decoupled, trained", measure_adapter(base, decoupled, judge, sampling, count).kept),
+        (
+            "decoupled, fitted and trained",
+            measure_adapter(base, fitted, judge, sampling, count).kept,
+        ),
         (
             "concatenated, trained",
             _measure_concatenated(

@@ -47,9 +47,13 @@ def build(options: ConcatenationOptions, base: Base, columns: Columns) -> ImageP
     """The system for prepared data of the base variant.
 
     Raises:
-        ImpromptError: data of another base, or a base without image encoder.
+        ImpromptError: data of another base, a base without image encoder, or fit_to_captions.
     """
     check_same_base(columns, base)
+    if options.fit_to_captions:
+        raise ImpromptError(
+            "Concatenated tokens cannot be fitted to captions: fit_to_captions=false."
+        )
     if base.image_encoder is None:
         raise ImpromptError(f"{base.name} has no image encoder, which image prompts need.")
     embed_dim = base.image_encoder.embed_dim

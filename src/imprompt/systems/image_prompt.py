@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from imprompt.adapters import ImagePromptAdapter, create_adapter
+from imprompt.adapters.projection import LinearProjection
 from imprompt.bases import Base
 from imprompt.checkpoints import load_adapter, save_adapter
 from imprompt.core.errors import ImpromptError
@@ -31,6 +32,7 @@ from imprompt.diffusion.objectives import (
     min_snr_weights,
     prediction_target,
 )
+from imprompt.systems.warm_start import fit_to_captions
 
 VARIANTS = ("base", "plus", "full")
 
@@ -53,6 +55,8 @@ class ImagePromptOptions:
     """γ of min-SNR weighting (2303.09556); 0 weighs all timesteps alike, as the paper does."""
     start_from: str = ""
     """An adapter file to go on from; empty starts anew."""
+    fit_to_captions: bool = False
+    """Begin a new base variant with the projection that least squares fits to the captions."""
 
 
 def build(options: ImagePromptOptions, base: Base, columns: Columns) -> ImagePromptSystem:
@@ -83,6 +87,12 @@ def build(options: ImagePromptOptions, base: Base, columns: Columns) -> ImagePro
             feature_dim=encoder.embed_dim if is_global else encoder.hidden_dim,
             num_tokens=options.num_tokens or None,
         )
+        if options.fit_to_captions:
+            if not isinstance(adapter.image_proj, LinearProjection):
+                raise ImpromptError(
+                    f"fit_to_captions works for the base variant; this is {options.variant}."
+                )
+            fit_to_captions(adapter.image_proj, base, columns)
     dropped = torch.zeros(1, encoder.embed_dim) if is_global else encoder.zero_hidden_states()
     handle = adapter.to(base.device).install(base.unet)
     return ImagePromptSystem(

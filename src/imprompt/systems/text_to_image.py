@@ -63,6 +63,7 @@ def create_scheduler() -> DDIMScheduler:
         timestep_spacing="trailing",
         clip_sample=False,
         set_alpha_to_one=True,
+        steps_offset=1,  # without it diffusers' pipelines warn; trailing spacing does not read it
     )
 
 

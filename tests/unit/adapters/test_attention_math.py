@@ -5,8 +5,8 @@ import torch
 
 from imprompt.adapters.attention import (
     KeyValue,
-    add_image_attention,
     grid_of,
+    image_attention,
     join_heads,
     mask_at_site,
     repeat_to,
@@ -19,9 +19,7 @@ def test_image_attention_is_softmax_attention():
     torch.manual_seed(0)
     query, key, value = torch.randn(2, 3, 6, 8), torch.randn(2, 3, 4, 8), torch.randn(2, 3, 4, 8)
     weights = (query @ key.transpose(-1, -2) / 8**0.5).softmax(-1)
-    before = torch.randn_like(query)
-    expected = before + weights @ value
-    torch.testing.assert_close(add_image_attention(before, query, KeyValue(key, value)), expected)
+    torch.testing.assert_close(image_attention(query, KeyValue(key, value)), weights @ value)
 
 
 def test_heads_split_and_join():

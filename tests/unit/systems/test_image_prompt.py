@@ -12,6 +12,7 @@ from imprompt.data.dataset import Columns
 from imprompt.data.prepare import prepare
 from imprompt.systems import concatenation, image_prompt
 from imprompt.systems.image_prompt import ImagePromptOptions, drops
+from imprompt.systems.warm_start import caption_ends, ridge_regression, states_after
 from imprompt.training.config import TrainConfig
 from imprompt.training.loop import train
 
@@ -127,3 +128,38 @@ def test_the_ablation_trains_as_many_parameters_and_leaves_the_unet_bare(base, v
     loss, _ = system.loss(columns.rows(range(2), system.columns), Randomness(0, range(2)))
     loss.backward()
     assert all(p.grad is not None for p in system.module.parameters())
+
+
+def test_fitted_to_captions_tokens_begin_as_caption_states(base, variant_and_columns):
+    variant, columns = variant_and_columns
+    if variant != "base":
+        with pytest.raises(ImpromptError, match="base variant"):
+            system_of(base, variant, columns, fit_to_captions=True)
+        return
+    rows = columns.rows(range(len(columns)), ["image_embeds", "text_ids"])
+    states = base.encode_text(rows["text_ids"])
+    ends = caption_ends(rows["text_ids"], base.tokenizer.eos_token_id)
+    wanted = states_after(states, ends, 4)
+
+    def distance(**options):
+        module = system_of(base, variant, columns, **options).module
+        return (module.tokens(rows["image_embeds"].float()) - wanted).square().mean()
+
+    spread = (wanted - wanted.mean((0, 1))).square().mean()
+    assert distance(fit_to_captions=True) < 0.5 * spread < 0.5 * distance()
+
+
+def test_states_after_the_caption_end_are_spread_over_the_padding():
+    states = torch.arange(10.0)[None, :, None].expand(2, -1, -1)
+    ids = torch.tensor([[1, 5, 5, 9, 9, 9, 9, 9, 9, 9], [1, 5, 5, 5, 5, 5, 5, 5, 5, 5]])
+    ends = caption_ends(ids, end_id=9)
+    assert ends.tolist() == [3, 9]
+    assert states_after(states, ends, 4)[..., 0].tolist() == [[3, 5, 7, 9], [9, 9, 9, 9]]
+
+
+def test_ridge_regression_finds_a_linear_map():
+    inputs = torch.randn(200, 5, generator=torch.Generator().manual_seed(0))
+    weight, bias = torch.arange(10.0).view(5, 2), torch.tensor([3.0, -1.0])
+    found, offset = ridge_regression(inputs, inputs @ weight + bias)
+    torch.testing.assert_close(found, weight, rtol=0.01, atol=0.01)
+    torch.testing.assert_close(offset, bias, rtol=0.01, atol=0.01)
