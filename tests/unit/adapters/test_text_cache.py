@@ -209,6 +209,29 @@ def test_a_mask_of_another_resolution_than_prepared(unet, inputs):
         handle.prepare([condition], latent_size=(8, 24))
 
 
+@pytest.mark.parametrize("over_time", [(1.0,), (1.0, 0.2)])
+def test_a_generation_computes_it_once(unet, counted, over_time):
+    from imprompt.bases.stable_diffusion import StableDiffusionBase
+    from imprompt.generation.conditions import TokenPrompt
+    from imprompt.generation.sampler import sample_latents
+
+    parts = {name: part for name, part in build_parts().items() if name != "image_encoder"}
+    base = StableDiffusionBase(name="tiny", tokenizer=None, **{**parts, "unet": unet})
+    handle, tokens = installed(unet)
+    prompt = TokenPrompt(
+        handle=handle,
+        tokens=tokens[:1],
+        zero_tokens=tokens[1:],
+        mask=torch.ones(1, 32, 32),
+        over_time=over_time,
+        end=0.5,
+    )
+    text = torch.randn(2, 7, TEXT_DIM, generator=torch.Generator().manual_seed(5))
+    sample_latents(base, text[:1], text[1:], [prompt], steps=8)
+    # Once for the four steps that have a prompt, and at each of the four bare ones.
+    assert set(counted.values()) == {1 + 4}
+
+
 def test_mistakes(unet, inputs):
     handle, tokens = installed(unet)
     with pytest.raises(ImpromptError, match=r"handle\.condition"):
