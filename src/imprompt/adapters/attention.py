@@ -11,6 +11,9 @@ folds λ_j into V'_j, leaves out what has λ_j = 0, and the result travels to ev
 diffusers' `cross_attention_kwargs`. What stands in the model is a `DecoupledAttention` per site: it
 holds no weights and no prompts, so one set of them serves any number of adapters.
 
+Neither do the text's K and V. A condition may bring them as well (`Handle.prepare`); they are used
+where the UNet is called with the very text states that they were computed of, and nowhere else.
+
 Source: IP-Adapter (2308.06721), equations 3 to 5.
 """
 
@@ -46,6 +49,17 @@ class KeyValue(NamedTuple):
     value: Float[Tensor, "batch heads tokens head_dim"]  # multiplied by λ already
     mask: Float[Tensor, "mask_batch 1 height width"] | None = None  # in [0, 1], at any resolution
     record: Callable[[Tensor, Tensor], None] | None = None  # is shown text's and image's attention
+    # The mask at sites of so many positions, (mask_batch, positions), as far as computed beforehand.
+    mask_at: Mapping[int, Tensor] | None = None
+
+
+class TextKeyValue(NamedTuple):
+    """A site's own K and V of text states that are known before the UNet is called with them."""
+
+    states: Float[Tensor, "batch length dim"]  # what they were computed of
+    version: int | None  # of `states`; see `version_of`
+    key: Float[Tensor, "batch heads length head_dim"]
+    value: Float[Tensor, "batch heads length head_dim"]
 
 
 class LowRank(NamedTuple):
@@ -69,6 +83,7 @@ class SiteCondition(NamedTuple):
 
     prompts: tuple[KeyValue, ...] = ()
     loras: tuple[SiteLora, ...] = ()
+    text: TextKeyValue | None = None  # with the additions of `loras`
 
 
 class DecoupledAttention:
@@ -129,26 +144,26 @@ def attend(
     """
     residual, flat = hidden_states, to_sequence(attn, hidden_states, temb)
     batch = len(flat)
-    states = flat if text_states is None else text_states
-    if text_states is not None and attn.norm_cross:
-        states = attn.norm_encoder_hidden_states(text_states)
     if attention_mask is not None:
-        prepared: Tensor = attn.prepare_attention_mask(attention_mask, states.shape[1], batch)
+        length = flat.shape[1] if text_states is None else text_states.shape[1]
+        prepared: Tensor = attn.prepare_attention_mask(attention_mask, length, batch)
         attention_mask = prepared.view(batch, attn.heads, -1, prepared.shape[-1])
 
     loras = condition.loras
     query = split_heads(with_loras(attn.to_q, flat, [lora.query for lora in loras]), attn.heads)
-    key = split_heads(with_loras(attn.to_k, states, [lora.key for lora in loras]), attn.heads)
-    value = split_heads(with_loras(attn.to_v, states, [lora.value for lora in loras]), attn.heads)
     query = query if attn.norm_q is None else attn.norm_q(query)
-    key = key if attn.norm_k is None else attn.norm_k(key)
+    if condition.text is not None and is_text_of(condition.text, attn, text_states):
+        key, value = condition.text.key.to(query), condition.text.value.to(query)
+    else:
+        key, value = own_key_value(attn, flat, text_states, loras)
 
+    is_recorded = any(prompt.record is not None for prompt in condition.prompts)
     attended = text = scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
     for prompt in condition.prompts:
         image = image_attention(query, prompt)
         if prompt.record is not None:
             prompt.record(text, image)
-        attended = attended + image
+        attended = plus(attended, image, keep=attended is text and is_recorded)
 
     joined = join_heads(attended).to(query.dtype)
     output = with_loras(attn.to_out[0], joined, [lora.out for lora in loras])
@@ -156,6 +171,43 @@ def attend(
     if attn.residual_connection:
         output = output + residual
     return output / attn.rescale_output_factor
+
+
+def own_key_value(
+    attn: Any, flat: Tensor | None, text_states: Tensor | None, loras: tuple[SiteLora, ...]
+) -> tuple[Tensor, Tensor]:
+    """K and V of the layer itself, in heads: of the text, or without one of the hidden states."""
+    states: Any = flat
+    if text_states is not None:
+        states = attn.norm_encoder_hidden_states(text_states) if attn.norm_cross else text_states
+    key = split_heads(with_loras(attn.to_k, states, [lora.key for lora in loras]), attn.heads)
+    value = split_heads(with_loras(attn.to_v, states, [lora.value for lora in loras]), attn.heads)
+    return key if attn.norm_k is None else attn.norm_k(key), value
+
+
+def is_text_of(text: TextKeyValue, attn: Any, states: Tensor | None) -> bool:
+    """Whether K and V computed beforehand are those of this call's text states.
+
+    They are if it is the same tensor and nobody has written into it since. Comparing the numbers
+    would cost a wait for the device at every site.
+    """
+    if states is None or states is not text.states or not can_be_kept(attn):
+        return False
+    # A compiler cannot look at versions.
+    return torch.compiler.is_compiling() or version_of(states) == text.version
+
+
+def can_be_kept(attn: Any) -> bool:
+    """Whether a site's own K and V depend on nothing but text states and weights.
+
+    A LoRA that wraps the layer (PEFT) may be scaled or switched at every call.
+    """
+    return not hasattr(attn.to_k, "base_layer") and not hasattr(attn.to_v, "base_layer")
+
+
+def version_of(states: Tensor) -> int | None:
+    """Counts the writes into a tensor; None where torch does not (inference mode)."""
+    return None if states.is_inference() else states._version
 
 
 def image_residual(
@@ -170,7 +222,7 @@ def image_residual(
     query = query if attn.norm_q is None else attn.norm_q(query)
     attended = torch.zeros_like(query)
     for prompt in condition.prompts:
-        attended = attended + image_attention(query, prompt)
+        attended = plus(attended, image_attention(query, prompt))
     joined = join_heads(attended)
     output = attn.to_out[0](joined) - attn.to_out[0](torch.zeros_like(joined[:1, :1]))
     return from_sequence(output, hidden_states) / attn.rescale_output_factor
@@ -185,8 +237,18 @@ def image_attention(
     attended = scaled_dot_product_attention(query, key, value)
     if prompt.mask is None:
         return attended
-    mask = repeat_to(mask_at_site(prompt.mask.to(query), length), batch)
-    return attended * mask[:, None, :, None]
+    mask = None if prompt.mask_at is None else prompt.mask_at.get(length)
+    if mask is None:
+        mask = mask_at_site(prompt.mask.to(query), length)
+    mask = repeat_to(mask.to(query), batch)[:, None, :, None]
+    return attended * mask if attended.requires_grad else attended.mul_(mask)
+
+
+def plus(attended: Tensor, image: Tensor, *, keep: bool = False) -> Tensor:
+    """Their sum, written over the first unless it is still needed: half the cost on a CPU."""
+    if keep or attended.requires_grad or image.requires_grad:
+        return attended + image
+    return attended.add_(image)
 
 
 def repeat_to(prompts: Tensor, batch: int) -> Tensor:

@@ -1,6 +1,6 @@
 """An adapter on a UNet: conditions for its calls, and the way back."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, final
 
 import torch
@@ -15,6 +15,7 @@ from imprompt.adapters.attention import (
     SiteLora,
     split_heads,
 )
+from imprompt.adapters.preparation import prepare
 from imprompt.adapters.sites import Number, Scale, Site, scale_per_site
 from imprompt.adapters.weights import SiteWeights
 from imprompt.core.errors import ImpromptError
@@ -76,6 +77,7 @@ class Handle:
         mask: Tensor | None = None,
         *,
         lora_scale: Number = 1.0,
+        text_states: Float[Tensor, "text_batch length cross_attention_dim"] | None = None,
     ) -> dict[str, Any]:
         """What to pass as `cross_attention_kwargs`, for any number of calls with these tokens.
 
@@ -91,13 +93,13 @@ class Handle:
             mask: where the prompt acts, in [0, 1], (batch or 1, height, width) or (height, width),
                 at any resolution but with the picture's aspect ratio.
             lora_scale: weight of a face-id adapter's LoRA, which acts whatever `scale` is.
+            text_states: the tensor that all calls will bring as `encoder_hidden_states`, if it is
+                one: the text's K and V are then computed here as well. See `prepare`.
 
         Raises:
             ImpromptError: unusable tokens, scale or mask; or the handle was removed.
         """
-        if not self.is_installed:
-            raise ImpromptError("This adapter was removed from its UNet: install it again first.")
-        self._attach()
+        self._check_installed()
         width = self.cross_attention_dim
         if tokens.ndim != 3 or tokens.shape[-1] != width or 0 in tokens.shape:
             raise ImpromptError(
@@ -125,7 +127,38 @@ class Handle:
                 loras = (weights.lora(lora_scale),)
             if prompts or loras:
                 conditions[site.index] = SiteCondition(prompts, loras)
-        return {CONDITION_KEY: conditions}
+        condition: dict[str, Any] = {CONDITION_KEY: conditions}
+        return condition if text_states is None else self.prepare([condition], text_states)[0]
+
+    def prepare(
+        self,
+        conditions: Sequence[Mapping[str, Any]],
+        text_states: Float[Tensor, "text_batch length cross_attention_dim"] | None = None,
+        latent_size: tuple[int, int] | None = None,
+    ) -> list[dict[str, Any]]:
+        """The same conditions, with all computed beforehand that does not depend on the timestep.
+
+        The calls' output stays what it was; only the work that they share is done here, once.
+        Conditions of any handle on this UNet, combined ones too, may be given; what they have in
+        common is computed once for all of them.
+
+        Args:
+            conditions: of `condition` or `combine`. (`combine` drops what is prepared here.)
+            text_states: the tensor that calls will bring as `encoder_hidden_states`. A call that
+                brings another one, equal or not, or this one after something was written into it,
+                computes K and V anew. (Writes into tensors of inference mode, and any under
+                `torch.compile`, go unnoticed: give another tensor instead.) So does a site whose
+                layers carry a PEFT LoRA, for that may change from call to call. What is computed
+                belongs to the UNet's weights as they are now, with gradient if it is enabled.
+            latent_size: height and width of the latents, for masks at every site's resolution.
+        """
+        self._check_installed()
+        return prepare(conditions, self.sites, self.processors, text_states, latent_size)
+
+    def _check_installed(self) -> None:
+        if not self.is_installed:
+            raise ImpromptError("This adapter was removed from its UNet: install it again first.")
+        self._attach()
 
     def remove(self) -> None:
         """Put back the very processors that stood there. Other adapters stay; twice is harmless."""

@@ -98,11 +98,15 @@ def conditions_by_step(
     num_images: int,
     num_steps: int,
     explanation: Explanation | None = None,
+    text_states: Tensor | None = None,
+    latent_size: tuple[int, int] | None = None,
 ) -> list[dict[str, Any] | None]:
     """For each step what goes into `cross_attention_kwargs`; None where no prompt is active.
 
     `rows` says which images of the generation this batch has. K' and V' of a prompt are computed
-    here, once, and only if it is active at some step. An `explanation` sees what they do.
+    here, once, and only if it is active at some step. An `explanation` sees what they do. With the
+    very `text_states` that every step brings to the UNet, the text's K and V are computed here too,
+    and with the `latent_size` the masks at each site.
     """
     batch = len(range(*rows.indices(num_images)))
     # For each step the prompts that act, each with its factor.
@@ -128,6 +132,9 @@ def conditions_by_step(
         for active in set(active_by_step)
         if active
     }
+    if combined:
+        prepared = prompts[0].handle.prepare(list(combined.values()), text_states, latent_size)
+        combined = dict(zip(combined, prepared, strict=True))
     return [combined.get(active) for active in active_by_step]
 
 

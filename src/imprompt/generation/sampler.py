@@ -93,11 +93,18 @@ def sample_latents(
         for start in range(0, num_images, batch_size):
             rows = slice(start, min(start + batch_size, num_images))
             scheduler = create_sampler(sampler, base.scheduler.config, steps)
-            conditions = conditions_by_step(
-                prompts, branches, rows, num_images, num_steps, explanation
-            )
             stacked_text = _stack_text(text_states, negative_text_states, branches, rows)
             stacked_text = stacked_text.to(device=base.device, dtype=base.dtype)
+            conditions = conditions_by_step(
+                prompts,
+                branches,
+                rows,
+                num_images,
+                num_steps,
+                explanation,
+                text_states=stacked_text,
+                latent_size=latent_shape[1:],
+            )
             latents = initial_noise(seed, indices[rows], latent_shape).to(base.device)
             latents = latents.to(base.dtype) * scheduler.init_noise_sigma
             extra = {}
