@@ -101,11 +101,11 @@ class StableDiffusionXLBase:
         """
         networks = self.parts().values()
         end_offload(networks)
+        is_half = (self.vae.dtype if dtype is None else dtype) == torch.float16
+        vae_dtype = torch.float32 if is_half and self.vae.config.force_upcast else dtype
         for network in networks:
-            precision = network.dtype if dtype is None else dtype
-            if network is self.vae and precision == torch.float16 and network.config.force_upcast:
-                precision = torch.float32
-            nn.Module.to(network, device=device, dtype=precision)
+            own_dtype = vae_dtype if network is self.vae else dtype
+            nn.Module.to(network, device=device, dtype=own_dtype)
 
     def fingerprint(self) -> str:
         """Tells this base from every other: 16 hexadecimal digits."""
