@@ -25,8 +25,13 @@ POOLED_DIM = 12
 TIME_EMBED_DIM = 8
 
 
-def build_parts(seed: int = 0, prediction_type: str = "epsilon") -> dict[str, Any]:
-    """The networks and the scheduler, with random weights: a function of the seed."""
+def build_parts(
+    seed: int = 0, prediction_type: str = "epsilon", *, generation: int = 1
+) -> dict[str, Any]:
+    """The networks and the scheduler, with random weights: a function of the seed.
+
+    `generation` 2 is built as Stable Diffusion 2: other heads, linear projections, a wider text.
+    """
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import (
         CLIPTextConfig,
@@ -35,6 +40,14 @@ def build_parts(seed: int = 0, prediction_type: str = "epsilon") -> dict[str, An
         CLIPVisionModelWithProjection,
     )
 
+    text_dim = {1: TEXT_DIM, 2: 2 * TEXT_DIM}[generation]
+    differences: dict[str, Any] = {"attention_head_dim": 2}
+    if generation == 2:
+        differences = {
+            "attention_head_dim": (2, 4),
+            "use_linear_projection": True,
+            "upcast_attention": True,
+        }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         unet = UNet2DConditionModel(
@@ -46,8 +59,8 @@ def build_parts(seed: int = 0, prediction_type: str = "epsilon") -> dict[str, An
             block_out_channels=(8, 16),
             layers_per_block=1,
             norm_num_groups=4,
-            cross_attention_dim=TEXT_DIM,
-            attention_head_dim=2,
+            cross_attention_dim=text_dim,
+            **differences,
         )
         vae = AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * 3,
@@ -59,7 +72,9 @@ def build_parts(seed: int = 0, prediction_type: str = "epsilon") -> dict[str, An
             sample_size=IMAGE_SIZE_PX,
             scaling_factor=0.5,
         )
-        text_encoder = CLIPTextModel(CLIPTextConfig(**text_config(TEXT_DIM)))
+        hidden_act = {1: "quick_gelu", 2: "gelu"}[generation]
+        config = CLIPTextConfig(**text_config(text_dim), hidden_act=hidden_act)
+        text_encoder = CLIPTextModel(config)
         image_encoder = CLIPVisionModelWithProjection(CLIPVisionConfig(**vision_config()))
     networks = {"unet": unet, "vae": vae, "text_encoder": text_encoder}
     networks["image_encoder"] = image_encoder
@@ -164,10 +179,15 @@ def vocabulary() -> dict[str, int]:
 
 
 def write_tiny_base(
-    folder: Path, *, seed: int = 0, prediction_type: str = "epsilon", image_encoder: bool = True
+    folder: Path,
+    *,
+    seed: int = 0,
+    prediction_type: str = "epsilon",
+    image_encoder: bool = True,
+    generation: int = 1,
 ) -> Path:
     """Writes a diffusers folder that `load_base` and a stock pipeline read, in well under 1 s."""
-    parts = build_parts(seed, prediction_type)
+    parts = build_parts(seed, prediction_type, generation=generation)
     if not image_encoder:
         del parts["image_encoder"]
     for name, part in parts.items():
