@@ -69,10 +69,12 @@ def generate(
         torch.inference_mode(),
         installed(base.unet, [image_prompt.adapter for image_prompt in effective]) as handles,
     ):
+        # In one go: equal texts are encoded once, and offloaded encoders fetched once.
+        text_states = _encode_texts(base, [*prompts, *negative_prompts])
         latents = sample_latents(
             base,
-            _encode_texts(base, prompts),
-            _encode_texts(base, negative_prompts),
+            text_states[: len(prompts)],
+            text_states[len(prompts) :],
             [
                 token_prompt(image_prompt, handles[image_prompt.adapter], encoder)
                 for image_prompt in effective
