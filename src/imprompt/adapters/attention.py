@@ -45,6 +45,7 @@ class KeyValue(NamedTuple):
     key: Float[Tensor, "batch heads tokens head_dim"]
     value: Float[Tensor, "batch heads tokens head_dim"]  # multiplied by λ already
     mask: Float[Tensor, "mask_batch 1 height width"] | None = None  # in [0, 1], at any resolution
+    record: Callable[[Tensor, Tensor], None] | None = None  # is shown text's and image's attention
 
 
 class LowRank(NamedTuple):
@@ -142,9 +143,12 @@ def attend(
     query = query if attn.norm_q is None else attn.norm_q(query)
     key = key if attn.norm_k is None else attn.norm_k(key)
 
-    attended = scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
+    attended = text = scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
     for prompt in condition.prompts:
-        attended = attended + image_attention(query, prompt)
+        image = image_attention(query, prompt)
+        if prompt.record is not None:
+            prompt.record(text, image)
+        attended = attended + image
 
     joined = join_heads(attended).to(query.dtype)
     output = with_loras(attn.to_out[0], joined, [lora.out for lora in loras])

@@ -18,7 +18,9 @@ def add_parser(verbs: Any) -> None:
         examples='  imprompt generate "a red house in the snow, as a cartoon"\n'
         "  imprompt generate --image photo.png --num-images 4\n"
         '  imprompt generate "a boat" --image photo.png --scale 0.6 --output boats.png\n'
-        "  imprompt generate --image photo.png --sweep 0 0.25 0.5 0.75 1",
+        "  imprompt generate --image photo.png --sweep 0 0.25 0.5 0.75 1\n"
+        '  imprompt generate "a boat" --image a.png --image b.png --merge mean --explain where.png\n'
+        '  imprompt generate "a cat" --image art.png --site-preset style --base FOLDER --adapter FILE',
     )
     parser.add_argument("prompt", nargs="?", default="", help="the text; empty: the images decide")
     parser.add_argument(
@@ -35,30 +37,71 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument(
         "--sweep", type=float, nargs="+", metavar="λ", help="a row for each of these weights"
     )
+    _add_image_arguments(parser.add_argument_group("how images are read"))
     parser.add_argument("--negative-prompt", help="what to get away from")
     parser.add_argument("--num-images", type=int, default=4, help="how many images (4)")
     parser.add_argument("--steps", type=int, default=50, help="sampler steps (50)")
     parser.add_argument("--guidance-scale", type=float, default=7.5, help="guidance (7.5)")
+    parser.add_argument(
+        "--image-guidance-scale", type=float, help="guidance towards the images, if it shall differ"
+    )
     parser.add_argument(
         "--sampler", default="ddim", help="ddim, dpm-solver++, pndm, euler or ddpm (ddim)"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--size-px", type=int, help="side of the images (default: the base's)")
     parser.add_argument("--output", type=Path, default=Path("images.png"), help="a sheet of all")
+    parser.add_argument(
+        "--explain", type=Path, metavar="FILE", help="also draw where each image prompt acted"
+    )
     parser.add_argument("--separate", action="store_true", help="also write each image on its own")
     parser.add_argument("--overwrite", action="store_true", help="replace existing files")
+
+
+def _add_image_arguments(group: Any) -> None:
+    group.add_argument(
+        "--merge",
+        choices=("concat", "mean", "norm mean", "sum", "difference"),
+        help="make one prompt of several images (default: each is a prompt of its own)",
+    )
+    group.add_argument(
+        "--image-weights", type=float, nargs="+", metavar="W", help="of the merged images"
+    )
+    group.add_argument(
+        "--crop",
+        choices=("center", "pad", "stretch", "tiles"),
+        default="center",
+        help="what is seen of an image that is not square (center)",
+    )
+    group.add_argument("--negative-image", type=Path, help="a picture to get away from")
+    group.add_argument("--mask", type=Path, help="a picture: images act where it is white")
+    group.add_argument("--start", type=float, default=0.0, help="fraction of the steps (0)")
+    group.add_argument("--end", type=float, default=1.0, help="fraction of the steps (1)")
+    group.add_argument(
+        "--over-time", type=float, nargs="+", default=[1.0], metavar="F",
+        help="factors on λ from start to end, interpolated: 1 0 fades the images out",
+    )  # fmt: skip
+    group.add_argument(
+        "--site-preset", help='where in the UNet λ counts: style, composition, "ease in", …'
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
     from imprompt.bases import load_base
     from imprompt.core.errors import ImpromptError
     from imprompt.core.images import image_grid, open_image
-    from imprompt.generation import ImagePrompt, generate
+    from imprompt.generation import Explanation, generate
 
     output = new_file(arguments.output, overwrite=arguments.overwrite)
-    if arguments.adapter is not None and not arguments.image:
-        raise ImpromptError("--adapter reads images, but no --image was given.")
-    pictures = [open_image(path) for path in arguments.image]
+    if not arguments.image and (arguments.adapter is not None or arguments.explain is not None):
+        raise ImpromptError("--adapter and --explain are about images, but no --image was given.")
+    if arguments.explain is not None:
+        new_file(arguments.explain, overwrite=arguments.overwrite)
+        if arguments.sweep:
+            raise ImpromptError("--explain looks at one weight: give --scale instead of --sweep.")
+    pictures = [
+        path if path.suffix == ".safetensors" else open_image(path) for path in arguments.image
+    ]
     base = load_base(arguments.base)
     encoder = None
     if arguments.image_encoder is not None:
@@ -68,16 +111,12 @@ def run(arguments: argparse.Namespace) -> None:
     adapter = _adapter(arguments) if pictures else None
     images = []
     scales = arguments.sweep or [arguments.scale]
+    explanation = Explanation() if arguments.explain is not None else None
     for scale in scales:
-        prompts = (
-            []
-            if adapter is None
-            else [ImagePrompt(picture, adapter=adapter, scale=scale) for picture in pictures]
-        )
         images += generate(
             base,
             arguments.prompt,
-            prompts,
+            [] if adapter is None else _image_prompts(arguments, pictures, adapter, scale),
             negative_prompt=arguments.negative_prompt,
             num_images=arguments.num_images,
             steps=arguments.steps,
@@ -86,6 +125,8 @@ def run(arguments: argparse.Namespace) -> None:
             seed=arguments.seed,
             size_px=arguments.size_px,
             image_encoder=encoder,
+            image_guidance_scale=arguments.image_guidance_scale,
+            explanation=explanation,
         )
     columns = arguments.num_images if len(scales) > 1 else min(len(images), 8)
     image_grid(images, columns).save(output)
@@ -94,6 +135,38 @@ def run(arguments: argparse.Namespace) -> None:
             file = output.with_name(f"{output.stem}-{number:03d}{output.suffix}")
             image.save(new_file(file, overwrite=arguments.overwrite))
     print(f"{len(images)} images in {output}")
+    if explanation is not None:
+        assert arguments.explain is not None
+        explanation.sheet(images).save(arguments.explain)
+        print(f"where the images acted: {arguments.explain}")
+
+
+def _image_prompts(
+    arguments: argparse.Namespace, pictures: list[Any], adapter: Any, scale: float
+) -> list[Any]:
+    from imprompt.core.errors import ImpromptError
+    from imprompt.generation import ImagePrompt
+
+    if arguments.image_weights is not None and arguments.merge is None:
+        raise ImpromptError("--image-weights are for merged images: add --merge.")
+    groups = [pictures] if arguments.merge is not None else [[picture] for picture in pictures]
+    return [
+        ImagePrompt(
+            group,
+            adapter=adapter,
+            scale=scale,
+            site_preset=arguments.site_preset,
+            mask=arguments.mask,
+            start=arguments.start,
+            end=arguments.end,
+            over_time=tuple(arguments.over_time),
+            merge=arguments.merge or "concat",
+            image_weights=arguments.image_weights,
+            crop=arguments.crop,
+            negative=arguments.negative_image,
+        )
+        for group in groups
+    ]
 
 
 def _adapter(arguments: argparse.Namespace) -> Any:

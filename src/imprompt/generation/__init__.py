@@ -1,13 +1,18 @@
 """From prompts to images."""
 
 from imprompt.generation.conditions import TokenPrompt
+from imprompt.generation.explanation import Explanation
+from imprompt.generation.features import ImageFeatures, encode_images
 from imprompt.generation.pipeline import generate, latents_to_images
 from imprompt.generation.prompts import ImagePrompt
 from imprompt.generation.sampler import initial_noise, sample_latents
 
 __all__ = [
+    "Explanation",
+    "ImageFeatures",
     "ImagePrompt",
     "TokenPrompt",
+    "encode_images",
     "generate",
     "initial_noise",
     "latents_to_images",

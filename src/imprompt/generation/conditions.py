@@ -1,5 +1,6 @@
 """What image prompts do at each step of a generation: their keys and values, computed once."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -9,8 +10,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from imprompt.adapters import Handle, combine
+from imprompt.adapters.attention import CONDITION_KEY, SiteCondition
 from imprompt.adapters.sites import Number, Scale
 from imprompt.core.errors import ImpromptError
+from imprompt.generation.explanation import Explanation
 
 # What one part of a stacked batch shows the denoiser: nothing, the image alone, image and text.
 Branch = Literal["unconditional", "image_only", "conditional"]
@@ -34,9 +37,11 @@ class TokenPrompt:
     mask: Float[Tensor, "masks height width"] | None = None
     start: Number = 0.0
     end: Number = 1.0
+    over_time: Sequence[Number] = (1.0,)
 
     def __post_init__(self) -> None:
         check_time_span(self.start, self.end)
+        check_over_time(self.over_time)
         if self.tokens.shape[1:] != self.zero_tokens.shape[1:] or len(self.zero_tokens) != 1:
             raise ImpromptError(
                 f"tokens have shape {tuple(self.tokens.shape)} and zero_tokens "
@@ -44,9 +49,18 @@ class TokenPrompt:
                 "(1, tokens, dim)."
             )
 
-    def is_active(self, step: int, num_steps: int) -> bool:
-        """Whether it has any effect at this step, counted from 0."""
-        return not is_zero(self.scale) and self.start <= step / num_steps < self.end
+    def factor_at(self, step: int, num_steps: int) -> float:
+        """What λ is multiplied with at this step, counted from 0; 0 where it has no effect."""
+        time = step / num_steps
+        if is_zero(self.scale) or not self.start <= time < self.end:
+            return 0.0
+        # Of the steps from start to end the first has the first factor, the last the last.
+        first, after_last = (math.ceil(time * num_steps - 1e-9) for time in (self.start, self.end))
+        place = (step - first) / max(1, after_last - 1 - first) * (len(self.over_time) - 1)
+        before = min(int(place), len(self.over_time) - 1)
+        after = min(before + 1, len(self.over_time) - 1)
+        share = place - before
+        return float((1 - share) * self.over_time[before] + share * self.over_time[after])
 
 
 def check_time_span(start: Number, end: Number) -> None:
@@ -55,6 +69,14 @@ def check_time_span(start: Number, end: Number) -> None:
         raise ImpromptError(
             f"An image prompt from start={start} to end={end} is no time span: "
             "0 <= start <= end <= 1 is needed (0 is the first step, 1 after the last)."
+        )
+
+
+def check_over_time(factors: Sequence[Number]) -> None:
+    """Raises an ImpromptError unless these are finite numbers, one at least."""
+    if not factors or not all(math.isfinite(factor) for factor in factors):
+        raise ImpromptError(
+            f"over_time={tuple(factors)} is no course of λ: one or more finite factors are needed."
         )
 
 
@@ -75,25 +97,52 @@ def conditions_by_step(
     rows: slice,
     num_images: int,
     num_steps: int,
+    explanation: Explanation | None = None,
 ) -> list[dict[str, Any] | None]:
     """For each step what goes into `cross_attention_kwargs`; None where no prompt is active.
 
     `rows` says which images of the generation this batch has. K' and V' of a prompt are computed
-    here, once, and only if it is active at some step.
+    here, once, and only if it is active at some step. An `explanation` sees what they do.
     """
     batch = len(range(*rows.indices(num_images)))
+    # For each step the prompts that act, each with its factor.
     active_by_step = [
-        tuple(j for j, prompt in enumerate(prompts) if prompt.is_active(step, num_steps))
+        tuple(
+            (j, factor)
+            for j, prompt in enumerate(prompts)
+            if (factor := prompt.factor_at(step, num_steps)) != 0
+        )
         for step in range(num_steps)
     ]
     single = {
         j: _condition(prompts[j], branches, rows, batch, num_images)
-        for j in sorted(set().union(*active_by_step))
+        for j in sorted({j for active in active_by_step for j, _ in active})
     }
+    if explanation is not None:
+        single = {
+            j: explanation.watch(condition, prompts[j].handle, j, rows)
+            for j, condition in single.items()
+        }
     combined = {
-        active: combine(*(single[j] for j in active)) for active in set(active_by_step) if active
+        active: combine(*(weakened(single[j], factor) for j, factor in active))
+        for active in set(active_by_step)
+        if active
     }
     return [combined.get(active) for active in active_by_step]
+
+
+def weakened(condition: dict[str, Any], factor: float) -> dict[str, Any]:
+    """A condition whose image attentions count `factor` times as much."""
+    if factor == 1:
+        return condition
+    sites: Mapping[int, SiteCondition] = condition[CONDITION_KEY]
+    changed = {
+        index: site._replace(
+            prompts=tuple(kv._replace(value=kv.value * factor) for kv in site.prompts)
+        )
+        for index, site in sites.items()
+    }
+    return {**condition, CONDITION_KEY: changed}
 
 
 def _condition(

@@ -10,6 +10,7 @@ from imprompt.adapters.sites import Number
 from imprompt.bases import Base, ClipImageEncoder, TextStates
 from imprompt.core.errors import ImpromptError
 from imprompt.core.images import pixels_to_images
+from imprompt.generation.explanation import Explanation
 from imprompt.generation.prompts import ImagePrompt, installed, token_prompt
 from imprompt.generation.sampler import default_batch_size, sample_latents
 
@@ -31,6 +32,7 @@ def generate(
     batch_size: int | None = None,
     image_encoder: ClipImageEncoder | None = None,
     progress: bool = True,
+    explanation: Explanation | None = None,
 ) -> list[Image.Image]:
     """Draws images that follow a text, image prompts, or both.
 
@@ -54,6 +56,7 @@ def generate(
         batch_size: how many images are drawn at once; set it lower if memory does not suffice.
         image_encoder: by default the base's own.
         progress: whether to show a bar with the time left.
+        explanation: is filled with where each image prompt acted.
 
     Raises:
         ImpromptError: something given cannot be used; the message says what could.
@@ -88,6 +91,7 @@ def generate(
             size_px=size_px,
             batch_size=batch_size,
             show_progress=progress,
+            explanation=explanation,
         )
     return latents_to_images(base, latents, batch_size)
 

@@ -12,13 +12,19 @@ from PIL import Image
 from torch import Tensor, nn
 
 from imprompt.adapters import Handle, ImagePromptAdapter
+from imprompt.adapters.site_presets import preset_scales
 from imprompt.adapters.sites import Number, Scale
 from imprompt.bases import ClipImageEncoder
 from imprompt.core.errors import ImpromptError
-from imprompt.core.images import image_to_pixels, open_image
-from imprompt.generation.conditions import TokenPrompt, check_time_span, is_zero
-
-ImageLike = str | PathLike[str] | Image.Image | Tensor
+from imprompt.core.images import open_image
+from imprompt.generation.conditions import TokenPrompt, check_over_time, check_time_span, is_zero
+from imprompt.generation.features import (
+    ImageFeatures,
+    ImageLike,
+    encode_images,
+    is_features_file,
+    merge_features,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,12 +32,12 @@ class ImagePrompt:
     """A picture that says what to draw, with the adapter that makes it understood.
 
     Raises:
-        ImpromptError: no image, or a time span that is none.
+        ImpromptError: no image, a time span that is none, or settings that exclude each other.
     """
 
-    image: ImageLike | Sequence[ImageLike]
-    """A file, a PIL image, or pixels (3, height, width) in [-1, 1]; or several of them, which are
-    then read together, one after the other."""
+    image: ImageLike | ImageFeatures | Sequence[ImageLike]
+    """A file, a PIL image, or pixels (3, height, width) in [-1, 1]; or several of them (see
+    `merge`); or kept features, as `ImageFeatures` or as the file they were saved in."""
 
     adapter: ImagePromptAdapter = field(kw_only=True, repr=False)
     """What was trained (or loaded) for the base that generates."""
@@ -39,6 +45,10 @@ class ImagePrompt:
     scale: Scale = field(default=1.0, kw_only=True)
     """λ, the weight beside the text: one number, one per cross-attention site, or a mapping from
     parts of the UNet ("up", "mid_block", …) to numbers. 0 costs nothing and does nothing."""
+
+    site_preset: str | None = field(default=None, kw_only=True)
+    """How `scale`, then one number, is spread over the UNet: "style", "composition", … (see
+    `imprompt.adapters.site_presets`)."""
 
     mask: ImageLike | None = field(default=None, kw_only=True, repr=False)
     """Where it acts: white there, black elsewhere. A tensor is (height, width) in [0, 1]."""
@@ -49,19 +59,41 @@ class ImagePrompt:
     end: Number = field(default=1.0, kw_only=True)
     """When it no longer acts, as a fraction of the steps."""
 
+    over_time: Sequence[Number] = field(default=(1.0,), kw_only=True)
+    """Factors on `scale`, spread evenly from start to end and interpolated: (1, 0) fades out."""
+
+    merge: str = field(default="concat", kw_only=True)
+    """How several images become one prompt; see `imprompt.generation.features.merge_features`."""
+
+    image_weights: Sequence[Number] | None = field(default=None, kw_only=True)
+    """One weight for each of several images."""
+
+    crop: str = field(default="center", kw_only=True)
+    """What the encoder sees of an image that is not square: "center", "pad", "stretch", "tiles"."""
+
+    negative: ImageLike | ImageFeatures | None = field(default=None, kw_only=True, repr=False)
+    """A picture to get away from, where otherwise no picture stands in guidance."""
+
     def __post_init__(self) -> None:
         check_time_span(self.start, self.end)
-        if not self.images:
+        check_over_time(self.over_time)
+        if not isinstance(self.image, ImageFeatures) and not self.images:
             raise ImpromptError("An image prompt without an image was given: give one or more.")
         if not isinstance(self.adapter, ImagePromptAdapter):
             raise ImpromptError(
                 f"An image prompt's adapter is a {type(self.adapter).__name__}; an adapter is "
                 "needed, as imprompt.load_adapter and imprompt.create_adapter return it."
             )
+        if self.site_preset is not None and not isinstance(self.scale, int | float):
+            raise ImpromptError("With a site_preset the scale is one number, which it spreads.")
+        if self.image_weights is not None and self.crop == "tiles":
+            raise ImpromptError("Images cut into tiles cannot be weighted: use another crop.")
 
     @property
     def images(self) -> tuple[ImageLike, ...]:
-        """The image or images, always as a tuple."""
+        """The image or images, always as a tuple; none where features were given."""
+        if isinstance(self.image, ImageFeatures):
+            return ()
         if isinstance(self.image, str | PathLike | Image.Image | Tensor):
             return (self.image,)
         return tuple(self.image)
@@ -69,7 +101,7 @@ class ImagePrompt:
     @property
     def is_effective(self) -> bool:
         """Whether it acts at any step at all."""
-        return not is_zero(self.scale) and self.start < self.end
+        return not is_zero(self.scale) and self.start < self.end and any(self.over_time)
 
 
 @contextmanager
@@ -99,60 +131,97 @@ def token_prompt(
     Raises:
         ImpromptError: an image cannot be read, or the adapter does not read what the encoder gives.
     """
-    features, zero_features = _features(prompt, encoder)
-    tokens = prompt.adapter.tokens(features)
-    zero_tokens = prompt.adapter.tokens(zero_features)
-    num_images = len(features)
-    # Several images are one prompt: the attention reads the tokens of all of them.
+    adapter = prompt.adapter
+    _check_adapter_reads_images(adapter)
+    given = prompt.image if isinstance(prompt.image, ImageFeatures) else prompt.images
+    features = merge_features(_features(given, prompt, encoder), prompt.merge, prompt.image_weights)
+    if prompt.negative is None:
+        against = _features_of_nothing(features, prompt, encoder)
+    else:
+        negative = prompt.negative
+        negative = negative if isinstance(negative, ImageFeatures) else (negative,)
+        against = _features(negative, prompt, encoder).mean(0, keepdim=True)
+    scale = prompt.scale
+    if prompt.site_preset is not None and isinstance(scale, int | float):
+        cross_sites = [site for site in handle.sites if site.is_cross]
+        scale = preset_scales(prompt.site_preset, cross_sites, scale)
     return TokenPrompt(
         handle=handle,
-        tokens=tokens.flatten(0, 1)[None],
-        zero_tokens=zero_tokens.repeat(1, num_images, 1),
-        scale=prompt.scale,
+        # Several images are one prompt: the attention reads the tokens of all of them.
+        tokens=adapter.tokens(features).flatten(0, 1)[None],
+        zero_tokens=adapter.tokens(against).repeat(1, len(features), 1),
+        scale=scale,
         mask=None if prompt.mask is None else mask_to_tensor(prompt.mask)[None],
         start=prompt.start,
         end=prompt.end,
+        over_time=prompt.over_time,
     )
 
 
-def _features(prompt: ImagePrompt, encoder: ClipImageEncoder | None) -> tuple[Tensor, Tensor]:
-    """What the adapter reads of each image, and what it reads of none."""
-    adapter = prompt.adapter
-    wanted = adapter.projection.features
-    if [feature.name for feature in wanted] not in (["image_embeds"], ["hidden_states"]):
+def _check_adapter_reads_images(adapter: ImagePromptAdapter) -> None:
+    wanted = [feature.name for feature in adapter.projection.features]
+    if wanted not in (["image_embeds"], ["hidden_states"]):
         raise ImpromptError(
-            f"The {adapter.variant} adapter reads {', '.join(feature.name for feature in wanted)}; "
-            "from an image alone only image_embeds or hidden_states can be had (the variants base, "
-            "plus and full)."
+            f"The {adapter.variant} adapter reads {', '.join(wanted)}; from an image alone only "
+            "image_embeds or hidden_states can be had (the variants base, plus and full)."
         )
+
+
+def _features(
+    given: ImageFeatures | Sequence[ImageLike],
+    prompt: ImagePrompt,
+    encoder: ClipImageEncoder | None,
+) -> Tensor:
+    """What the adapter reads of pictures, a row for each (or for each of its tiles)."""
+    wanted = prompt.adapter.projection.features[0]
+    if not isinstance(given, ImageFeatures) and all(is_features_file(image) for image in given):
+        kept = [ImageFeatures.load(str(image)) for image in given]
+        for part in kept:
+            _check_kept(part, wanted.name, wanted.dim, encoder)
+        return torch.cat([part.values for part in kept])
+    if isinstance(given, ImageFeatures):
+        _check_kept(given, wanted.name, wanted.dim, encoder)
+        return given.values
+    encoder = _encoder_for(prompt.adapter, encoder)
+    return encode_images(encoder, given, wanted.name, prompt.crop).values
+
+
+def _check_kept(kept: ImageFeatures, name: str, dim: int, encoder: ClipImageEncoder | None) -> None:
+    if kept.name != name or kept.values.shape[-1] != dim:
+        raise ImpromptError(
+            f"The features kept are {kept.name} of {kept.values.shape[-1]} numbers, but the adapter "
+            f"reads {name} of {dim}: encode the images again for this adapter."
+        )
+    if encoder is not None and kept.encoder_fingerprint != encoder.fingerprint():
+        raise ImpromptError(
+            "The features kept come from another image encoder than this base's: encode the images "
+            "again, or give generate() the encoder they came from."
+        )
+
+
+def _encoder_for(adapter: ImagePromptAdapter, encoder: ClipImageEncoder | None) -> ClipImageEncoder:
+    wanted = adapter.projection.features[0]
     if encoder is None:
         raise ImpromptError(
             "This base brings no image encoder: give generate() the one that the adapter was "
             "trained with, image_encoder=load_clip(...)."
         )
-    is_sequence = wanted[0].is_sequence
-    encoder_dim = encoder.hidden_dim if is_sequence else encoder.embed_dim
-    if encoder_dim != wanted[0].dim:
+    encoder_dim = encoder.hidden_dim if wanted.is_sequence else encoder.embed_dim
+    if encoder_dim != wanted.dim:
         raise ImpromptError(
-            f"The {adapter.variant} adapter reads {wanted[0].name} of {wanted[0].dim} numbers, but "
+            f"The {adapter.variant} adapter reads {wanted.name} of {wanted.dim} numbers, but "
             f"the image encoder gives {encoder_dim}: it was trained with another encoder."
         )
-    encode = encoder.hidden_states if is_sequence else encoder.embeds
-    features = torch.cat([encode(to_pixels(image)[None]) for image in prompt.images])
-    zeros = encoder.zero_hidden_states() if is_sequence else torch.zeros_like(features[:1])
-    return features, zeros
+    return encoder
 
 
-def to_pixels(image: ImageLike) -> Float[Tensor, "3 height width"]:
-    """Pixels in [-1, 1] of a file, a PIL image, or pixels."""
-    if isinstance(image, Tensor):
-        if image.ndim != 3 or len(image) != 3:
-            raise ImpromptError(
-                f"An image prompt has the shape {tuple(image.shape)}; pixels are (3, height, "
-                "width) in [-1, 1]."
-            )
-        return image
-    return image_to_pixels(open_image(image))
+def _features_of_nothing(
+    features: Tensor, prompt: ImagePrompt, encoder: ClipImageEncoder | None
+) -> Tensor:
+    """What stands for no picture, as in training: see the paper's variants."""
+    if prompt.adapter.projection.features[0].is_sequence:
+        return _encoder_for(prompt.adapter, encoder).zero_hidden_states()
+    return torch.zeros_like(features[:1])
 
 
 def mask_to_tensor(mask: ImageLike) -> Float[Tensor, "height width"]:

@@ -15,6 +15,7 @@ from imprompt.core.randomness import Randomness, generator
 from imprompt.diffusion.guidance import guide, guide_separately, rescale
 from imprompt.diffusion.samplers import create_sampler, uses_noise
 from imprompt.generation.conditions import Branch, TokenPrompt, conditions_by_step
+from imprompt.generation.explanation import Explanation
 
 # So many pixels are denoised at once by default. Beyond, a CPU's caches overflow and a small GPU's
 # memory may.
@@ -39,6 +40,7 @@ def sample_latents(
     size_px: int | tuple[int, int] | None = None,
     batch_size: int | None = None,
     show_progress: bool = False,
+    explanation: Explanation | None = None,
 ) -> Float[Tensor, "images channels h w"]:
     """Latents of one image for each of `text_states`, ready for `base.decode_image`.
 
@@ -47,7 +49,8 @@ def sample_latents(
 
     With `guidance_scale` 1 nothing unconditional is computed; otherwise `negative_text_states` (one
     for all images or one for each) are needed. `image_guidance_scale` guides towards the image
-    prompts by another strength than towards the text, at the cost of a third branch.
+    prompts by another strength than towards the text, at the cost of a third branch. `explanation`
+    is filled with where each prompt acted.
 
     Raises:
         ImpromptError: shapes do not fit each other, or sampler, steps or size are not possible.
@@ -76,6 +79,8 @@ def sample_latents(
                 "images: give one for all or one for each."
             )
 
+    if explanation is not None:
+        explanation.begin(num_images, *latent_shape[1:])
     batches: list[Tensor] = []
     num_batches = -(-num_images // batch_size)
     description = "generate" if num_images == 1 else f"generate {num_images} images"
@@ -88,7 +93,9 @@ def sample_latents(
         for start in range(0, num_images, batch_size):
             rows = slice(start, min(start + batch_size, num_images))
             scheduler = create_sampler(sampler, base.scheduler.config, steps)
-            conditions = conditions_by_step(prompts, branches, rows, num_images, num_steps)
+            conditions = conditions_by_step(
+                prompts, branches, rows, num_images, num_steps, explanation
+            )
             stacked_text = _stack_text(text_states, negative_text_states, branches, rows)
             stacked_text = stacked_text.to(base.device, base.dtype)
             latents = initial_noise(seed, indices[rows], latent_shape).to(base.device)

@@ -1,0 +1,173 @@
+"""From pictures to what an adapter reads of them: crops, encoding, and merging several into one."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+import torch
+import torch.nn.functional as functional
+from jaxtyping import Float
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from imprompt.adapters.sites import Number
+from imprompt.bases import ClipImageEncoder
+from imprompt.core.errors import ImpromptError
+from imprompt.core.images import image_to_pixels, open_image
+
+ImageLike = str | PathLike[str] | Image.Image | Tensor
+
+CROPS = ("center", "pad", "stretch", "tiles")
+MERGES = ("concat", "mean", "norm mean", "sum", "difference")
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ImageFeatures:
+    """What an image encoder says of one picture or more; may be kept in a file and used again."""
+
+    name: str
+    """`image_embeds` (pictures, dim) or `hidden_states` (pictures, length, dim)"""
+    values: Float[Tensor, "pictures *shape"]
+    encoder_fingerprint: str
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write as safetensors.
+
+        Raises:
+            ImpromptError: the file cannot be written.
+        """
+        metadata = {"format": "imprompt-features", "encoder_fingerprint": self.encoder_fingerprint}
+        try:
+            save_file({self.name: self.values.detach().cpu().contiguous()}, str(path), metadata)
+        except (OSError, SafetensorError) as error:
+            raise ImpromptError(f"{path} was not written: {error}.") from error
+
+    @staticmethod
+    def load(path: str | PathLike[str]) -> "ImageFeatures":
+        """Read what `save` wrote.
+
+        Raises:
+            ImpromptError: it is no such file.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                names = list(file.keys())
+                if metadata.get("format") != "imprompt-features" or len(names) != 1:
+                    raise ImpromptError(
+                        f"{path} holds no image features: write them with ImageFeatures.save."
+                    )
+                values = file.get_tensor(names[0])
+        except (OSError, SafetensorError) as error:
+            raise ImpromptError(f"{path} cannot be read as image features: {error}.") from error
+        return ImageFeatures(
+            name=names[0], values=values, encoder_fingerprint=metadata["encoder_fingerprint"]
+        )
+
+
+def encode_images(
+    encoder: ClipImageEncoder,
+    images: Sequence[ImageLike],
+    name: str = "image_embeds",
+    crop: str = "center",
+) -> ImageFeatures:
+    """Features of pictures, one row for each square that the crop makes of them.
+
+    Args:
+        name: `image_embeds` for base adapters, `hidden_states` for Plus and Full.
+        crop: see `squares`.
+
+    Raises:
+        ImpromptError: an image cannot be read.
+    """
+    encode = encoder.hidden_states if name == "hidden_states" else encoder.embeds
+    rows = [encode(square[None]) for image in images for square in squares(to_pixels(image), crop)]
+    return ImageFeatures(
+        name=name, values=torch.cat(rows), encoder_fingerprint=encoder.fingerprint()
+    )
+
+
+def squares(pixels: Float[Tensor, "3 height width"], crop: str) -> list[Tensor]:
+    """The square parts of a picture that the encoder is to see.
+
+    center: the middle, as adapters are trained. pad: all of it, with grey at the sides. stretch: all
+    of it, distorted. tiles: as few squares as cover it, overlapping where they must.
+
+    Raises:
+        ImpromptError: there is no such crop.
+    """
+    if crop not in CROPS:
+        raise ImpromptError(f"There is no crop {crop!r}; choose {', '.join(CROPS)}.")
+    height, width = pixels.shape[-2:]
+    short, long = min(height, width), max(height, width)
+    if short == long or crop == "center":
+        return [pixels]  # the encoder itself takes the middle
+    if crop == "stretch":
+        return [functional.interpolate(pixels[None], (long, long), mode="bilinear")[0]]
+    if crop == "pad":
+        across, down = long - width, long - height
+        sides = (across // 2, across - across // 2, down // 2, down - down // 2)
+        return [functional.pad(pixels, sides)]
+    num_tiles = -(-long // short)
+    starts = [round(i * (long - short) / (num_tiles - 1)) for i in range(num_tiles)]
+    is_wide = width > height
+    return [
+        pixels[:, :, start : start + short] if is_wide else pixels[:, start : start + short]
+        for start in starts
+    ]
+
+
+def merge_features(
+    values: Float[Tensor, "pictures *shape"], merge: str, weights: Sequence[Number] | None
+) -> Float[Tensor, "merged *shape"]:
+    """Several pictures' features as one prompt's.
+
+    concat: all of them, read one beside the other (`weights` multiply each). mean, sum: of the
+    weighted features; norm mean: the mean of directions, at the mean length. difference: the first
+    minus the weighted mean of the others, which takes away what these show.
+
+    Raises:
+        ImpromptError: no such merge, or another number of weights than pictures.
+    """
+    if merge not in MERGES:
+        raise ImpromptError(f"There is no merge {merge!r}; choose {', '.join(MERGES)}.")
+    if weights is not None and len(weights) != len(values):
+        raise ImpromptError(f"{len(weights)} weights were given for {len(values)} images.")
+    factors = values.new_tensor([1.0] * len(values) if weights is None else list(weights))
+    shaped = factors.view(-1, *[1] * (values.ndim - 1))
+    if merge == "concat":
+        return values * shaped
+    if merge == "sum":
+        return (values * shaped).sum(0, keepdim=True)
+    if merge == "difference":
+        if len(values) < 2:
+            raise ImpromptError("A difference needs at least two images.")
+        return values[:1] - (values[1:] * shaped[1:]).mean(0, keepdim=True)
+    total = float(factors.sum())
+    if total == 0:
+        raise ImpromptError("Weights that add up to 0 have no mean: use merge='sum'.")
+    if merge == "norm mean":
+        lengths = values.norm(dim=-1, keepdim=True)
+        mean = (values / lengths.clamp(min=1e-12) * shaped).sum(0, keepdim=True) / total
+        return mean * lengths.mean(0, keepdim=True)
+    return (values * shaped).sum(0, keepdim=True) / total
+
+
+def to_pixels(image: ImageLike) -> Float[Tensor, "3 height width"]:
+    """Pixels in [-1, 1] of a file, a PIL image, or pixels."""
+    if isinstance(image, Tensor):
+        if image.ndim != 3 or len(image) != 3:
+            raise ImpromptError(
+                f"An image prompt has the shape {tuple(image.shape)}; pixels are (3, height, "
+                "width) in [-1, 1]."
+            )
+        return image
+    return image_to_pixels(open_image(image))
+
+
+def is_features_file(image: object) -> bool:
+    """Whether a path names kept features and not a picture."""
+    return isinstance(image, str | PathLike) and Path(image).suffix == ".safetensors"

@@ -1,0 +1,82 @@
+"""Presets of weights: which sites of the real architectures they reach."""
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from imprompt.adapters import attention_sites
+from imprompt.adapters.site_presets import SITE_PRESETS, execution_order, preset_scales
+from imprompt.core.errors import ImpromptError
+
+SDXL = {
+    "cross_attention_dim": 2048,
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "use_linear_projection": True,
+}
+
+
+def cross_sites(**config):
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**config)
+    return [site for site in attention_sites(unet) if site.is_cross]
+
+
+@pytest.fixture(scope="module")
+def sd15():
+    return cross_sites(cross_attention_dim=768)
+
+
+@pytest.fixture(scope="module")
+def sdxl():
+    return cross_sites(**SDXL)
+
+
+def test_style_and_composition_of_stable_diffusion_1(sd15):
+    # Numbered as the UNet runs them: 6 down, 1 middle, 9 up.
+    order = execution_order(sd15)
+    style = preset_scales("style", sd15, 0.8)
+    assert [place for place, i in enumerate(order) if style[i]] == [0, 1, 2, 3, *range(9, 16)]
+    assert set(style) == {0.0, 0.8}
+    composition = preset_scales("composition", sd15)
+    assert {place: composition[i] for place, i in enumerate(order) if composition[i]} == {
+        4: 0.25,
+        5: 1.0,
+    }
+    both = preset_scales("style and composition", sd15)
+    assert both == [s + c for s, c in zip(preset_scales("style", sd15), composition, strict=True)]
+
+
+def test_style_and_composition_of_stable_diffusion_xl(sdxl):
+    def reached(name):
+        scales = preset_scales(name, sdxl)
+        return {s.name.split(".transformer")[0] for s, x in zip(sdxl, scales, strict=True) if x}
+
+    assert len(sdxl) == 70
+    assert reached("style") == {"up_blocks.0.attentions.1"}
+    assert reached("composition") == {"down_blocks.2.attentions.1"}
+    assert reached("style and composition") == reached("style") | reached("composition")
+
+
+def test_curves_follow_the_order_of_execution(sd15):
+    order = execution_order(sd15)
+    rising = [preset_scales("ease out", sd15)[i] for i in order]
+    falling = [preset_scales("ease in", sd15)[i] for i in order]
+    assert rising == sorted(rising) and falling == sorted(falling, reverse=True)
+    assert rising[0] == pytest.approx(0.05) and falling[0] == pytest.approx(1)
+    middle = preset_scales("strong middle", sd15, 2.0)
+    assert [s.name for s, x in zip(sd15, middle, strict=True) if x == 2.0] == [sd15[-1].name]
+    assert sd15[-1].name.startswith("mid_block")
+
+
+def test_an_unknown_preset_or_an_unknown_unet_is_told(sd15):
+    with pytest.raises(ImpromptError, match="choose one of: style"):
+        preset_scales("stile", sd15)
+    other = cross_sites(cross_attention_dim=512, block_out_channels=(32, 32, 32, 32))
+    with pytest.raises(ImpromptError, match="width 512"):
+        preset_scales("style", other)
+    for name in SITE_PRESETS[3:]:
+        assert len(preset_scales(name, other)) == len(other)

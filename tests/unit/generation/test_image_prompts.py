@@ -1,0 +1,110 @@
+"""What an ImagePrompt can say beyond its image: over time, over sites, against, merged."""
+
+import numpy
+import pytest
+import torch
+
+from imprompt.core.errors import ImpromptError
+from imprompt.generation import Explanation, ImagePrompt, generate
+from imprompt.generation.conditions import TokenPrompt
+
+
+def draw(base, *prompts, steps=4, **options):
+    options = {"guidance_scale": 3, "progress": False, **options}
+    images = generate(base, "red cat", prompts, steps=steps, **options)
+    return numpy.stack([numpy.asarray(image).astype(int) for image in images])
+
+
+def test_the_course_of_lambda(base, base_adapter):
+    nothing = torch.zeros(1, 1, base_adapter.cross_attention_dim)
+    with base_adapter.install(base.unet) as handle:
+        pass
+
+    def factors(steps, **settings):
+        prompt = TokenPrompt(handle=handle, tokens=nothing, zero_tokens=nothing, **settings)
+        return [round(prompt.factor_at(step, steps), 6) for step in range(steps)]
+
+    assert factors(4) == [1, 1, 1, 1]
+    assert factors(5, over_time=(1, 0)) == [1, 0.75, 0.5, 0.25, 0]
+    assert factors(5, over_time=(0, 1, 0)) == [0, 0.5, 1, 0.5, 0]
+    assert (
+        factors(10, start=0.3, end=0.6, over_time=(0.2, 0.6)) == [0] * 3 + [0.2, 0.4, 0.6] + [0] * 4
+    )
+    assert factors(3, scale=0.0, over_time=(1, 2)) == [0, 0, 0]
+    for bad in ((), (1, float("nan"))):
+        with pytest.raises(ImpromptError, match="over_time"):
+            factors(3, over_time=bad)
+
+
+def test_a_constant_course_is_a_scale(base, adapter, pictures):
+    half = draw(base, ImagePrompt(pictures[0], adapter=adapter, scale=0.5))
+    course = draw(base, ImagePrompt(pictures[0], adapter=adapter, over_time=(0.5, 0.5)))
+    assert abs(half - course).max() <= 1
+    fading = draw(base, ImagePrompt(pictures[0], adapter=adapter, over_time=(1, 0)))
+    whole = draw(base, ImagePrompt(pictures[0], adapter=adapter))
+    assert len({half.tobytes(), fading.tobytes(), whole.tobytes()}) == 3
+
+
+def test_equal_images_merged_by_mean_are_one_image(base, base_adapter, pictures):
+    one = draw(base, ImagePrompt(pictures[0], adapter=base_adapter))
+    twice = ImagePrompt([pictures[0], pictures[0]], adapter=base_adapter, merge="mean")
+    assert abs(draw(base, twice) - one).max() <= 1
+    other = ImagePrompt([pictures[0], pictures[1]], adapter=base_adapter, merge="mean")
+    assert abs(draw(base, other) - one).max() > 1
+    weighted = ImagePrompt(pictures[:2], adapter=base_adapter, merge="mean", image_weights=(1, 0))
+    assert abs(draw(base, weighted) - one).max() <= 1
+
+
+def test_a_negative_image_matters_only_under_guidance(base, adapter, pictures):
+    plain = ImagePrompt(pictures[0], adapter=adapter)
+    against = ImagePrompt(pictures[0], adapter=adapter, negative=pictures[1])
+    assert (draw(base, plain) != draw(base, against)).any()
+    assert (draw(base, plain, guidance_scale=1) == draw(base, against, guidance_scale=1)).all()
+
+
+def test_a_preset_is_its_sites_scales(base, base_adapter, pictures):
+    weak = ImagePrompt(pictures[0], adapter=base_adapter, site_preset="weak output", scale=0.9)
+    named = ImagePrompt(
+        pictures[0], adapter=base_adapter, scale={"up": 0.18, "down": 0.9, "mid": 0.9}
+    )
+    assert abs(draw(base, weak) - draw(base, named)).max() <= 1
+    with pytest.raises(ImpromptError, match="one number"):
+        ImagePrompt(pictures[0], adapter=base_adapter, site_preset="style", scale={"up": 1.0})
+
+
+def test_tiles_are_read_one_after_the_other(base, base_adapter, pictures):
+    wide = torch.cat([torch.full((3, 8, 8), -0.5), torch.full((3, 8, 8), 0.5)], 2)
+    tiles = ImagePrompt(wide, adapter=base_adapter, crop="tiles")
+    parts = ImagePrompt([wide[:, :, :8], wide[:, :, 8:]], adapter=base_adapter)
+    assert (draw(base, tiles) == draw(base, parts)).all()
+    with pytest.raises(ImpromptError, match="tiles"):
+        ImagePrompt(wide, adapter=base_adapter, crop="tiles", image_weights=(1,))
+
+
+def test_an_explanation_shows_where_a_mask_let_the_image_act(base, adapter, pictures, left_half):
+    explanation = Explanation()
+    prompt = ImagePrompt(pictures[0], adapter=adapter, mask=left_half)
+    images = generate(
+        base, "cat", prompt, num_images=3, steps=2, batch_size=2, progress=False,
+        explanation=explanation,
+    )  # fmt: skip
+    heat = explanation.heat_maps(0, size_px=8)
+    assert heat.shape == (3, 8, 8)
+    assert float(heat.min()) >= 0 and float(heat.max()) <= 1
+    assert float(heat[:, :, :3].mean()) > 0.05
+    assert float(heat[:, :, 5:].abs().max()) < 1e-6
+    assert explanation.heat_maps(0, "up_blocks.", 8).shape == (3, 8, 8)
+    sheet = explanation.sheet(images)
+    assert sheet.width > sheet.height > 3 * 100
+    with pytest.raises(ImpromptError, match="Nothing was recorded"):
+        explanation.heat_maps(1)
+
+
+def test_explaining_changes_nothing_and_needs_prompts_that_act(base, adapter, pictures):
+    explanation = Explanation()
+    prompt = ImagePrompt(pictures[0], adapter=adapter, start=0.5)
+    assert (draw(base, prompt) == draw(base, prompt, explanation=explanation)).all()
+    assert explanation.prompts == [0]
+    draw(base, ImagePrompt(pictures[0], adapter=adapter, scale=0.0), explanation=explanation)
+    with pytest.raises(ImpromptError, match="nothing to explain"):
+        explanation.sheet([])
