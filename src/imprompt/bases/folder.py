@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,8 +16,15 @@ from imprompt.bases.clip_vision import ClipImageEncoder
 from imprompt.core.errors import ImpromptError
 
 
-def part_names(source: Path | str, name: str) -> set[str]:
-    """Which parts the model has, by the names of their folders.
+class ModelIndex(NamedTuple):
+    """What a model's model_index.json says."""
+
+    parts: frozenset[str]  # by the names of their folders
+    settings: dict[str, Any]  # how the parts are to be used together
+
+
+def read_index(source: Path | str, name: str) -> ModelIndex:
+    """Which parts a model has.
 
     Raises:
         ImpromptError: it is no model in this layout.
@@ -46,7 +53,8 @@ def part_names(source: Path | str, name: str) -> set[str]:
     listed = {part for part, kind in index.items() if isinstance(kind, list) and kind[0]}
     if isinstance(source, Path) and (source / "image_encoder" / "config.json").is_file():
         listed.add("image_encoder")
-    return listed
+    settings = {key: value for key, value in index.items() if not isinstance(value, list)}
+    return ModelIndex(frozenset(listed), settings)
 
 
 def load_unet(source: Path | str, name: str, dtype: torch.dtype) -> Any:
@@ -70,6 +78,13 @@ def load_text_encoder(source: Path | str, name: str, dtype: torch.dtype) -> Any:
     return _load(CLIPTextModel, source, "text_encoder", name, dtype=dtype)
 
 
+def load_second_text_encoder(source: Path | str, name: str, dtype: torch.dtype) -> Any:
+    """Its `CLIPTextModelWithProjection`."""
+    from transformers.models.clip.modeling_clip import CLIPTextModelWithProjection
+
+    return _load(CLIPTextModelWithProjection, source, "text_encoder_2", name, dtype=dtype)
+
+
 def load_image_encoder(
     source: Path | str, name: str, dtype: torch.dtype, subfolder: str = "image_encoder"
 ) -> ClipImageEncoder:
@@ -87,22 +102,22 @@ def load_image_encoder(
     return ClipImageEncoder(model)
 
 
-def load_tokenizer(source: Path | str, name: str) -> Any:
+def load_tokenizer(source: Path | str, name: str, subfolder: str = "tokenizer") -> Any:
     """Its `CLIPTokenizer`, tried once."""
     from transformers import CLIPTokenizer
 
     local = isinstance(source, Path)
     try:
         tokenizer = CLIPTokenizer.from_pretrained(
-            str(source), subfolder="tokenizer", local_files_only=local
+            str(source), subfolder=subfolder, local_files_only=local
         )
         # A tokenizer without its vocabulary's file loads, and knows nothing.
         if len(tokenizer("a").input_ids) < 3 or len(tokenizer) < 4:
             raise ValueError("its vocabulary is empty")
     except Exception as error:
         raise ImpromptError(
-            f"{name}: its tokenizer could not be read ({first_line(error)}). The folder tokenizer/ "
-            "with vocab.json and merges.txt is needed."
+            f"{name}: its {subfolder} could not be read ({first_line(error)}). The folder "
+            f"{subfolder}/ with vocab.json and merges.txt is needed."
         ) from error
     return tokenizer
 
@@ -120,14 +135,23 @@ def load_scheduler(source: Path | str, name: str) -> Any:
             f"{name}: its scheduler could not be read ({first_line(error)}). The file "
             "scheduler/scheduler_config.json is needed."
         ) from error
-    return as_ddim(config)
+    return as_ddim(config, name)
 
 
-def as_ddim(config: Mapping[str, Any]) -> Any:
+def as_ddim(config: Mapping[str, Any], name: str) -> Any:
     """A DDIM scheduler from any scheduler's configuration, set as Stable Diffusion's pipeline does.
 
     Latents have no bounds that a predicted sample could be clipped to.
+
+    Raises:
+        ImpromptError: the model was not trained on discrete timesteps of growing noise.
     """
+    if "beta_schedule" not in config:
+        raise ImpromptError(
+            f"{name} has a {config.get('_class_name', 'scheduler')} without a beta_schedule: it was "
+            "trained on noise of another kind (flow matching or EDM) than Stable Diffusion 1, 2 "
+            "and XL, and cannot be denoised as they are."
+        )
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
     return DDIMScheduler.from_config(dict(config), clip_sample=False, steps_offset=1)

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from imprompt.bases.clip_vision import ClipImageEncoder
+from imprompt.bases.text import TextStates
 
 
 @runtime_checkable  # for the type checks of the tests
@@ -26,7 +27,9 @@ class Base(Protocol):
     def dtype(self) -> torch.dtype: ...
 
     @property
-    def device(self) -> torch.device: ...
+    def device(self) -> torch.device:
+        """Where it computes."""
+        ...
 
     @property
     def image_size_px(self) -> int:
@@ -35,6 +38,10 @@ class Base(Protocol):
 
     def parts(self) -> dict[str, nn.Module]:
         """The networks by the name of their folder."""
+        ...
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> None:
+        """Moves all networks in place."""
         ...
 
     def fingerprint(self) -> str:
@@ -46,13 +53,14 @@ class Base(Protocol):
         ...
 
     def tokenize(self, texts: Sequence[str]) -> Int[Tensor, "batch length"]:
-        """Token ids, padded or cut to the text encoder's length."""
+        """Token ids, padded or cut to the text encoder's length; of several encoders side by side."""
         ...
 
-    def encode_text(
-        self, texts: Sequence[str] | Int[Tensor, "batch length"]
-    ) -> Float[Tensor, "batch length dim"]:
-        """The states that the denoiser's cross-attention reads."""
+    def encode_text(self, texts: Sequence[str | None] | Int[Tensor, "batch length"]) -> TextStates:
+        """What the denoiser reads of texts, or of their token ids.
+
+        None is what this model takes for no text at all, which guidance leads away from.
+        """
         ...
 
     def latent_distribution(
@@ -79,7 +87,7 @@ class Base(Protocol):
         self,
         latents: Float[Tensor, "batch channels h w"],
         timesteps: Tensor | int,
-        text_states: Float[Tensor, "batch length dim"],
+        text_states: TextStates,
         condition: Mapping[str, Any] | None = None,
     ) -> Float[Tensor, "batch channels h w"]:
         """The denoiser's prediction (of the kind its scheduler's `prediction_type` names)."""

@@ -1,48 +1,105 @@
 """Community checkpoints: a whole Stable Diffusion in one `.safetensors` file."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from imprompt.bases.folder import as_ddim, first_line, quiet_libraries
+from imprompt.bases.latent_space import check_plain_latents
+from imprompt.bases.protocol import Base
 from imprompt.bases.stable_diffusion import StableDiffusionBase
+from imprompt.bases.stable_diffusion_xl import StableDiffusionXLBase, check_reads_framing
 from imprompt.core.errors import ImpromptError
 
 # Every such file keeps its UNet under this name; an adapter or a LoRA does not have it.
 UNET_PREFIX = "model.diffusion_model."
-SDXL_PREFIX = "conditioner.embedders."
+# Stable Diffusion XL's two text encoders; of the second alone the refiner is made.
+FIRST_ENCODER_PREFIX = "conditioner.embedders.0.transformer."
+SECOND_ENCODER_PREFIX = "conditioner.embedders.1.model."
+CONDITIONER_PREFIX = "conditioner.embedders."
+# The transformers that came after the UNet, under the same name.
+TRANSFORMER_PREFIXES = tuple(
+    UNET_PREFIX + part for part in ("joint_blocks.", "double_blocks.", "transformer_blocks.")
+)
+# Tensors without meaning but their name, by which a file says that it predicts v, and that its
+# noise schedule ends in noise alone.
+PREDICTS_V = "v_pred"
+ENDS_IN_NOISE = "ztsnr"
 
 
 def load_single_file(
     path: Path, config: Path | None, *, dtype: torch.dtype, device: torch.device | str
-) -> StableDiffusionBase:
-    """Reads weights from a file; their shapes, tokenizer and scheduler come from `config`.
+) -> Base:
+    """Reads weights from a file; their shapes, tokenizers and scheduler come from `config`.
 
     Raises:
         ImpromptError: the file is damaged or no Stable Diffusion, or its configuration is not to
             be had.
     """
-    _check_is_stable_diffusion(path)
+    names = _tensor_names(path)
+    is_xl = _check_is_stable_diffusion(path, names)
     if config is not None and not (config / "model_index.json").is_file():
         raise ImpromptError(
             f"config={config} is no diffusers folder: it has no model_index.json. Give the folder "
             "of a model with the same shapes."
         )
+    pipeline = _read_pipeline(path, config, is_xl, dtype)
+    check_plain_latents(str(path), pipeline.unet, pipeline.vae)
+    scheduler_config = dict(pipeline.scheduler.config)
+    if PREDICTS_V in names:
+        scheduler_config["prediction_type"] = "v_prediction"
+    if ENDS_IN_NOISE in names:
+        scheduler_config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    shared: dict[str, Any] = {
+        "name": path.stem,
+        "unet": pipeline.unet,
+        "vae": pipeline.vae,
+        "text_encoder": pipeline.text_encoder,
+        "tokenizer": pipeline.tokenizer,
+        "scheduler": as_ddim(scheduler_config, str(path)),
+    }
+    base: StableDiffusionBase | StableDiffusionXLBase
+    if is_xl:
+        check_reads_framing(str(path), pipeline.unet, pipeline.text_encoder_2)
+        base = StableDiffusionXLBase(
+            **shared,
+            text_encoder_2=pipeline.text_encoder_2,
+            tokenizer_2=pipeline.tokenizer_2,
+            no_text_is_zero=bool(pipeline.config.force_zeros_for_empty_prompt),
+        )
+    else:
+        base = StableDiffusionBase(**shared)
+    _check_is_complete(path, base)
+    base.to(device, dtype)
+    return base
+
+
+def _read_pipeline(path: Path, config: Path | None, is_xl: bool, dtype: torch.dtype) -> Any:
+    """A stock pipeline of the file, for its parts."""
+    options: dict[str, Any] = {
+        "config": None if config is None else str(config),
+        "local_files_only": config is not None,
+        "torch_dtype": dtype,
+        "feature_extractor": None,
+        "image_encoder": None,
+    }
     try:
         with quiet_libraries():
+            if is_xl:
+                from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import (
+                    StableDiffusionXLPipeline,
+                )
+
+                return StableDiffusionXLPipeline.from_single_file(
+                    str(path), add_watermarker=False, **options
+                )
             from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import (
                 StableDiffusionPipeline,
             )
 
-            pipeline = StableDiffusionPipeline.from_single_file(
-                str(path),
-                config=None if config is None else str(config),
-                local_files_only=config is not None,
-                torch_dtype=dtype,
-                safety_checker=None,
-                feature_extractor=None,
-                image_encoder=None,
-                requires_safety_checker=False,
+            return StableDiffusionPipeline.from_single_file(
+                str(path), safety_checker=None, requires_safety_checker=False, **options
             )
     except Exception as error:  # the library raises many kinds for a file that does not fit
         advice = (
@@ -54,20 +111,9 @@ def load_single_file(
         raise ImpromptError(
             f"{path} could not be read as a base ({first_line(error)}). {advice}"
         ) from error
-    base = StableDiffusionBase(
-        name=path.stem,
-        unet=pipeline.unet,
-        vae=pipeline.vae,
-        text_encoder=pipeline.text_encoder,
-        tokenizer=pipeline.tokenizer,
-        scheduler=as_ddim(pipeline.scheduler.config),
-    )
-    _check_is_complete(path, base)
-    base.to(device, dtype)
-    return base
 
 
-def _check_is_complete(path: Path, base: StableDiffusionBase) -> None:
+def _check_is_complete(path: Path, base: Base) -> None:
     """What a file lacks is left without storage, which would be found out only at use."""
     missing = [
         f"{part}.{name}"
@@ -82,22 +128,41 @@ def _check_is_complete(path: Path, base: StableDiffusionBase) -> None:
         )
 
 
-def _check_is_stable_diffusion(path: Path) -> None:
+def _tensor_names(path: Path) -> frozenset[str]:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
-            names = list(file.keys())
+            return frozenset(file.keys())
     except (SafetensorError, OSError) as error:
         raise ImpromptError(f"{path} is damaged: it is no safetensors file ({error}).") from error
-    if not any(name.startswith(UNET_PREFIX) for name in names):
-        first = names[0] if names else "nothing"
+
+
+def _check_is_stable_diffusion(path: Path, names: frozenset[str]) -> bool:
+    """Whether it is Stable Diffusion XL; an ImpromptError if it is no Stable Diffusion at all."""
+
+    def has(prefix: str | tuple[str, ...]) -> bool:
+        return any(name.startswith(prefix) for name in names)
+
+    if not has(UNET_PREFIX):
         raise ImpromptError(
             f"{path} is no Stable Diffusion checkpoint: no tensor's name begins with "
-            f"{UNET_PREFIX!r} (its first is {first!r}). Is it an adapter? Those go to load_adapter."
+            f"{UNET_PREFIX!r} (its first is {min(names, default='nothing')!r}). Is it an adapter? "
+            "Those go to load_adapter."
         )
-    if any(name.startswith(SDXL_PREFIX) for name in names):
+    if has(TRANSFORMER_PREFIXES):
         raise ImpromptError(
-            f"{path} is Stable Diffusion XL, which is not among the bases yet; Stable Diffusion 1 "
-            "and 2 are."
+            f"{path} is a diffusion transformer (as Stable Diffusion 3 and Flux are); bases are "
+            "Stable Diffusion 1, 2 and XL."
         )
+    if not has(CONDITIONER_PREFIX):
+        return False
+    missing = [
+        prefix for prefix in (FIRST_ENCODER_PREFIX, SECOND_ENCODER_PREFIX) if not has(prefix)
+    ]
+    if missing:
+        raise ImpromptError(
+            f"{path} is of Stable Diffusion XL's kind, but without the text encoder {missing[0]!r}: "
+            "is it the refiner? That goes on from images of the base model, and is no base."
+        )
+    return True

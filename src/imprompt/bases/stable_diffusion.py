@@ -8,16 +8,20 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from imprompt.bases import latent_space
 from imprompt.bases.clip_vision import ClipImageEncoder, fingerprint_of
 from imprompt.bases.folder import (
+    ModelIndex,
     load_autoencoder,
     load_image_encoder,
     load_scheduler,
     load_text_encoder,
     load_tokenizer,
     load_unet,
-    part_names,
 )
+from imprompt.bases.latent_space import check_plain_latents
+from imprompt.bases.placement import end_offload, working_device
+from imprompt.bases.text import TextStates
 from imprompt.core.errors import ImpromptError
 
 
@@ -56,20 +60,13 @@ class StableDiffusionBase:
 
     @property
     def device(self) -> torch.device:
-        return self.unet.device
-
-    @property
-    def pixels_per_latent(self) -> int:
-        """How many pixels wide and high one latent is."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+        """Where it computes."""
+        return working_device(self.unet)
 
     @property
     def image_size_px(self) -> int:
         """The side of the square images it was made for."""
-        sample_size = self.unet.config.sample_size
-        if not isinstance(sample_size, int):
-            sample_size = min(sample_size)
-        return sample_size * self.pixels_per_latent
+        return latent_space.native_size_px(self.unet, self.vae)
 
     def parts(self) -> dict[str, nn.Module]:
         """The networks by the name of their folder."""
@@ -79,10 +76,11 @@ class StableDiffusionBase:
         return parts
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> None:
-        """Moves all parts in place."""
-        for part in (self.unet, self.vae, self.text_encoder, self.image_encoder):
-            if part is not None:
-                nn.Module.to(part, device=device, dtype=dtype)
+        """Moves all networks in place."""
+        networks = self.parts().values()
+        end_offload(networks)
+        for network in networks:
+            nn.Module.to(network, device=device, dtype=dtype)
 
     def fingerprint(self) -> str:
         """Tells this base from every other: 16 hexadecimal digits."""
@@ -94,16 +92,7 @@ class StableDiffusionBase:
         Raises:
             ImpromptError: the autoencoder cannot make images of this size.
         """
-        if size_px is None:
-            size_px = self.image_size_px
-        height, width = (size_px, size_px) if isinstance(size_px, int) else size_px
-        factor = self.pixels_per_latent
-        if min(height, width) < factor or height % factor or width % factor:
-            raise ImpromptError(
-                f"{self.name} cannot make images of {width} × {height} px: both sides must be "
-                f"positive multiples of {factor} px (it was made for {self.image_size_px} px)."
-            )
-        return self.unet.config.in_channels, height // factor, width // factor
+        return latent_space.latent_shape(self.name, self.unet, self.vae, size_px)
 
     def tokenize(self, texts: Sequence[str]) -> Int[Tensor, "batch length"]:
         """Token ids, padded or cut to the text encoder's length."""
@@ -116,23 +105,16 @@ class StableDiffusionBase:
         ).input_ids
 
     @torch.no_grad()
-    def encode_text(
-        self, texts: Sequence[str] | Int[Tensor, "batch length"]
-    ) -> Float[Tensor, "batch length dim"]:
-        """The states that the denoiser's cross-attention reads."""
-        ids = texts if isinstance(texts, Tensor) else self.tokenize(texts)
-        return self.text_encoder(ids.to(self.device)).last_hidden_state
+    def encode_text(self, texts: Sequence[str | None] | Int[Tensor, "batch length"]) -> TextStates:
+        """The last layer's states of texts, or of their token ids. None is the empty text."""
+        ids = texts if isinstance(texts, Tensor) else self.tokenize([text or "" for text in texts])
+        return TextStates(self.text_encoder(ids.to(self.device)).last_hidden_state)
 
-    @torch.no_grad()
     def latent_distribution(
         self, pixels: Float[Tensor, "batch 3 height width"]
     ) -> tuple[Float[Tensor, "batch channels h w"], Float[Tensor, "batch channels h w"]]:
         """Mean and standard deviation of the latents of images, in the denoiser's scale."""
-        pixels = pixels.to(device=self.device, dtype=self.vae.dtype)
-        pixels = pixels.contiguous(memory_format=torch.channels_last)
-        posterior = self.vae.encode(pixels).latent_dist
-        factor = self.vae.config.scaling_factor
-        return posterior.mean * factor, posterior.std * factor
+        return latent_space.latent_distribution(self.vae, pixels, self.device)
 
     def encode_image(
         self,
@@ -143,21 +125,17 @@ class StableDiffusionBase:
         mean, standard_deviation = self.latent_distribution(pixels)
         return mean if noise is None else mean + standard_deviation * noise.to(mean)
 
-    @torch.no_grad()
     def decode_image(
         self, latents: Float[Tensor, "batch channels h w"]
     ) -> Float[Tensor, "batch 3 height width"]:
         """Pixels of latents, not yet clipped to [-1, 1]."""
-        latents = latents.to(device=self.device, dtype=self.vae.dtype)
-        # A quarter faster on a CPU: the full-resolution convolutions read each pixel's channels.
-        latents = latents.contiguous(memory_format=torch.channels_last)
-        return self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0]
+        return latent_space.decode(self.vae, latents, self.device)
 
     def denoise(
         self,
         latents: Float[Tensor, "batch channels h w"],
         timesteps: Tensor | int,
-        text_states: Float[Tensor, "batch length dim"],
+        text_states: TextStates,
         condition: Mapping[str, Any] | None = None,
     ) -> Float[Tensor, "batch channels h w"]:
         """The denoiser's prediction (of the kind its scheduler's `prediction_type` names).
@@ -167,36 +145,42 @@ class StableDiffusionBase:
         return self.unet(
             latents,
             timesteps,
-            encoder_hidden_states=text_states,
+            encoder_hidden_states=text_states.sequence,
             cross_attention_kwargs=condition,
             return_dict=False,
         )[0]
 
 
 def load_stable_diffusion(
-    source: Path | str, *, name: str, dtype: torch.dtype, device: torch.device | str
+    source: Path | str,
+    *,
+    name: str,
+    index: ModelIndex,
+    dtype: torch.dtype,
+    device: torch.device | str,
 ) -> StableDiffusionBase:
     """Reads a diffusers folder, or a model hub's repository of the same layout.
 
     A `Path` is a folder and is read without any network access; a `str` is a repository's id.
-
     Raises:
         ImpromptError: a part is missing or damaged, or the model is of another kind.
     """
-    parts = part_names(source, name)
     unet = load_unet(source, name, dtype)
     if unet.config.addition_embed_type is not None:
         raise ImpromptError(
             f"{name} is not of Stable Diffusion 1's or 2's kind: its UNet also wants "
-            f"{unet.config.addition_embed_type!r} conditions, as Stable Diffusion XL's does."
+            f"{unet.config.addition_embed_type!r} conditions, as Stable Diffusion XL's does, but "
+            "there is no second text encoder."
         )
+    vae = load_autoencoder(source, name, dtype)
+    check_plain_latents(name, unet, vae)
     image_encoder = None
-    if "image_encoder" in parts:
+    if "image_encoder" in index.parts:
         image_encoder = load_image_encoder(source, name, dtype)
     base = StableDiffusionBase(
         name=name,
         unet=unet,
-        vae=load_autoencoder(source, name, dtype),
+        vae=vae,
         text_encoder=load_text_encoder(source, name, dtype),
         tokenizer=load_tokenizer(source, name),
         scheduler=load_scheduler(source, name),

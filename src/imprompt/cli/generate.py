@@ -38,7 +38,7 @@ def add_parser(verbs: Any) -> None:
         "--sweep", type=float, nargs="+", metavar="λ", help="a row for each of these weights"
     )
     _add_image_arguments(parser.add_argument_group("how images are read"))
-    parser.add_argument("--negative-prompt", default="", help="what to get away from")
+    parser.add_argument("--negative-prompt", help="what to get away from")
     parser.add_argument("--num-images", type=int, default=4, help="how many images (4)")
     parser.add_argument("--steps", type=int, default=50, help="sampler steps (50)")
     parser.add_argument("--guidance-scale", type=float, default=7.5, help="guidance (7.5)")

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from imprompt.adapters import create_adapter
-from imprompt.bases import Base, load_base
+from imprompt.bases import Base, TextStates, load_base
 from imprompt.checkpoints import load_adapter
 from imprompt.data.dataset import Columns
 from imprompt.data.prepare import prepare
@@ -25,7 +25,12 @@ from imprompt.evaluation.judge import read, shares, truth
 from imprompt.evaluation.measure import Sampling, measure_adapter, unseen_scenes
 from imprompt.generation.sampler import sample_latents
 from imprompt.systems.classifier import Judge
-from imprompt.systems.concatenation import ConcatenatedTokens, ConcatenationOptions, build
+from imprompt.systems.concatenation import (
+    ConcatenatedTokens,
+    ConcatenationOptions,
+    build,
+    with_tokens,
+)
 from imprompt.training.run import run_training
 
 FIRST_SEED = 3_000_000
@@ -98,8 +103,8 @@ def _measure_concatenated(
     embeds = base.image_encoder.embeds(references)
     empty = base.encode_text([""])
 
-    def joined(embeds: Tensor) -> Tensor:
-        return torch.cat([empty.expand(len(embeds), -1, -1), module.tokens(embeds)], 1)
+    def joined(embeds: Tensor) -> TextStates:
+        return with_tokens(empty.expand(len(embeds)), module.tokens(embeds))
 
     latents = sample_latents(
         base,

@@ -53,7 +53,7 @@ def draw(
         latents = sample_latents(
             base,
             base.encode_text(list(texts)),
-            base.encode_text([""]),
+            base.encode_text([None]),
             prompts,
             steps=sampling.steps,
             guidance_scale=sampling.guidance_scale,

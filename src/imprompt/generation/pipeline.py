@@ -7,7 +7,7 @@ from PIL import Image
 from torch import Tensor
 
 from imprompt.adapters.sites import Number
-from imprompt.bases import Base, ClipImageEncoder
+from imprompt.bases import Base, ClipImageEncoder, TextStates
 from imprompt.core.errors import ImpromptError
 from imprompt.core.images import pixels_to_images
 from imprompt.generation.explanation import Explanation
@@ -20,7 +20,7 @@ def generate(
     prompt: str | Sequence[str] = "",
     image_prompts: Sequence[ImagePrompt] | ImagePrompt = (),
     *,
-    negative_prompt: str | Sequence[str] = "",
+    negative_prompt: str | Sequence[str | None] | None = None,
     num_images: int = 1,
     steps: int = 50,
     guidance_scale: Number = 7.5,
@@ -40,7 +40,8 @@ def generate(
         base: a model from `load_base`. Adapters are installed on it for the duration of the call.
         prompt: a text, or one for each image. Empty, the image prompts alone decide.
         image_prompts: any number, each with its adapter, weight, mask and time span.
-        negative_prompt: what to get away from: one text, or one for each image.
+        negative_prompt: what to get away from: one text, or one for each image. None, what the
+            base takes for no text, differs from the empty text for Stable Diffusion XL.
         num_images: how many images of one prompt. With several prompts it is their number.
         steps: of the sampler. Their cost is all there is.
         guidance_scale: how far to go beyond what the prompts say; 1 is not at all, at half the
@@ -71,10 +72,12 @@ def generate(
         torch.inference_mode(),
         installed(base.unet, [image_prompt.adapter for image_prompt in effective]) as handles,
     ):
+        # In one go: equal texts are encoded once, and offloaded encoders fetched once.
+        text_states = _encode_texts(base, [*prompts, *negative_prompts])
         latents = sample_latents(
             base,
-            _encode_texts(base, prompts),
-            _encode_texts(base, negative_prompts),
+            text_states[: len(prompts)],
+            text_states[len(prompts) :],
             [
                 token_prompt(image_prompt, handles[image_prompt.adapter], encoder)
                 for image_prompt in effective
@@ -107,8 +110,10 @@ def latents_to_images(
 
 
 def _texts(
-    prompt: str | Sequence[str], negative_prompt: str | Sequence[str], num_images: int
-) -> tuple[list[str], list[str]]:
+    prompt: str | Sequence[str],
+    negative_prompt: str | Sequence[str | None] | None,
+    num_images: int,
+) -> tuple[list[str], list[str | None]]:
     """One text and one negative text for each image; a single negative one stands for all."""
     if num_images < 1:
         raise ImpromptError(f"num_images is {num_images}, but must be at least 1.")
@@ -120,7 +125,7 @@ def _texts(
             f"{len(prompts)} prompts were given with num_images={num_images}: a list of prompts "
             "makes one image of each."
         )
-    if isinstance(negative_prompt, str):
+    if negative_prompt is None or isinstance(negative_prompt, str):
         return prompts, [negative_prompt]
     if len(negative_prompt) != len(prompts):
         raise ImpromptError(
@@ -130,7 +135,7 @@ def _texts(
     return prompts, list(negative_prompt)
 
 
-def _encode_texts(base: Base, texts: Sequence[str]) -> Tensor:
+def _encode_texts(base: Base, texts: Sequence[str | None]) -> TextStates:
     """Text states, of equal texts computed once."""
     rows = {text: row for row, text in enumerate(dict.fromkeys(texts))}
     states = base.encode_text(list(rows))

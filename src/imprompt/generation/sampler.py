@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from imprompt.adapters.sites import Number
-from imprompt.bases import Base
+from imprompt.bases import Base, TextStates
 from imprompt.core.errors import ImpromptError
 from imprompt.core.progress import progress
 from imprompt.core.randomness import Randomness, generator
@@ -26,8 +26,8 @@ MAX_DEFAULT_BATCH_SIZE = 16
 @torch.inference_mode()
 def sample_latents(
     base: Base,
-    text_states: Float[Tensor, "images length dim"],
-    negative_text_states: Float[Tensor, "negatives length dim"] | None = None,
+    text_states: TextStates,
+    negative_text_states: TextStates | None = None,
     prompts: Sequence[TokenPrompt] = (),
     *,
     steps: int = 50,
@@ -42,7 +42,7 @@ def sample_latents(
     show_progress: bool = False,
     explanation: Explanation | None = None,
 ) -> Float[Tensor, "images channels h w"]:
-    """Latents of one image for each row of `text_states`, ready for `base.decode_image`.
+    """Latents of one image for each of `text_states`, ready for `base.decode_image`.
 
     Image k starts from noise that is a function of `seed` and `indices[k]` (k itself by default),
     so it is the same whatever else is generated, in batches of whatever size.
@@ -94,7 +94,7 @@ def sample_latents(
             rows = slice(start, min(start + batch_size, num_images))
             scheduler = create_sampler(sampler, base.scheduler.config, steps)
             stacked_text = _stack_text(text_states, negative_text_states, branches, rows)
-            stacked_text = stacked_text.to(device=base.device, dtype=base.dtype)
+            stacked_text = stacked_text.to(base.device, base.dtype)
             conditions = conditions_by_step(
                 prompts,
                 branches,
@@ -102,7 +102,7 @@ def sample_latents(
                 num_images,
                 num_steps,
                 explanation,
-                text_states=stacked_text,
+                text_states=stacked_text.sequence,
                 latent_size=latent_shape[1:],
             )
             latents = initial_noise(seed, indices[rows], latent_shape).to(base.device)
@@ -161,15 +161,15 @@ def _branches(
 
 
 def _stack_text(
-    text_states: Tensor, negative: Tensor | None, branches: Sequence[Branch], rows: slice
-) -> Tensor:
+    text_states: TextStates, negative: TextStates | None, branches: Sequence[Branch], rows: slice
+) -> TextStates:
     text = text_states[rows]
     if len(branches) == 1:
         return text
     assert negative is not None
     negative = negative[rows] if len(negative) == len(text_states) else negative
-    negative = negative.expand(len(text), -1, -1)
-    return torch.cat([text if branch == "conditional" else negative for branch in branches])
+    negative = negative.expand(len(text))
+    return TextStates.join([text if branch == "conditional" else negative for branch in branches])
 
 
 def _guided(

@@ -8,14 +8,14 @@ Source: Ye et al. (2308.06721), section 3.2.2 (why cross-attention is decoupled)
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from imprompt.adapters import create_adapter
-from imprompt.bases import Base
+from imprompt.bases import Base, TextStates
 from imprompt.core.errors import ImpromptError
 from imprompt.data.dataset import Columns
 from imprompt.systems.image_prompt import ImagePromptOptions, ImagePromptSystem, check_same_base
@@ -67,11 +67,17 @@ def build(options: ConcatenationOptions, base: Base, columns: Columns) -> ImageP
     return ImagePromptSystem(
         base,
         module.to(base.device),
-        lambda text_states, tokens: (torch.cat([text_states, tokens.to(text_states)], 1), None),
+        lambda text_states, tokens: (with_tokens(text_states, tokens), None),
         features="image_embeds",
         dropped_features=torch.zeros(1, embed_dim),
         options=options,
     )
+
+
+def with_tokens(text_states: TextStates, tokens: Float[Tensor, "batch tokens width"]) -> TextStates:
+    """Texts that go on with images' tokens, as if these were words."""
+    sequence = text_states.sequence
+    return replace(text_states, sequence=torch.cat([sequence, tokens.to(sequence)], 1))
 
 
 def hidden_dim_for(budget: int, embed_dim: int, width: int, num_tokens: int) -> int:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from imprompt.adapters import ImagePromptAdapter, create_adapter
 from imprompt.adapters.projection import LinearProjection
-from imprompt.bases import Base
+from imprompt.bases import Base, TextStates
 from imprompt.checkpoints import load_adapter, save_adapter
 from imprompt.core.errors import ImpromptError
 from imprompt.core.randomness import Randomness
@@ -116,7 +116,7 @@ def check_same_base(columns: Columns, base: Base) -> None:
 
 
 # How tokens reach the denoiser: (text states, tokens) → (text states, condition).
-Join = Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Any] | None]]
+Join = Callable[[TextStates, Tensor], tuple[TextStates, dict[str, Any] | None]]
 
 
 class ImagePromptSystem:

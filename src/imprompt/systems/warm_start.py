@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from imprompt.adapters.projection import LinearProjection
-from imprompt.bases import Base
+from imprompt.bases import Base, TextStates
 from imprompt.data.dataset import Columns
 
 NUM_PAIRS = 4096
@@ -33,7 +33,8 @@ def fit_to_captions(projection: LinearProjection, base: Base, columns: Columns) 
         The share of the states' variance that the embeddings explain, in [0, 1].
     """
     rows = columns.rows(range(min(NUM_PAIRS, len(columns))), ["image_embeds", "text_ids"])
-    states = torch.cat([base.encode_text(ids) for ids in rows["text_ids"].split(256)]).float()
+    encoded = TextStates.join([base.encode_text(ids) for ids in rows["text_ids"].split(256)])
+    states = encoded.sequence.float()
     ends = caption_ends(rows["text_ids"], base.tokenizer.eos_token_id).to(states.device)
     targets = states_after(states, ends, projection.num_tokens)
     mean, deviation = targets.mean((0, 1)), targets.std((0, 1))

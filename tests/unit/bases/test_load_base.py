@@ -52,8 +52,10 @@ def test_texts_become_states(folder: Path) -> None:
     ids = base.tokenize(["red cat", "", "red " * 50])
     assert ids.shape == (3, TEXT_LENGTH) and ids.dtype == torch.int64
     states = base.encode_text(["red cat", "", "red " * 50])
-    assert states.shape == (3, TEXT_LENGTH, TEXT_DIM)
-    assert torch.equal(states, base.encode_text(ids))
+    assert states.sequence.shape == (3, TEXT_LENGTH, TEXT_DIM)
+    assert states.pooled is None and states.framing is None
+    assert torch.equal(states.sequence, base.encode_text(ids).sequence)
+    assert torch.equal(states[[1]].sequence, base.encode_text([None]).sequence)
 
 
 def test_images_become_latents_and_pixels_again(folder: Path) -> None:
@@ -70,10 +72,11 @@ def test_images_become_latents_and_pixels_again(folder: Path) -> None:
 
 def test_the_denoiser_lets_gradients_through(folder: Path) -> None:
     base = load_base(folder)
-    states = base.encode_text(["red cat"]).requires_grad_()
+    states = base.encode_text(["red cat"])
+    states.sequence.requires_grad_()
     output = base.denoise(torch.randn(1, *base.latent_shape()), torch.tensor([7]), states)
     output.square().mean().backward()
-    assert states.grad is not None and states.grad.abs().sum() > 0
+    assert states.sequence.grad is not None and states.sequence.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -89,7 +92,7 @@ def test_precision_is_as_asked_whatever_is_stored(
     in_half = load_base(folder, dtype=dtype)
     assert {p.dtype for part in in_half.parts().values() for p in part.parameters()} == {dtype}
     assert in_half.dtype == dtype
-    assert in_half.encode_text(["red cat"]).dtype == dtype
+    assert in_half.encode_text(["red cat"]).sequence.dtype == dtype
     assert stored_half.fingerprint() == in_half.fingerprint() == in_full.fingerprint()
 
 

@@ -67,7 +67,8 @@ def test_latents_may_be_used_in_training_afterwards(base: Base) -> None:
 
 
 def test_the_loop_keeps_no_gradients_and_no_graph(base: Base) -> None:
-    states = base.encode_text(["red"]).requires_grad_()
+    states = base.encode_text(["red"])
+    states.sequence.requires_grad_()
     assert not sample_latents(base, states, steps=2, guidance_scale=1).requires_grad
 
 
@@ -104,7 +105,7 @@ def test_mistakes_are_named(base: Base, base_adapter: ImagePromptAdapter) -> Non
     with pytest.raises(ImpromptError, match="needs negative_text_states"):
         sample_latents(base, states)
     with pytest.raises(ImpromptError, match="3 negative_text_states were given for 2"):
-        sample_latents(base, states, negative.repeat(3, 1, 1))
+        sample_latents(base, states, negative.expand(3))
     with pytest.raises(ImpromptError, match="1 indices were given for 2 images"):
         sample_latents(base, states, negative, indices=[0])
     with base_adapter.install(base.unet) as handle:

@@ -137,7 +137,7 @@ def test_fitted_to_captions_tokens_begin_as_caption_states(base, variant_and_col
             system_of(base, variant, columns, fit_to_captions=True)
         return
     rows = columns.rows(range(len(columns)), ["image_embeds", "text_ids"])
-    states = base.encode_text(rows["text_ids"])
+    states = base.encode_text(rows["text_ids"]).sequence
     ends = caption_ends(rows["text_ids"], base.tokenizer.eos_token_id)
     wanted = states_after(states, ends, 4)
 

@@ -1,0 +1,94 @@
+"""Where the networks of a base are: on which device, in which precision, or only one at a time."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from torch import nn
+
+from imprompt.bases.protocol import Base
+from imprompt.core.errors import ImpromptError
+
+
+def offload(base: Base, device: torch.device | str = "cuda") -> None:
+    """Keep on `device` only the network that is at work, and the others in main memory.
+
+    The text encoders, the denoiser and the autoencoder then take turns, so that a device needs room
+    for the largest alone. Networks move once per image batch, not once per step. `base.to(device)`
+    ends it.
+
+    Raises:
+        ImpromptError: there is no such device.
+    """
+    device = checked_device(device)
+    networks = list(base.parts().values())
+    base.to("cpu")
+    for network in networks:
+        others = [other for other in networks if other is not network]
+        add_hook_to_module(network, OneAtATime(others, device))
+
+
+class OneAtATime(ModelHook):
+    """Brings a network to its device before it works, and the others away from there."""
+
+    def __init__(self, others: Sequence[nn.Module], execution_device: torch.device) -> None:
+        self.others = others
+        self.execution_device = execution_device
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        for other in self.others:
+            _move(other, torch.device("cpu"))
+        _move(module, self.execution_device)
+        return args, kwargs
+
+
+def end_offload(networks: Iterable[nn.Module]) -> None:
+    """Take `offload`'s hooks away."""
+    for network in networks:
+        if isinstance(getattr(network, "_hf_hook", None), OneAtATime):
+            remove_hook_from_module(network)
+
+
+def working_device(network: Any) -> torch.device:
+    """Where a network computes, which is not where its weights wait if they are offloaded."""
+    hook = getattr(network, "_hf_hook", None)
+    if isinstance(hook, OneAtATime):
+        return hook.execution_device
+    return network.device
+
+
+def checked_device(device: torch.device | str) -> torch.device:
+    """The device, if it is there.
+
+    Raises:
+        ImpromptError: it is not, or nothing is called so.
+    """
+    available = ["cpu", "meta"]
+    available += [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    available += ["mps"] if torch.backends.mps.is_available() else []
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ImpromptError(
+            f"There is no device {str(device)!r}; here is: {_shown(available)}."
+        ) from error
+    if found.type in ("cpu", "cuda", "mps") and not any(
+        str(found) in (name, name.split(":")[0]) for name in available
+    ):
+        raise ImpromptError(
+            f"The device {str(device)!r} is not available to torch; here is: {_shown(available)}. "
+            "Does a GPU's driver run, and was torch installed for it?"
+        )
+    return found
+
+
+def _move(network: nn.Module, device: torch.device) -> None:
+    # Asking one parameter is enough, and much cheaper than asking all of them at every step.
+    current = next(network.parameters()).device
+    if (current.type, current.index or 0) != (device.type, device.index or 0):
+        network.to(device)
+
+
+def _shown(available: Sequence[str]) -> str:
+    return ", ".join(name for name in available if name != "meta")
