@@ -34,6 +34,7 @@ def write_base(
     }
     for name, network in networks.items():
         copy.deepcopy(network).to(dtype=dtype).save_pretrained(folder / name)
+        _read_in_single_precision(folder / name / "config.json")
     tokenizer.save_pretrained(folder / "tokenizer")
     scheduler.save_pretrained(folder / "scheduler")
     index = {
@@ -51,3 +52,14 @@ def write_base(
     }
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return folder
+
+
+def _read_in_single_precision(config_file: Path) -> None:
+    """transformers reads a network in the precision its configuration names, diffusers in float32.
+
+    A stock pipeline would end up with halves that do not multiply.
+    """
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    if "dtype" in config:
+        config["dtype"] = "float32"
+        config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

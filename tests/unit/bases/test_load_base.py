@@ -5,6 +5,7 @@ import shutil
 import socket
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,6 +14,7 @@ from tiny_base import IMAGE_SIZE_PX, LATENT_CHANNELS, TEXT_DIM, TEXT_LENGTH, wri
 from imprompt.bases import load_base
 from imprompt.bases.diorama import FOLDER
 from imprompt.core.errors import ImpromptError
+from imprompt.generation import generate, initial_noise
 
 
 @pytest.fixture(scope="module")
@@ -127,10 +129,21 @@ def test_the_embedded_base_is_named_when_it_is_missing(monkeypatch: pytest.Monke
         load_base("diorama")
 
 
-@pytest.mark.skipif(not FOLDER.is_dir(), reason="the embedded base's weights are not here")
-def test_the_embedded_base_loads() -> None:
+def test_a_stock_pipeline_draws_from_the_embedded_base() -> None:
+    from diffusers import StableDiffusionPipeline
+
     base = load_base("diorama")
-    assert base.name == "diorama" and base.image_encoder is not None
+    pipeline = StableDiffusionPipeline.from_pretrained(FOLDER)
+    pipeline.set_progress_bar_config(disable=True)
+    (theirs,) = pipeline(
+        "a red house",
+        num_inference_steps=4,
+        latents=initial_noise(0, [0], base.latent_shape()),
+        output_type="np",
+    ).images
+    (ours,) = generate(base, "a red house", steps=4, progress=False)
+    assert abs(numpy.asarray(ours) - theirs * 255).max() <= 1
+    assert base.image_encoder is not None
 
 
 @pytest.mark.parametrize("name", ["no/such/folder", "nothing", "diorama2", "/no/model.safetensors"])
