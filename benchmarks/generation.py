@@ -2,7 +2,7 @@
 
     python benchmarks/generation.py --quick            # a minute or two on two cores
     python benchmarks/generation.py --latents 32       # the size of Stable Diffusion 1.5, on a CPU
-    python benchmarks/generation.py --compiled --size quarter
+    python benchmarks/generation.py --compiled --size diorama --latents 16
     python benchmarks/generation.py --device cuda      # whole generations of 50 steps as well
 
 All three have the same random weights (what they are changes no figure), the same tokens and, as is
@@ -10,7 +10,7 @@ checked, the same output. Two kinds of figures come of it:
 
 - work: floating-point operations and kernels of a step, counted without computing anything. These do
   not depend on the machine, nor on who else uses it.
-- time: medians over rounds in each of which all three take turns. Of `sites`, the attention layers
+- time (on a CPU that of this process): medians over rounds in each of which all three take turns. Of `sites`, the attention layers
   where image prompts enter; of `projection`, features to tokens; of a whole step; of a generation.
 
 Results are added to benchmarks/results/generation-DEVICE.json case by case, so that a later run with
@@ -25,17 +25,19 @@ import logging
 import os
 import platform
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import diffusers
 import torch
-from generation_contenders import Case, Contenders, build_unet
+from generation_contenders import SIZES, Case, Contenders, build_unet
 from generation_work import work_of
 
 RESULTS = Path(__file__).parent / "results"
-SIZES = ("sd15", "quarter", "tiny")
+HIDDEN = ("1 image, masks", "2 images, masks", "3 images, masks")
+SIZE_NAMES = {"sd15": "Stable Diffusion 1.5", "diorama": "diorama", "narrow": "narrow"}
 
 
 def cases_of(variants: list[str], numbers: list[int], quick: bool) -> list[Case]:
@@ -47,7 +49,7 @@ def cases_of(variants: list[str], numbers: list[int], quick: bool) -> list[Case]
             cases.append(Case(variant, number, masked=True))
     cases += [Case(variant, 1, scale=0.0) for variant in variants]
     if quick:
-        cases = [case for case in cases if case.num_images == 1 and not case.masked]
+        cases = cases[: len(variants)]
     return list(dict.fromkeys(cases))
 
 
@@ -55,6 +57,8 @@ def interleaved(
     functions: dict[str, Any], rounds: int, device: torch.device, calls: int = 1
 ) -> dict[str, list[float]]:
     """Seconds of a call of each function, per round. Who goes first changes with every round."""
+    # On a CPU the time that this process had it: others may want it too.
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
     names = list(functions)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for name in names:
@@ -63,11 +67,11 @@ def interleaved(
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
             synchronize(device)
-            start = time.perf_counter()
+            start = clock()
             for _ in range(calls):
                 functions[name]()
             synchronize(device)
-            seconds[name].append((time.perf_counter() - start) / calls)
+            seconds[name].append((clock() - start) / calls)
     return seconds
 
 
@@ -94,7 +98,7 @@ def time_case(case: Case, unet: Any, arguments: argparse.Namespace) -> dict[str,
     device = torch.device(arguments.device)
     rounds = arguments.rounds
     contenders = Contenders(unet, case, arguments.latents, arguments.batch, arguments.compiled)
-    figures: dict[str, Any] = {"difference": contenders.difference(), "rounds": rounds}
+    figures: dict[str, Any] = {"rounds": rounds, "difference": contenders.differences()}
 
     few = 1 if device.type == "cpu" else 10
     steps = interleaved(contenders.steps(), rounds, device, few)
@@ -116,6 +120,10 @@ def isolated(figures: dict[str, Any], num_steps: int) -> dict[str, float]:
     ours = sites["imprompt"]["ms"] - sites["bare"]["ms"] + once["imprompt"]["ms"] / num_steps
     theirs = sites["diffusers"]["ms"] - sites["bare"]["ms"] + once["diffusers"]["ms"]
     return {"imprompt": round(1 + ours / bare, 5), "diffusers": round(1 + theirs / bare, 5)}
+
+
+def described(case: Case, **settings: Any) -> dict[str, Any]:
+    return {"case": {"variant": case.variant, "prompts": case.prompts, **settings}}
 
 
 def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
@@ -145,53 +153,58 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def table(path: Path | str) -> str:
-    """Markdown of a results file, for the README."""
-    results = read(Path(path))
-    lines = [
-        "| computed work of a step, of 50 | bare UNet | this project | diffusers |",
-        "|---|---:|---:|---:|",
-    ]
-    for entry in results.get("work", []):
-        ours, theirs = entry["imprompt"], entry["diffusers"]
-        lines.append(
-            f"| {entry['case']['name']} | 1 | {ours['ratio']:.4f} | {theirs['ratio']:.4f} |"
+    """Markdown of a results file, for the README: a table per kind of figure and place.
+
+    Masks for fewer than four images are left to the file.
+    """
+    results = {
+        kind: [entry for entry in entries if entry["case"]["prompts"] not in HIDDEN]
+        for kind, entries in read(Path(path)).items()
+    }
+    parts: list[str] = []
+    if work := results.get("work"):
+        title = f"Floating-point operations per step of {work[0]['num_steps']}, bare UNet = 1"
+        parts.append(pivot(title, work, lambda entry, who: f"{entry[who]['ratio']:.4f}"))
+        title = f"Kernels launched per step, bare UNet: {work[0]['bare']['kernels']}"
+        parts.append(pivot(title, work, lambda entry, who: str(entry[who]["kernels"])))
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for entry in results.get("time", []):
+        case = entry["case"]
+        where = f"{SIZE_NAMES[case['size']]}, {case['latents']} × {case['latents']} latents, batch "
+        where += f"{case['batch']}, {entry['dtype']}, {'compiled' if case['compiled'] else 'eager'}"
+        groups.setdefault(f"{where}, {entry['device']}", []).append(entry)
+    for where, entries in groups.items():
+        bare = median(entry["step"]["bare"]["ms"] for entry in entries)
+        title = f"Time per step, bare UNet = 1 ({bare:.3g} ms; {where})"
+        parts.append(pivot(title, entries, lambda entry, who: f"{entry['step'][who]['ratio']:.2f}"))
+        apart = [entry for entry in entries if "isolated" in entry]
+        title = f"The same from sites and projection timed alone ({where})"
+        parts.append(pivot(title, apart, lambda entry, who: f"{entry['isolated'][who]:.3f}"))
+        whole = [entry for entry in entries if "generation" in entry]
+        title = f"Time of whole generations, bare UNet = 1 ({where})"
+        parts.append(
+            pivot(title, whole, lambda entry, who: f"{entry['generation'][who]['ratio']:.3f}")
         )
-    times = results.get("time", [])
-    if times:
-        lines += [
-            "",
-            "| measured time | bare step, ms | this project | diffusers | sites and projection"
-            " alone: this project | diffusers |",
-            "|---|---:|---:|---:|---:|---:|",
-        ]
-    for entry in times:
-        case, step, apart = entry["case"], entry["step"], entry.get("isolated")
-        how = "compiled" if case["compiled"] else "eager"
-        where = f"{case['size']}, {case['latents']}×{case['latents']}, batch {case['batch']}, {how}"
-        alone = (
-            ["", ""] if apart is None else [f"{apart[n]:.3f}" for n in ("imprompt", "diffusers")]
-        )
-        cells = [
-            f"{case['name']} ({where})",
-            f"{step['bare']['ms']:.1f}",
-            *(f"{step[name]['ratio']:.3f}" for name in ("imprompt", "diffusers")),
-            *alone,
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    whole = [entry for entry in times if "generation" in entry]
-    if whole:
-        lines += [
-            "",
-            "| whole generation | bare, ms | this project | diffusers |",
-            "|---|---:|---:|---:|",
-        ]
-    for entry in whole:
-        case, generation = entry["case"], entry["generation"]
-        how = "compiled" if case["compiled"] else "eager"
-        ratios = (f"{generation[name]['ratio']:.3f}" for name in ("imprompt", "diffusers"))
-        bare = f"{generation['bare']['ms']:.0f}"
-        name = f"{case['name']}, {generation['steps']} steps, {how}"
-        lines.append("| " + " | ".join([name, bare, *ratios]) + " |")
+    return "\n".join(part for part in parts if part)
+
+
+def pivot(
+    title: str, entries: list[dict[str, Any]], show: Callable[[dict[str, Any], str], str]
+) -> str:
+    """Rows: who, with which variant. Columns: what they were shown."""
+    if not entries:
+        return ""
+    cells = {(e["case"]["variant"], e["case"]["prompts"]): e for e in entries}
+    variants = list(dict.fromkeys(variant for variant, _ in cells))
+    columns = sorted({prompts for _, prompts in cells}, key=lambda name: ("λ" in name, name))
+    lines = [f"| {title} | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
+    for variant in variants:
+        for who in ("imprompt", "diffusers"):
+            shown = (
+                show(cells[variant, name], who) if (variant, name) in cells else ""
+                for name in columns
+            )
+            lines.append(f"| {variant}, {who} | " + " | ".join(shown) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -204,6 +217,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=2, help="2: one image with guidance")
     parser.add_argument("--variants", nargs="+", default=["base", "plus", "full"])
     parser.add_argument("--images", type=int, nargs="+", default=[1, 2, 3, 4])
+    parser.add_argument("--cases", nargs="+", help='of these only, as "4 images, masks"')
     parser.add_argument("--compiled", action="store_true", help="torch.compile, time only")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=50, help="of a generation")
@@ -231,13 +245,15 @@ def main() -> None:
     diffusers.logging.set_verbosity_error()
     deadline = time.monotonic() + arguments.seconds
     cases = cases_of(arguments.variants, arguments.images, arguments.quick)
+    if arguments.cases:
+        cases = [case for case in cases if case.prompts in arguments.cases]
     if arguments.only != "time" and not arguments.compiled:
-        # Always of the full size, which costs nothing here.
         for case in cases:
-            entry = {"case": {"name": case.name, "batch": arguments.batch, "latents": 64}}
+            # Always of the full size, which costs nothing here.
+            entry = described(case, batch=arguments.batch, latents=64)
             entry |= work_of(case, arguments.batch, latents=64, num_steps=arguments.steps)
             add(arguments.output, "work", entry)
-            print(f"{case.name}: {entry['imprompt']['ratio']} / {entry['diffusers']['ratio']}")
+            print(f"{case}: {entry['imprompt']['ratio']} / {entry['diffusers']['ratio']}")
     if arguments.only != "work":
         device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
         torch.manual_seed(0)
@@ -246,19 +262,11 @@ def main() -> None:
             if time.monotonic() > deadline:
                 print("out of time")
                 break
-            entry = {
-                "case": {
-                    "name": case.name,
-                    "size": arguments.size,
-                    "latents": arguments.latents,
-                    "batch": arguments.batch,
-                    "compiled": arguments.compiled,
-                },
-                **environment(device, dtype),
-                **time_case(case, unet, arguments),
-            }
+            names = ("size", "latents", "batch", "compiled")
+            entry = described(case, **{name: getattr(arguments, name) for name in names})
+            entry |= environment(device, dtype) | time_case(case, unet, arguments)
             add(arguments.output, "time", entry)
-            print(f"{case.name}: {json.dumps(entry['step'])}", flush=True)
+            print(f"{case}: {json.dumps(entry['step'])}", flush=True)
     text = table(arguments.output)
     arguments.output.with_suffix(".md").write_text(text, encoding="utf-8")
     print(text)

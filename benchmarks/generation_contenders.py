@@ -12,13 +12,14 @@ from torch import Tensor
 
 from imprompt.adapters import ImagePromptAdapter, attention_sites, combine, create_adapter
 from imprompt.adapters.attention import CONDITION_KEY
+from imprompt.systems.text_to_image import create_unet
 
 # Stable Diffusion 1.5's own numbers are the defaults of diffusers' class, but for these.
 CONFIG: dict[str, Any] = {"cross_attention_dim": 768, "attention_head_dim": 8, "sample_size": 64}
-WIDTHS = {
-    "sd15": (320, 640, 1280, 1280),
-    "quarter": (96, 160, 320, 320),
-    "tiny": (32, 64, 64, 64),
+SIZES = {
+    "sd15": lambda: UNet2DConditionModel(**CONFIG),
+    "narrow": lambda: UNet2DConditionModel(block_out_channels=(32, 64, 64, 64), **CONFIG),
+    "diorama": create_unet,
 }
 TEXT_LENGTH = 77
 # What image encoders give: ViT-H's embedding, and its last but one hidden states.
@@ -35,14 +36,21 @@ class Case:
     scale: float = 1.0
 
     @property
-    def name(self) -> str:
+    def prompts(self) -> str:
+        """What the variant is shown."""
         images = "1 image" if self.num_images == 1 else f"{self.num_images} images"
         masks = ", masks" if self.masked else ""
-        return f"{self.variant}, {images}{masks}" + (", λ = 0" if self.scale == 0 else "")
+        return f"{images}{masks}" + (", λ = 0" if self.scale == 0 else "")
+
+    def __str__(self) -> str:
+        return f"{self.variant}, {self.prompts}"
 
 
 def build_unet(size: str) -> UNet2DConditionModel:
-    unet = UNet2DConditionModel(block_out_channels=WIDTHS[size], **CONFIG)
+    unet = SIZES[size]()
+    for weight in unet.parameters():
+        if weight.ndim > 1 and not weight.is_meta and not weight.any():  # it would hide differences
+            torch.nn.init.normal_(weight, std=0.02)
     return unet.eval().requires_grad_(False)
 
 
@@ -72,27 +80,23 @@ class Contenders:
         weight = next(unet.parameters())
         self.case, self.device, self.dtype = case, weight.device, weight.dtype
         self.latent_size = (latents, latents)
-        self.latents = self._random(batch, 4, latents, latents)
-        self.text = self._random(batch, TEXT_LENGTH, CONFIG["cross_attention_dim"])
+        self.latents = self._random(batch, unet.config.in_channels, latents, latents)
+        self.text = self._random(batch, TEXT_LENGTH, unet.config.cross_attention_dim)
         self.timestep = torch.tensor(500, device=self.device)
         shape = (EMBED_DIM,) if case.variant == "base" else HIDDEN_SHAPE
         self.features = self._random(batch, case.num_images, *shape)
-        self.masks = torch.zeros(case.num_images, latents * 8, latents * 8)
-        for number, mask in enumerate(self.masks):  # a stripe for each image
-            width = mask.shape[1] // case.num_images
-            mask[:, number * width : (number + 1) * width] = 1
-        self.masks = self.masks.to(device=self.device, dtype=self.dtype)
+        self.masks = torch.zeros(case.num_images, latents * 8, latents * 8, device="cpu")
+        for number, mask in enumerate(self.masks):
+            # A stripe for each image. Quarters are whole at every site: how a site that a mask's edge
+            # goes through counts is another thing here than in diffusers.
+            quarter = mask.shape[1] // 4
+            last = quarter * (number + 1) if number + 1 < case.num_images else mask.shape[1]
+            mask[:, quarter * number : last] = 1
+        self.masks = self.masks.to(dtype=self.dtype)
+        if self.device.type != "meta":  # their values are checked
+            self.masks = self.masks.to(self.device)
 
-        self.adapter = (
-            create_adapter(
-                unet,
-                case.variant,
-                feature_dim=shape[-1],
-                num_tokens=257 if len(shape) > 1 else None,
-            )
-            if case.variant == "full"
-            else create_adapter(unet, case.variant, feature_dim=shape[-1])
-        )
+        self.adapter = create_adapter(unet, case.variant, feature_dim=shape[-1])
         self.adapter.to(dtype=self.dtype).eval().requires_grad_(False)
         self.bare, self.ours, self.theirs = (twin(unet) for _ in range(3))
         self.handle = self.adapter.install(self.ours)
@@ -200,11 +204,14 @@ class Contenders:
 
         return {name: all_of(calls) for name, calls in given.items()}
 
-    def difference(self) -> float:
-        """Largest difference of the two outputs, relative to the largest value."""
-        steps = self.steps()
-        ours, theirs = steps["imprompt"]().float(), steps["diffusers"]().float()
-        return float((ours - theirs).abs().max() / theirs.abs().max())
+    def differences(self) -> dict[str, float]:
+        """Of this project's output from diffusers' and from the bare UNet's, relative to the largest."""
+        outputs = {name: step().float() for name, step in self.steps().items()}
+        largest = outputs["bare"].abs().max()
+        return {
+            f"from_{name}": float((outputs["imprompt"] - outputs[name]).abs().max() / largest)
+            for name in ("diffusers", "bare")
+        }
 
 
 def call_of(site: Any, hidden: Tensor, text: Any, **given: Any) -> Callable[[], Tensor]:

@@ -48,7 +48,7 @@ def work_of(case: Case, batch: int, latents: int, num_steps: int) -> dict[str, A
         full = Contenders(build_unet("sd15"), case, latents, batch)
         steps = {name: flops(step) for name, step in full.steps().items()}
         once = flops(full.prepare)
-    narrow = Contenders(build_unet("tiny"), case, 8, batch)
+    narrow = Contenders(build_unet("narrow"), case, 8, batch)
     launched = {name: kernels(step) for name, step in narrow.steps().items()}
     bare = steps["bare"]
     ours = steps["imprompt"] + once / num_steps

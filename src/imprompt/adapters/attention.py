@@ -260,6 +260,8 @@ def repeat_to(prompts: Tensor, batch: int) -> Tensor:
     num_prompts = len(prompts)
     if num_prompts == batch:
         return prompts
+    if num_prompts == 1:
+        return prompts.expand(batch, *prompts.shape[1:])  # a view; the rest copies
     if batch % num_prompts:
         raise ImpromptError(
             f"The condition holds image prompts for {num_prompts} samples, but the UNet was called "
