@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "diorama.json"
-PARTS = ("judge", "base", "quickstart", "shipped", "ablation")
+PARTS = ("judge", "base", "quickstart", "shipped", "ablation", "picture")
 QUICKSTART_ADAPTER = Path("imprompt-quickstart/run/adapter.safetensors")
 COUNTS = {"judge": 5000, "base": 500, "quickstart": 240, "shipped": 240, "ablation": 240}
 SAMPLING = {"steps": 25, "sampler": "dpm-solver++", "guidance_scale": 5.0, "scale": 1.0, "seed": 0}
@@ -131,6 +131,38 @@ imprompt evaluate --what ablation --output runs/ablation --count {COUNTS["ablati
     return text
 
 
+def draw_variations(path: Path) -> None:
+    """The README's picture: unseen image prompts, variations of them, and text beside them."""
+    from imprompt import ImagePrompt, generate, load_adapter, load_base
+    from imprompt.checkpoints.shipped import shipped_adapter
+    from imprompt.core.images import image_grid, pixels_to_images
+    from imprompt.diorama import render
+    from imprompt.evaluation.measure import unseen_scenes
+
+    base, adapter = load_base("diorama"), load_adapter(shipped_adapter())
+    scenes = unseen_scenes(60, first=30_000)[::12]
+    columns = {
+        "λ = 1": ("", 1.0, 0),
+        "another noise": ("", 1.0, 1),
+        "and another": ("", 1.0, 2),
+        "“as line art”": ("as line art", 0.5, 0),
+        "“in neon light”": ("in neon light", 0.5, 0),
+        "“in the snow”": ("in the snow", 0.5, 0),
+    }
+    cells, labels = [], []
+    for pixels in render(scenes, base.image_size_px).pixels:
+        cells += pixels_to_images(pixels[None])
+        labels.append("image prompt")
+        for label, (text, scale, seed) in columns.items():
+            prompt = ImagePrompt(pixels, adapter=adapter, scale=scale)
+            cells += generate(
+                base, text, prompt, seed=seed, guidance_scale=5.0, steps=50, progress=False
+            )
+            labels.append(label)
+    large = [cell.resize((128, 128), 0) for cell in cells]
+    image_grid(large, 1 + len(columns), labels).save(path)
+
+
 def write_documents(results: dict[str, dict[str, float]]) -> None:
     (ROOT / "docs" / "results.md").write_text(document(results), encoding="utf-8")
     readme = ROOT / "README.md"
@@ -150,6 +182,9 @@ def main() -> None:
     arguments = parser.parse_args()
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
     for part in arguments.only:
+        if part == "picture":
+            draw_variations(ROOT / "docs" / "images" / "variations.png")
+            continue
         results[part] = measure(part, arguments.adapter, arguments.output)
         RESULTS.parent.mkdir(exist_ok=True)
         RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

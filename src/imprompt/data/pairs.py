@@ -17,7 +17,7 @@ from pathlib import Path
 from imprompt.core.errors import ImpromptError
 from imprompt.core.images import image_to_pixels, open_image, resize_and_center_crop
 from imprompt.core.randomness import generator
-from imprompt.diorama import NUM_PHRASINGS, Scene, caption, render, sample_scene
+from imprompt.diorama import Scene, everyday_caption, render, sample_scene
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 MIN_SIDE_PX = 16
@@ -67,10 +67,10 @@ def _diorama(source: str) -> list[Pair]:
 
 
 def diorama_pair(seed: int) -> Pair:
-    """The scene of a seed, with one of the phrasings of its caption."""
+    """The scene of a seed, with a caption that tells all of it or a part."""
     scene = sample_scene(seed)
-    phrasing = int(generator(seed, 0, "phrasing").integers(NUM_PHRASINGS))
-    return Pair(f"diorama {seed}", lambda: caption(scene, phrasing), scene)
+    text = everyday_caption(scene, generator(seed, 0, "caption"))
+    return Pair(f"diorama {seed}", lambda: text, scene)
 
 
 def _folder(folder: Path) -> list[Pair]:

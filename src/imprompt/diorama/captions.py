@@ -1,6 +1,8 @@
-"""Captions of scenes, in several phrasings that all say the same."""
+"""Captions of scenes: in several phrasings that all say the same, and as people write them, in part."""
 
 from __future__ import annotations
+
+from numpy.random import Generator
 
 from imprompt.diorama.scene import Character, Scene
 from imprompt.diorama.vocabulary import PERSON
@@ -44,6 +46,25 @@ def caption(scene: Scene, phrasing: int = 0) -> str:
         f"a {noun} of {sized} {place} {where}",
         f"{subject}, {adverb}",
     )[phrasing % NUM_PHRASINGS]
+
+
+# How often a caption says what. A caption that says everything makes its image redundant as a
+# prompt; that few do is what lets adapters learn to take from an image what a text leaves open.
+_SHARES = {"all": 0.3, "subject": 0.35, "subject and setting": 0.1, "style": 0.15, "setting": 0.1}
+
+
+def everyday_caption(scene: Scene, draw: Generator) -> str:
+    """A caption as people write them: now and then complete, mostly about one thing ("a duck")."""
+    said = draw.choice(list(_SHARES), p=list(_SHARES.values()))
+    subject = f"{'an' if scene.kind[0] in 'aeiou' else 'a'} {scene.kind}"
+    where = _SETTING_PHRASES[scene.setting]
+    if said == "all":
+        return caption(scene, int(draw.integers(NUM_PHRASINGS)))
+    if said == "subject":
+        return subject
+    if said == "subject and setting":
+        return f"{subject} {where}"
+    return where if said == "setting" else _STYLE_PHRASES[scene.style][1]
 
 
 def _subject(scene: Scene, size: str = "") -> str:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from imprompt.core.errors import ImpromptError
+from imprompt.core.randomness import generator
 from imprompt.diorama import (
     COLOURS,
     KINDS,
@@ -14,6 +15,7 @@ from imprompt.diorama import (
     SETTINGS,
     STYLES,
     caption,
+    everyday_caption,
     render,
     sample_character,
     sample_scene,
@@ -117,3 +119,13 @@ def test_nothing_to_draw_is_said():
         render([], 64)
     with pytest.raises(ImpromptError, match="16"):
         render([sample_scene(0)], 8)
+
+
+def test_everyday_captions_say_all_or_a_part_and_nothing_else():
+    scene = sample_scene(3, kind="duck", colour="orange", style="neon", setting="snow")
+    texts = [everyday_caption(scene, generator(0, i, "caption")) for i in range(2000)]
+    parts = {"a duck": 0.35, "a duck in the snow": 0.1, "in neon light": 0.15, "in the snow": 0.1}
+    for part, share in parts.items():
+        assert abs(texts.count(part) / len(texts) - share) < 0.04
+    complete = {caption(scene, i) for i in range(NUM_PHRASINGS)}
+    assert {text for text in texts if text not in parts} == complete
