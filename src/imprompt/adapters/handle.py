@@ -49,8 +49,8 @@ class Handle:
     def _attach(self) -> None:
         """See that a DecoupledAttention stands at every site, also after others changed processors.
 
-        Raises an ImpromptError after `remove()`. Handles on one UNet share it. At self-attention sites it only keeps diffusers from warning
-        about a keyword that the original processor does not know.
+        Handles on one UNet share it. At self-attention sites it only keeps diffusers from warning
+        about a keyword that the original processor does not know. After `remove()` an error.
         """
         if not self.is_installed:
             raise ImpromptError("This adapter was removed from its UNet: install it again first.")
