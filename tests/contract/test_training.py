@@ -165,7 +165,10 @@ with torch.no_grad():
         assert torch.allclose(actual, expected, atol=1e-6)
     frames = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert frames == 1, frames
-    assert adapter.install(compiled).condition(tokens).keys() == condition.keys()
+    again = adapter.install(compiled)
+    assert again.condition(tokens).keys() == condition.keys()
+    with again.prompt(tokens, scale=0.3, mask=mask):
+        assert torch.allclose(compiled(*inputs).sample, expected, atol=1e-6)
 """
 
 

@@ -5,8 +5,9 @@ cross-attention), `sites` (where it happens), `adapter` (all weights), `handle` 
 """
 
 from imprompt.adapters.adapter import VARIANTS, ImagePromptAdapter, Variant, create_adapter
+from imprompt.adapters.conditions import combine
 from imprompt.adapters.features import Feature
-from imprompt.adapters.handle import Handle, combine
+from imprompt.adapters.handle import Handle
 from imprompt.adapters.sites import Number, Scale, Site, attention_sites, family_of
 
 __all__ = [

@@ -124,7 +124,7 @@ class ImagePromptAdapter(nn.Module):
         """
         sites = attention_sites(unet)
         self.check_fits(sites)
-        return Handle(self.site_weights, sites, self.cross_attention_dim)
+        return Handle(unet, self.site_weights, sites, self.cross_attention_dim)
 
     def check_fits(self, sites: Iterable[Site]) -> None:
         """Raise an ImpromptError that describes both sides if the weights are for other sites."""

@@ -33,12 +33,12 @@ class Site:
     @property
     def text_dim(self) -> int:
         """Width of what its keys and values are made of."""
-        return int(linear_weight(self.module.to_k).shape[1])
+        return int(self.module.to_k.in_features)
 
     @property
     def inner_dim(self) -> int:
         """Width of its keys and values."""
-        return int(linear_weight(self.module.to_k).shape[0])
+        return int(self.module.to_k.out_features)  # a quantised weight has another shape
 
 
 def attention_sites(unet: nn.Module) -> list[Site]:

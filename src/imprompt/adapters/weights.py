@@ -3,7 +3,7 @@
 from torch import nn
 
 from imprompt.adapters.attention import LowRank, SiteLora
-from imprompt.adapters.sites import Number, Site, linear_weight
+from imprompt.adapters.sites import Number, Site
 
 
 class LowRankLayer(nn.Module):
@@ -64,7 +64,7 @@ class SiteWeights(nn.Module):
 
 def weights_for(site: Site, lora_rank: int = 0) -> SiteWeights:
     """Weights of the shapes that a site asks for."""
-    query_dim = int(linear_weight(site.module.to_q).shape[1])
+    query_dim = int(site.module.to_q.in_features)
     return SiteWeights(
         query_dim, site.inner_dim, site.text_dim, is_cross=site.is_cross, lora_rank=lora_rank
     )
