@@ -211,6 +211,7 @@ def test_a_mask_of_another_resolution_than_prepared(unet, inputs):
 
 @pytest.mark.parametrize("over_time", [(1.0,), (1.0, 0.2)])
 def test_a_generation_computes_it_once(unet, counted, over_time):
+    from imprompt.bases import TextStates
     from imprompt.bases.stable_diffusion import StableDiffusionBase
     from imprompt.generation.conditions import TokenPrompt
     from imprompt.generation.sampler import sample_latents
@@ -226,7 +227,7 @@ def test_a_generation_computes_it_once(unet, counted, over_time):
         over_time=over_time,
         end=0.5,
     )
-    text = torch.randn(2, 7, TEXT_DIM, generator=torch.Generator().manual_seed(5))
+    text = TextStates(torch.randn(2, 7, TEXT_DIM, generator=torch.Generator().manual_seed(5)))
     sample_latents(base, text[:1], text[1:], [prompt], steps=8)
     # Once for the four steps that have a prompt, and at each of the four bare ones.
     assert set(counted.values()) == {1 + 4}
