@@ -36,6 +36,7 @@ from generation_contenders import SIZES, Case, Contenders, build_unet
 from generation_work import work_of
 
 RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parent.parent / "README.md"
 HIDDEN = ("1 image, masks", "2 images, masks", "3 images, masks")
 SIZE_NAMES = {"sd15": "Stable Diffusion 1.5", "diorama": "diorama", "narrow": "narrow"}
 
@@ -188,6 +189,15 @@ def table(path: Path | str) -> str:
     return "\n".join(part for part in parts if part)
 
 
+def write_readme(path: Path) -> None:
+    """Put the tables of counted work between the marks in the README."""
+    work, kernels, *_ = table(path).split("\n\n")
+    begin, end = "<!-- costs:begin -->\n", "<!-- costs:end -->"
+    before, rest = README.read_text(encoding="utf-8").split(begin)
+    after = rest.split(end)[1]
+    README.write_text(f"{before}{begin}{work}\n\n{kernels}\n{end}{after}", encoding="utf-8")
+
+
 def pivot(
     title: str, entries: list[dict[str, Any]], show: Callable[[dict[str, Any], str], str]
 ) -> str:
@@ -270,6 +280,8 @@ def main() -> None:
     text = table(arguments.output)
     arguments.output.with_suffix(".md").write_text(text, encoding="utf-8")
     print(text)
+    if arguments.output == RESULTS / "generation-cpu.json":
+        write_readme(arguments.output)
 
 
 if __name__ == "__main__":
