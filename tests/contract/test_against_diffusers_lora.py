@@ -50,6 +50,27 @@ def test_lora_of_the_unet(name, lora):
     assert (pictures[0] - pictures[1]).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("way", ["prompt", "condition"])
+def test_weight_of_the_lora_in_the_same_arguments(way):
+    unet = tiny_pipeline("StableDiffusionPipeline").pipeline.unet
+    adapter = tiny_adapter(unet)
+    tokens = tokens_of(adapter, *tiny_features(adapter))
+    inputs = torch.randn(2, 4, 8, 8), 10, torch.randn(2, 7, 64)
+    handle = adapter.install(unet)
+    add_lora(unet)
+    condition = handle.condition(tokens)
+    unweighted = unet(*inputs, cross_attention_kwargs=condition).sample
+    if way == "prompt":
+        with handle.prompt(tokens, guidance=False):
+            actual = unet(*inputs, cross_attention_kwargs={"scale": 0.3}).sample
+    else:
+        actual = unet(*inputs, cross_attention_kwargs={"scale": 0.3, **condition}).sample
+    unet.set_adapters("style", 0.3)
+    expected = unet(*inputs, cross_attention_kwargs=condition).sample
+    assert (expected - unweighted).abs().max() > 1e-2
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("name", [*NAMES, "StableDiffusionPAGPipeline"])
 def test_face_id(name):
     stock = tiny_pipeline(name)
