@@ -36,17 +36,42 @@ def test_lora_of_the_unet(name, lora):
         add_lora(unet)
     bare = stock.draw()
     assert not torch.equal(bare, without_lora)
-    weak = {"cross_attention_kwargs": {"scale": 0.3}}  # of the LoRA, as in any pipeline
+    pictures = []
     with handle.prompt(tokens, zero_tokens):
-        actual, actual_weak = stock.draw(), stock.draw(**weak)
+        for weight in (0.3, 1.0):
+            unet.set_adapters("style", weight)
+            pictures.append(stock.draw())
     handle.remove()
     assert torch.equal(stock.draw(), bare)
     load_there(stock, [adapter])
-    check_same(actual, draw_there(stock, [negative], [positive]), bare)
-    check_same(actual_weak, draw_there(stock, [negative], [positive], **weak), actual)
+    for weight, actual in zip((0.3, 1.0), pictures, strict=True):
+        unet.set_adapters("style", weight)
+        check_same(actual, draw_there(stock, [negative], [positive]), bare)
+    assert (pictures[0] - pictures[1]).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("way", ["prompt", "condition"])
+def test_weight_of_the_lora_in_the_same_arguments(way):
+    unet = tiny_pipeline("StableDiffusionPipeline").pipeline.unet
+    adapter = tiny_adapter(unet)
+    tokens = tokens_of(adapter, *tiny_features(adapter))
+    inputs = torch.randn(2, 4, 8, 8), 10, torch.randn(2, 7, 64)
+    handle = adapter.install(unet)
+    add_lora(unet)
+    condition = handle.condition(tokens)
+    unweighted = unet(*inputs, cross_attention_kwargs=condition).sample
+    if way == "prompt":
+        with handle.prompt(tokens, guidance=False):
+            actual = unet(*inputs, cross_attention_kwargs={"scale": 0.3}).sample
+    else:
+        actual = unet(*inputs, cross_attention_kwargs={"scale": 0.3, **condition}).sample
+    unet.set_adapters("style", 0.3)
+    expected = unet(*inputs, cross_attention_kwargs=condition).sample
+    assert (expected - unweighted).abs().max() > 1e-2
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", [*NAMES, "StableDiffusionPAGPipeline"])
 def test_face_id(name):
     stock = tiny_pipeline(name)
     adapter = tiny_adapter(stock.pipeline.unet, "faceid")

@@ -122,11 +122,11 @@ def test_masks(name):
         with first, second:
             actual = stock.draw()
     load_there(stock, [adapter])
+    unmasked = draw_there(stock, [negative], [positive])
     stock.pipeline.set_ip_adapter_scale([[1.0, 1.0]])
     masked = {"cross_attention_kwargs": {"ip_adapter_masks": [masks[None]]}}
     expected = draw_there(stock, [negative], [positive], **masked)
     check_same(actual, expected, bare)
-    unmasked = draw_there(stock, [negative], [positive])
     assert (unmasked - expected).abs().max() > VISIBLE
 
 

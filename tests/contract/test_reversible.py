@@ -123,9 +123,18 @@ def test_any_processor_can_be_beneath(unet, base_adapter, make_features, denoise
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
 
 
-def test_lora_beside_an_unknown_processor_is_refused(unet, make_adapter):
+@pytest.mark.parametrize("scale", [0.0, 0.7])
+def test_lora_beside_an_unknown_processor(unet, make_adapter, make_features, denoise, scale):
+    adapter = make_adapter("faceid")
+    tokens = adapter.tokens(*make_features(adapter))
+    with adapter.install(unet) as handle:
+        expected = denoise(handle.condition(tokens, scale))
     foreign = Foreign()
     unet.set_attn_processor(foreign)
-    with pytest.raises(ImpromptError, match="Foreign"):
-        make_adapter("faceid").install(unet)
+    bare = denoise()
+    with adapter.install(unet) as handle:
+        actual = denoise(handle.condition(tokens, scale))
+        assert torch.equal(denoise(), bare)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
     assert all(processor is foreign for processor in unet.attn_processors.values())
+    assert not any(module._forward_hooks for module in unet.modules())

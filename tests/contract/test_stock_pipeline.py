@@ -217,7 +217,8 @@ def test_controlnets_get_no_image(name):
 def test_weights_kept_elsewhere_between_calls(stock, unet, adapter, tokens, zero_tokens):
     with adapter.install(unet) as handle, handle.prompt(tokens, zero_tokens):
         expected = stock.draw()
-    cpu_offload(unet, execution_device=torch.device("cpu"))
+    for network in (unet, stock.pipeline.vae):
+        cpu_offload(network, execution_device=torch.device("cpu"))
     assert all(parameter.is_meta for parameter in unet.parameters())
     with adapter.install(unet) as handle, handle.prompt(tokens, zero_tokens):
         assert (stock.draw() - expected).abs().max() < MAX_ROUNDING

@@ -18,12 +18,13 @@ Source: IP-Adapter (2308.06721), equations 3 to 5.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, linear, scaled_dot_product_attention
 
 from imprompt.core.errors import ImpromptError
@@ -117,14 +118,15 @@ class DecoupledAttention:
             return attend(attn, hidden_states, encoder_hidden_states, attention_mask, temb, here)
 
         others: dict[str, Any] = {"temb": temb, "ip_adapter_masks": ip_adapter_masks}
-        output = self.original(
-            attn,
-            hidden_states,
-            encoder_hidden_states=encoder_hidden_states,
-            attention_mask=attention_mask,
-            **{name: value for name, value in others.items() if value is not None},
-        )
-        if here is None:
+        with lora_hooks(attn, here.loras) if here and here.loras else nullcontext():
+            output = self.original(
+                attn,
+                hidden_states,
+                encoder_hidden_states=encoder_hidden_states,
+                attention_mask=attention_mask,
+                **{name: value for name, value in others.items() if value is not None},
+            )
+        if here is None or not here.prompts:
             return output
         return output + image_residual(attn, hidden_states, temb, here)
 
@@ -218,14 +220,41 @@ def image_residual(
     The output layer is affine: out(text + image) = out(text) + [out(image) - out(0)]. Costs a
     second Q and a second output layer, which `attend` does not.
     """
-    query = split_heads(attn.to_q(to_sequence(attn, hidden_states, temb)), attn.heads)
+    loras = condition.loras
+    states = to_sequence(attn, hidden_states, temb)
+    query = split_heads(with_loras(attn.to_q, states, [lora.query for lora in loras]), attn.heads)
     query = query if attn.norm_q is None else attn.norm_q(query)
     attended = torch.zeros_like(query)
     for prompt in condition.prompts:
         attended = plus(attended, image_attention(query, prompt))
     joined = join_heads(attended)
-    output = attn.to_out[0](joined) - attn.to_out[0](torch.zeros_like(joined[:1, :1]))
+    output = with_loras(attn.to_out[0], joined, [lora.out for lora in loras])
+    output = output - attn.to_out[0](torch.zeros_like(joined[:1, :1]))
     return from_sequence(output, hidden_states) / attn.rescale_output_factor
+
+
+@contextmanager
+def lora_hooks(attn: Any, loras: Sequence[SiteLora]) -> Generator[None, None, None]:
+    """LoRA within a processor whose inside is not known: added to the layers while it runs."""
+
+    def added(addition: LowRank) -> Callable[..., Tensor]:
+        def add(_layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            down, up = (weight.to(inputs[0]) for weight in addition)
+            return output + linear(linear(inputs[0], down), up)
+
+        return add
+
+    layers = (attn.to_q, attn.to_k, attn.to_v, attn.to_out[0])
+    hooks = [
+        layer.register_forward_hook(added(addition))
+        for lora in loras
+        for layer, addition in zip(layers, lora, strict=True)
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def image_attention(

@@ -72,14 +72,6 @@ class Handle:
             for index, processor in standing.items()
         }
         for site in self.sites:
-            has_lora = site.index in self.weights and self.weights[site.index].lora_rank > 0
-            if has_lora and not wanted[site.index].is_plain:
-                raise ImpromptError(
-                    f"{site.name} has a {type(wanted[site.index].original).__name__}, beside which "
-                    "the LoRA of a face-id adapter cannot act: call "
-                    "unet.set_default_attn_processor() first."
-                )
-        for site in self.sites:
             processor = wanted[site.index]
             if processor is not standing[site.index]:
                 site.module.set_processor(processor)
