@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import tarfile
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -74,7 +75,7 @@ def archive_pairs(path: Path, name: str, caption_key: str | None = None) -> list
     damage = _visit(path, add)
     if damage:
         faults.append(faulty(name, "archive damaged", damage))
-    pairs = [_pair(path, name, key, fields, caption_key) for key, fields in samples.items()]
+    pairs = [_Sample(path, key, fields, caption_key).pair(name) for key, fields in samples.items()]
     return [*pairs, *faults]
 
 
@@ -101,44 +102,49 @@ def _visit(path: Path, add: Callable[[tarfile.TarInfo], None]) -> str | None:
     return None
 
 
-def _pair(
-    path: Path,
-    archive: str,
-    key: str,
-    fields: Mapping[str, tuple[int, int]],
-    caption_key: str | None,
-) -> Pair:
-    name = shown(f"{archive}/{key}")
-    image = next((suffix for suffix in IMAGE_SUFFIXES if suffix in fields), None)
-    if image is None:
-        there = ", ".join(fields)
-        return faulty(name, "image missing", f"there is no image beside {shown(there)}")
-    text = ".txt" if ".txt" in fields and caption_key is None else ".json"
+@dataclass(frozen=True)
+class _Sample:
+    """The members of one name: where each suffix's bytes lie in the archive."""
 
-    def read(suffix: str, max_bytes: int, kind: str) -> bytes:
-        offset, size = fields[suffix]
-        check_size(key + suffix, size, max_bytes, kind)
-        with open(path, "rb") as file:
+    path: Path
+    key: str
+    fields: Mapping[str, tuple[int, int]]
+    caption_key: str | None
+
+    def pair(self, archive: str) -> Pair:
+        name = shown(f"{archive}/{self.key}")
+        if self.image_suffix is None:
+            there = ", ".join(self.fields)
+            return faulty(name, "image missing", f"there is no image beside {shown(there)}")
+        name = f"{name}{self.image_suffix}"
+        return Pair(name, self.read_caption, self.read_image, self.read_scores)
+
+    @property
+    def image_suffix(self) -> str | None:
+        return next((suffix for suffix in IMAGE_SUFFIXES if suffix in self.fields), None)
+
+    def read_image(self) -> bytes:
+        return self._read(str(self.image_suffix), MAX_IMAGE_BYTES, "image missing")
+
+    def read_caption(self) -> str:
+        suffix = ".txt" if ".txt" in self.fields and self.caption_key is None else ".json"
+        if suffix not in self.fields:
+            raise Unusable("caption missing", f"no caption: {shown(self.key)}{suffix} is missing")
+        content = self._read(suffix, MAX_CAPTION_BYTES, "caption missing")
+        return decode_caption(content, self.key + suffix, self.caption_key)
+
+    def read_scores(self) -> Mapping[str, Any]:
+        if ".json" not in self.fields:
+            return {}
+        content = self._read(".json", MAX_CAPTION_BYTES, "score missing")
+        return decode_record(content, self.key + ".json")
+
+    def _read(self, suffix: str, max_bytes: int, kind: str) -> bytes:
+        offset, size = self.fields[suffix]
+        check_size(self.key + suffix, size, max_bytes, kind)
+        with open(self.path, "rb") as file:
             file.seek(offset)
             content = file.read(size)
         if len(content) != size:
-            raise Unusable(kind, f"the archive is cut off within {shown(key + suffix)}")
+            raise Unusable(kind, f"the archive is cut off within {shown(self.key + suffix)}")
         return content
-
-    def read_caption() -> str:
-        if text not in fields:
-            raise Unusable("caption missing", f"no caption: {shown(key)}{text} is missing")
-        content = read(text, MAX_CAPTION_BYTES, "caption missing")
-        return decode_caption(content, key + text, caption_key)
-
-    def read_scores() -> Mapping[str, Any]:
-        if ".json" not in fields:
-            return {}
-        return decode_record(read(".json", MAX_CAPTION_BYTES, "score missing"), key + ".json")
-
-    return Pair(
-        name + image,
-        read_caption,
-        lambda: read(image, MAX_IMAGE_BYTES, "image missing"),
-        read_scores,
-    )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import asdict, dataclass, field
@@ -24,7 +25,7 @@ from imprompt.data.filters import Filters, Unusable
 from imprompt.data.pairs import Loaded, Pair, Part, load, to_pixels
 from imprompt.data.store import GrowingColumn, check_room, told, write_json
 
-FLUSH_EVERY_BATCHES = 8
+SAVE_EVERY_SECONDS = 5.0
 
 Report = Callable[[int, int], None]
 """Called with how many more pairs are done, and how many more there are than was thought."""
@@ -135,7 +136,8 @@ def _write_rows(
         report(progress.next_pair, 0)
         starts = range(progress.next_pair, len(pairs), work.batch_size)
         loading = _load_ahead(pairs, starts, work, pool)
-        for number, (start, batch) in enumerate(zip(starts, loading, strict=True)):
+        saved = time.monotonic()
+        for start, batch in zip(starts, loading, strict=True):
             accepted: list[tuple[Pair, Loaded]] = []
             for index, (pair, loaded) in enumerate(batch, start):
                 if isinstance(loaded, Loaded) and loaded.content in seen:
@@ -164,8 +166,9 @@ def _write_rows(
             progress.num_rows += len(accepted)
             progress.next_pair = start + len(batch)
             report(len(batch), 0)
-            if number % FLUSH_EVERY_BATCHES == FLUSH_EVERY_BATCHES - 1:
+            if time.monotonic() - saved >= SAVE_EVERY_SECONDS:
                 save()
+                saved = time.monotonic()
         for column in columns.values():
             column.finish()
         progress.done, progress.columns = True, sorted(work.columns)
@@ -197,7 +200,8 @@ def _add_columns(
     try:
         starts = range(state["next_pair"], len(pairs), work.batch_size)
         loading = _load_ahead(wanted, starts, work, pool)
-        for number, (start, batch) in enumerate(zip(starts, loading, strict=True)):
+        saved = time.monotonic()
+        for start, batch in zip(starts, loading, strict=True):
             accepted = []
             expected = [rows[i] for i in range(start, start + work.batch_size) if i in rows]
             for (pair, loaded), row in zip(batch, expected, strict=True):
@@ -216,10 +220,11 @@ def _add_columns(
                     columns[name].append(values)
             state["num_rows"] += len(accepted)
             state["next_pair"] = start + work.batch_size
-            if number % FLUSH_EVERY_BATCHES == FLUSH_EVERY_BATCHES - 1:
+            if time.monotonic() - saved >= SAVE_EVERY_SECONDS:
                 for column in columns.values():
                     column.save()
                 write_json(state_file, state)
+                saved = time.monotonic()
         for column in columns.values():
             column.finish()
     finally:

@@ -67,13 +67,19 @@ class Loaded:
     content: int
 
 
+@dataclass(frozen=True)
+class _Refusal:
+    kind: str
+    reason: str
+
+    def __call__(self) -> NoReturn:
+        raise Unusable(self.kind, self.reason)
+
+
 def faulty(name: str, kind: str, reason: str) -> Pair:
     """A pair of which listing alone tells that it cannot be used."""
-
-    def refuse() -> NoReturn:
-        raise Unusable(kind, reason)
-
-    return Pair(shown(name), refuse, refuse)
+    refusal = _Refusal(kind, reason)
+    return Pair(shown(name), refusal, refusal)
 
 
 def shown(name: str) -> str:

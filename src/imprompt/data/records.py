@@ -138,21 +138,37 @@ def record_pair(number: str, record: object, root: Path, reading: Reading) -> Pa
     path = record.get(reading.image_key) if reading.image_key else first_of(record, IMAGE_KEYS)
     if not isinstance(path, str) or not path or "\0" in path:
         return faulty(number, "entry", f"it names no image file: {shown(str(record))[:200]}")
-    name = path
-    if path.startswith("file://"):
-        path = unquote(urlsplit(path).path)
-    file = root / path
+    entry = _Entry(root, path, record, reading.caption_key)
+    return Pair(shown(path), entry.read_caption, entry.file, entry.read_scores)
 
-    def read_caption() -> str:
+
+@dataclass(frozen=True)
+class _Entry:
+    root: Path
+    path: str
+    record: Mapping[str, Any]
+    caption_key: str | None
+
+    @property
+    def file(self) -> Path:
+        is_address = self.path.startswith("file://")
+        return self.root / (unquote(urlsplit(self.path).path) if is_address else self.path)
+
+    def read_caption(self) -> str:
         try:
-            inside = file.resolve().is_relative_to(root)
+            inside = self.file.resolve().is_relative_to(self.root)
         except (
             OSError,
             RuntimeError,
         ) as error:  # too long a name, or a link that leads in a circle
-            raise Unusable("image missing", f"{shown(path)} cannot be found: {error}") from error
+            raise Unusable(
+                "image missing", f"{shown(self.path)} cannot be found: {error}"
+            ) from error
         if not inside:
-            raise Unusable("image outside", f"the image lies outside {root}")
-        return caption_of(record, reading.caption_key)
+            raise Unusable(
+                "image outside", f"the image lies outside {self.root}; --image-root moves the limit"
+            )
+        return caption_of(self.record, self.caption_key)
 
-    return Pair(shown(name), read_caption, file, lambda: record)
+    def read_scores(self) -> Mapping[str, Any]:
+        return self.record

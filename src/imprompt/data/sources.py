@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from imprompt.core.errors import ImpromptError
 from imprompt.core.randomness import generator
@@ -115,7 +118,9 @@ def _folder(folder: Path, reading: Reading) -> list[Part]:
                 f"files {start} to {start + len(some) - 1}",
                 len(some),
                 identity_of(*some),
-                lambda some=some: [_file_pair(folder, name, reading) for name in some],
+                lambda some=some: [
+                    _ImageFile(folder / name, reading.caption_key).pair(name) for name in some
+                ],
             )
         )
     return parts + [archive_part(folder / name, name, reading.caption_key) for name in archives]
@@ -150,29 +155,30 @@ def _walk(folder: Path) -> tuple[list[str], list[str], list[str], list[str]]:
     return images, sorted(archives), sorted(tables), orphans
 
 
-def _file_pair(folder: Path, name: str, reading: Reading) -> Pair:
-    file = folder / name
-    if file.suffix == ".txt":
-        return faulty(
-            name,
-            "image missing",
-            f"there is no image beside {shown(file.name)}; known are {', '.join(IMAGE_SUFFIXES)}",
-        )
-    record_file = file.with_suffix(".json")
+@dataclass(frozen=True)
+class _ImageFile:
+    """An image with a .txt, or the .json that img2dataset writes, of the same name beside it."""
 
-    def read_record():
-        content = read_file(record_file, MAX_CAPTION_BYTES, "score missing")
-        return decode_record(content, record_file.name)
+    file: Path
+    caption_key: str | None
 
-    def read_caption() -> str:
-        text = file.with_suffix(".txt")
-        if not os.path.lexists(text) and record_file.is_file():
-            text = record_file
+    def pair(self, name: str) -> Pair:
+        if self.file.suffix == ".txt":
+            why = f"there is no image beside {shown(self.file.name)}; known are "
+            return faulty(name, "image missing", why + ", ".join(IMAGE_SUFFIXES))
+        return Pair(shown(name), self.read_caption, self.file, self.read_scores)
+
+    def read_caption(self) -> str:
+        text, record = self.file.with_suffix(".txt"), self.file.with_suffix(".json")
+        if (self.caption_key or not os.path.lexists(text)) and record.is_file():
+            text = record
         elif not os.path.lexists(text):
-            if file.is_symlink():  # a link in a circle is the image's fault, not a caption's
-                read_file(file, MAX_IMAGE_BYTES, "image missing")
+            if self.file.is_symlink():  # a link in a circle is the image's fault, not a caption's
+                read_file(self.file, MAX_IMAGE_BYTES, "image missing")
             raise Unusable("caption missing", f"no caption: {shown(text.name)} is missing")
         content = read_file(text, MAX_CAPTION_BYTES, "caption missing")
-        return decode_caption(content, text.name, reading.caption_key)
+        return decode_caption(content, text.name, self.caption_key)
 
-    return Pair(shown(name), read_caption, file, read_record)
+    def read_scores(self) -> Mapping[str, Any]:
+        record = self.file.with_suffix(".json")
+        return decode_record(read_file(record, MAX_CAPTION_BYTES, "score missing"), record.name)

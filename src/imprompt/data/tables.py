@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from imprompt.core.errors import ImpromptError
-from imprompt.data.filters import Unusable
 from imprompt.data.pairs import (
     MAX_IMAGE_BYTES,
     Pair,
@@ -151,7 +151,7 @@ class _Rows(Sequence):
             name = f"{name} {image['path']}" if isinstance(image.get("path"), str) else name
             image = image["bytes"]
         if isinstance(image, bytes):
-            return _embedded(name, image, record, self._reading)
+            return _Embedded(name, image, record, self._reading.caption_key).pair()
         return record_pair(name, record, self._root, self._reading)
 
 
@@ -160,14 +160,27 @@ def _image_of(record: Mapping[str, Any]) -> Any:
     return next((lowered[key] for key in IMAGE_KEYS if key in lowered), None)
 
 
-def _embedded(name: str, image: bytes, record: Mapping[str, Any], reading: Reading) -> Pair:
-    def read() -> bytes:
-        check_size(name, len(image), MAX_IMAGE_BYTES, "image missing")
-        if not image:
-            raise Unusable("image missing", "the image has no bytes")
-        return image
+@dataclass(frozen=True)
+class _Embedded:
+    """A row that has the bytes of its image in it."""
 
-    return Pair(shown(name), lambda: caption_of(record, reading.caption_key), read, lambda: record)
+    name: str
+    image: bytes
+    record: Mapping[str, Any]
+    caption_key: str | None
+
+    def pair(self) -> Pair:
+        return Pair(shown(self.name), self.read_caption, self.read_image, self.read_scores)
+
+    def read_caption(self) -> str:
+        return caption_of(self.record, self.caption_key)
+
+    def read_image(self) -> bytes:
+        check_size(self.name, len(self.image), MAX_IMAGE_BYTES, "image missing")
+        return self.image
+
+    def read_scores(self) -> Mapping[str, Any]:
+        return self.record
 
 
 def _parquet_rows(file: Path, first: int, stop: int) -> Fetch:

@@ -5,10 +5,9 @@ import json
 import numpy as np
 import pytest
 import torch
+from pair_files import contents
 from PIL import Image
-from tiny_base import write_tiny_base
 
-from imprompt.bases import load_base
 from imprompt.core.errors import ImpromptError
 from imprompt.data import columns as columns_module
 from imprompt.data import encoding, store
@@ -16,13 +15,6 @@ from imprompt.data.dataset import Columns
 from imprompt.data.pairs import load
 from imprompt.data.prepare import prepare
 from imprompt.data.sources import open_pairs
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base") / "tiny"
-    write_tiny_base(folder)
-    return load_base(folder)
 
 
 @pytest.fixture
@@ -34,15 +26,6 @@ def photos(tmp_path):
         Image.fromarray(values).save(folder / f"{number}.png")
         (folder / f"{number}.txt").write_text(f"caption {number}")
     return folder
-
-
-def contents(folder):
-    """Every file under a folder, with its bytes."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
 
 
 def test_a_folder_with_faults_gives_the_good_ones_and_names_the_bad(base, photos, tmp_path):
@@ -100,13 +83,13 @@ def test_the_json_list_of_the_original_scripts(base, photos, tmp_path):
     assert "outside" in rejected and '"text\\" is missing' in rejected
 
 
-@pytest.mark.parametrize("flush_every", [1, 3])
+@pytest.mark.parametrize("seconds", [0.0, 60.0])
 @pytest.mark.parametrize("kill_at", [1, 2, 4])
 def test_killed_and_started_again_the_result_is_the_same(
-    base, photos, tmp_path, monkeypatch, kill_at, flush_every
+    base, photos, tmp_path, monkeypatch, kill_at, seconds
 ):
     (photos / "3.txt").unlink()
-    monkeypatch.setattr(encoding, "FLUSH_EVERY_BATCHES", flush_every)
+    monkeypatch.setattr(encoding, "SAVE_EVERY_SECONDS", seconds)
     prepare(str(photos), tmp_path / "straight", base, batch_size=1)
     original, calls = columns_module.text_ids, 0
 
