@@ -135,7 +135,9 @@ def _write_rows(
     try:
         report(progress.next_pair, 0)
         starts = range(progress.next_pair, len(pairs), work.batch_size)
-        loading = _load_ahead(pairs, starts, work, pool)
+        loading = _load_ahead(
+            lambda start: pairs[start : start + work.batch_size], starts, work, pool
+        )
         saved = time.monotonic()
         for start, batch in zip(starts, loading, strict=True):
             accepted: list[tuple[Pair, Loaded]] = []
@@ -196,10 +198,14 @@ def _add_columns(
         state = found if found["columns"] == state["columns"] else state
     rows = {row["index"]: row for row in read_lines(folder / "pairs.jsonl")}
     columns = {name: _column(folder, name, state["num_rows"]) for name in names}
-    wanted = _Chosen(pairs, rows)
+
+    def pairs_with_rows(start: int) -> list[Pair]:
+        some = pairs[start : start + work.batch_size]
+        return [pair for index, pair in enumerate(some, start) if index in rows]
+
     try:
         starts = range(state["next_pair"], len(pairs), work.batch_size)
-        loading = _load_ahead(wanted, starts, work, pool)
+        loading = _load_ahead(pairs_with_rows, starts, work, pool)
         saved = time.monotonic()
         for start, batch in zip(starts, loading, strict=True):
             accepted = []
@@ -232,20 +238,6 @@ def _add_columns(
             column.close()
 
 
-class _Chosen(Sequence):
-    """The pairs that have rows, under the numbers they have among all."""
-
-    def __init__(self, pairs: Sequence[Pair], rows: Mapping[int, Any]) -> None:
-        self._pairs, self._rows = pairs, rows
-
-    def __len__(self) -> int:
-        return len(self._pairs)
-
-    def __getitem__(self, key: Any) -> Any:
-        start, _, _ = key.indices(len(self._pairs))
-        return [pair for i, pair in enumerate(self._pairs[key], start) if i in self._rows]
-
-
 def _column(folder: Path, name: str, num_rows: int) -> GrowingColumn:
     file = folder / f"{name}.npy"
     if num_rows == 0:
@@ -268,13 +260,12 @@ def fault_entry(name: str, fault: Unusable) -> dict[str, str]:
 
 
 def _load_ahead(
-    pairs: Sequence[Pair], starts: range, work: Work, pool: Executor
+    pairs_from: Callable[[int], Sequence[Pair]], starts: range, work: Work, pool: Executor
 ) -> Iterator[list[tuple[Pair, Loaded | Unusable]]]:
     """Batches of pairs, opened in the pool's threads while the batch before is encoded."""
 
     def begin(start: int) -> list[tuple[Pair, Future]]:
-        some = pairs[start : start + work.batch_size]
-        return [(pair, pool.submit(_try_load, pair, work)) for pair in some]
+        return [(pair, pool.submit(_try_load, pair, work)) for pair in pairs_from(start)]
 
     coming = begin(starts[0]) if starts else []
     for number in range(len(starts)):
