@@ -6,13 +6,14 @@ import pickle
 import resource
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from pair_files import contents, picture, write_pair
+from pair_files import add_member, contents, picture, write_pair
 
 from imprompt.core.errors import ImpromptError
 from imprompt.data import sources
@@ -133,11 +134,34 @@ def test_killed_at_any_moment_the_result_is_the_same(
     assert contents(tmp_path / "killed") == contents(straight)
 
 
-def test_workers_give_what_one_process_gives(base, tmp_path):
-    options = {"columns": COLUMNS, "batch_size": 8}
-    prepare("diorama:12", tmp_path / "one", base, **options)
-    prepare("diorama:12", tmp_path / "two", base, workers=2, **options)
+@pytest.fixture
+def archives(tmp_path):
+    """Three archives, which are three parts to any process; two pairs repeat one of another's."""
+    folder = tmp_path / "archives"
+    folder.mkdir()
+    for number in range(3):
+        with tarfile.open(folder / f"{number}.tar", "w") as archive:
+            for i in range(8):
+                image = picture(3 if i == 5 else 10 * number + i)
+                add_member(archive, f"{i}.png", image)
+                add_member(archive, f"{i}.txt", f"archive {number} photo {i}".encode())
+    return str(folder)
+
+
+def test_workers_give_what_one_process_gives(base, archives, tmp_path):
+    options = {"columns": COLUMNS, "batch_size": 4}
+    prepare(archives, tmp_path / "one", base, **options)
+    prepare(archives, tmp_path / "two", base, workers=2, **options)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_what_stops_a_worker_is_told(base, archives, tmp_path):
+    prepare(archives, tmp_path / "out", base, columns=COLUMNS)
+    archive = Path(archives) / "1.tar"
+    content = archive.read_bytes()
+    archive.write_bytes(content.replace(picture(14), picture(15)))
+    with pytest.raises(ImpromptError, match=r"1\.tar/4\.png is not what it was"):
+        prepare(archives, tmp_path / "out", base, columns=("latents",), workers=2)
 
 
 def test_shards_finish_together(straight, photos, base, tmp_path, capsys, small_parts):
@@ -271,3 +295,16 @@ def test_memory_does_not_grow_with_the_rows(tmp_path):
         grown[num_rows] = resident_bytes() - before
     # Memory-mapped, 32,000 rows on as many pages would count as 125 MB.
     assert grown[1_000_000] < grown[1000] + 10_000_000
+
+
+def test_a_ray_cluster_gives_what_one_process_gives(base, archives, tmp_path, monkeypatch):
+    ray = pytest.importorskip("ray")
+    monkeypatch.setenv("PYTHONPATH", str(Path(sources.__file__).parents[2]))
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        options = {"columns": COLUMNS, "batch_size": 8}
+        prepare(archives, tmp_path / "one", base, **options)
+        prepare(archives, tmp_path / "two", base, workers=2, engine="ray", **options)
+    finally:
+        ray.shutdown()
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
