@@ -113,7 +113,24 @@ class ClipImageEncoder(nn.Module):
             return self._penultimate(zeros)
 
     def _penultimate(self, normalized: Tensor) -> Tensor:
-        return self.model(normalized, output_hidden_states=True).hidden_states[-2]
+        """What goes into the last layer.
+
+        Asked for all hidden states, transformers would leave hooks in the model for good, with
+        which it cannot be sent to another process.
+        """
+        states: list[Tensor] = []
+
+        def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            states.append(args[0] if args else kwargs["hidden_states"])
+
+        model: Any = self.model
+        last: nn.Module = model.vision_model.encoder.layers[-1]
+        hook = last.register_forward_pre_hook(keep, with_kwargs=True)
+        try:
+            self.model(normalized)
+        finally:
+            hook.remove()
+        return states[0]
 
 
 def _resize_and_center_crop(pixels: Tensor, size_px: int) -> Tensor:

@@ -8,6 +8,23 @@ from typing import Any
 
 from imprompt.cli.verb import add_verb
 
+EXAMPLES = """\
+  imprompt prepare photos/ data/            images, each with a .txt of the same name beside it
+  imprompt prepare laion/ data/             what img2dataset left: .tar archives or plain files
+  imprompt prepare pairs.json data/         a list of image_file and text; also .jsonl .csv .parquet
+  imprompt prepare diorama:3000 data/       scenes of the embedded world
+only the good ones:
+  imprompt prepare laion/ data/ --min-side-px 512 --max-aspect 2 --caption-characters 5 300 \\
+      --score "aesthetic>=5" "punsafe<0.3"
+with four processes, or as one of eight machines that share a disk:
+  imprompt prepare laion/ data/ --workers 4
+  imprompt prepare laion/ /shared/data --num-shards 8 --shard 0
+another adapter's features, added to what is there:
+  imprompt prepare laion/ data/ --columns hidden_states
+
+The same command again goes on where it stopped, however it was stopped, and ends with the same result.
+What cannot be used is listed with its reason in OUT/quarantine.jsonl and stops nothing."""
+
 
 def add_parser(verbs: Any) -> None:
     parser = add_verb(
@@ -15,12 +32,13 @@ def add_parser(verbs: Any) -> None:
         "prepare",
         run,
         about="encode pairs of images and captions once, for any number of trainings",
-        examples="  imprompt prepare photos/ data/            images with .txt files of the same name\n"
-        "  imprompt prepare pairs.json data/         a list of image_file and text\n"
-        "  imprompt prepare diorama:3000 data/       scenes of the embedded world\n"
-        "The same command again goes on where it stopped.",
+        examples=EXAMPLES,
     )
-    parser.add_argument("source", help="folder, JSON list, or diorama:COUNT[:FIRST_SEED]")
+    parser.add_argument(
+        "source",
+        help="folder of images or of .tar archives, .tar, .json, .jsonl, .csv, .tsv or .parquet list, "
+        "dataset on disk, or diorama:COUNT[:FIRST_SEED]",
+    )
     parser.add_argument("output", type=Path, help="folder of the prepared data")
     parser.add_argument("--base", default="diorama", help="diorama, a folder, a file or a hub id")
     parser.add_argument(
@@ -30,16 +48,83 @@ def add_parser(verbs: Any) -> None:
         help="which adapter it is for",
     )
     parser.add_argument("--size-px", type=int, help="side of the images (default: the base's)")
-    parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument(
-        "--columns", nargs="+", help="other columns than image prompts need (to train a base)"
+        "--batch-size", type=int, default=64, help="pairs encoded together (default 64)"
+    )
+    parser.add_argument(
+        "--columns",
+        nargs="+",
+        metavar="NAME",
+        help="other columns than image prompts need; new ones are added to data that are there",
+    )
+    reading = parser.add_argument_group("how lists are read")
+    reading.add_argument(
+        "--image-root",
+        type=Path,
+        metavar="FOLDER",
+        help="what paths in a list are relative to, and may not leave (default: the list's folder)",
+    )
+    reading.add_argument("--image-key", metavar="NAME", help="the column with the image's path")
+    reading.add_argument("--caption-key", metavar="NAME", help="the column with the caption")
+    wanted = parser.add_argument_group("which pairs are wanted")
+    wanted.add_argument(
+        "--min-side-px", type=int, default=16, help="width and height at least (default 16)"
+    )
+    wanted.add_argument(
+        "--max-aspect", type=float, help="long side at most so many times the short one"
+    )
+    wanted.add_argument(
+        "--caption-characters",
+        type=int,
+        nargs=2,
+        metavar=("MIN", "MAX"),
+        help="length of the caption",
+    )
+    wanted.add_argument(
+        "--score",
+        nargs="+",
+        default=[],
+        metavar="LIMIT",
+        help="limits on scores that come with the pairs, such as 'aesthetic>=5' (in quotes)",
+    )
+    wanted.add_argument(
+        "--duplicates",
+        default="image",
+        choices=("image", "pair", "keep"),
+        help="of pairs with the same image file keep the first; with `pair`, those with other captions "
+        "too; with `keep`, all",
+    )
+    processes = parser.add_argument_group("several processes")
+    processes.add_argument("--workers", type=int, default=1, help="processes (default 1)")
+    processes.add_argument(
+        "--num-shards", type=int, default=1, help="how many such commands share the work"
+    )
+    processes.add_argument(
+        "--shard", type=int, default=0, help="which of them this is, counted from 0"
+    )
+    processes.add_argument(
+        "--engine",
+        default="local",
+        choices=("local", "ray"),
+        help="where the workers are: here, or tasks of a Ray cluster",
     )
 
 
 def run(arguments: argparse.Namespace) -> None:
     from imprompt.bases import load_base
+    from imprompt.data.filters import Filters, ScoreLimit
     from imprompt.data.prepare import prepare
+    from imprompt.data.records import Reading
 
+    shortest, longest = arguments.caption_characters or (1, None)
+    filters = Filters(
+        min_side_px=arguments.min_side_px,
+        max_aspect=arguments.max_aspect,
+        min_caption_characters=shortest,
+        max_caption_characters=longest,
+        scores=tuple(ScoreLimit.parse(limit) for limit in arguments.score),
+        duplicates=arguments.duplicates,
+    )
     prepare(
         arguments.source,
         arguments.output,
@@ -48,5 +133,15 @@ def run(arguments: argparse.Namespace) -> None:
         variant=arguments.variant,
         size_px=arguments.size_px,
         batch_size=arguments.batch_size,
+        filters=filters,
+        reading=Reading(
+            image_root=arguments.image_root,
+            image_key=arguments.image_key,
+            caption_key=arguments.caption_key,
+        ),
+        workers=arguments.workers,
+        num_shards=arguments.num_shards,
+        shard=arguments.shard,
+        engine=arguments.engine,
     )
     print(f"prepared: {arguments.output}")

@@ -8,8 +8,10 @@ Pixels are float32, RGB, (channels, height, width) or a batch of these, in [-1, 
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Sequence
+from io import BytesIO
 from os import PathLike
 
 import numpy as np
@@ -23,10 +25,18 @@ from imprompt.core.errors import ImpromptError
 # Larger pictures are refused: decoding one would fill the memory (a "decompression bomb").
 MAX_PIXELS = 178_956_970
 _SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")
+# Of all that Pillow reads, what holds pictures and runs no other program (as Encapsulated PostScript does).
+_FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+# Turning a warning into an error is a setting of the whole process, so one thread at a time.
+_OPENING = threading.Lock()
 
 
-def open_image(source: str | PathLike[str] | Image.Image) -> Image.Image:
+def open_image(
+    source: str | PathLike[str] | BytesIO | Image.Image, name: str | None = None
+) -> Image.Image:
     """An RGB image from a file (or a PIL image as it is), the way a person sees it.
+
+    `name` is what messages call it; by default the source's own.
 
     EXIF orientation is applied, palettes, CMYK and 16-bit greys are converted, transparency is laid
     on white, and of an animation the first frame is taken.
@@ -36,18 +46,21 @@ def open_image(source: str | PathLike[str] | Image.Image) -> Image.Image:
     """
     if isinstance(source, Image.Image):
         return _to_rgb(ImageOps.exif_transpose(source))
+    file, source = source, source if name is None else name
     try:
-        with warnings.catch_warnings():
+        with _OPENING, warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(source) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise ImpromptError(
-                        f"{source} has {image.width} × {image.height} pixels; at most {MAX_PIXELS:,} "
-                        "are decoded. Make it smaller."
-                    )
-                image.seek(0)
-                image.load()
-                return _to_rgb(ImageOps.exif_transpose(image))
+            Image.init()
+            image = Image.open(file, formats=[name for name in _FORMATS if name in Image.OPEN])
+        with image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ImpromptError(
+                    f"{source} has {image.width} × {image.height} pixels; at most {MAX_PIXELS:,} "
+                    "are decoded. Make it smaller."
+                )
+            image.seek(0)
+            image.load()
+            return _to_rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError as error:
         raise ImpromptError(f"There is no image file {source}.") from error
     except IsADirectoryError as error:

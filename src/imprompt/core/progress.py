@@ -22,6 +22,10 @@ class Progress:
         """`count` more units are done."""
         self._bar.update(count)
 
+    def expect(self, count: int) -> None:
+        """`count` more units (or fewer) are to be done than was thought."""
+        self._bar.total += count
+
     def set(self, **figures: float | str) -> None:
         """Show figures beside the bar."""
         shown = {n: f"{v:.4g}" if isinstance(v, float) else v for n, v in figures.items()}

@@ -1,22 +1,29 @@
-"""Prepared data: a folder of columns, each one memory-mapped array with a row per pair.
+"""Prepared data: a folder of columns, read by row number in any order.
 
     OUT/
-      meta.json          count, where the rows come from, the base that encoded them
-      NAME.npy           one column, (rows, …)
-      captions.jsonl     one JSON string per row
+      meta.json            count, where the rows come from, the base that encoded them
+      parts.npy            how many rows each part has
+      removed.npy          rows (counted over the parts) that repeat an earlier one and do not count
+      quarantine.jsonl     what could not be used, and why
+      parts/00000/
+        NAME.npy           one column, (rows, …), a plain numpy file
+        pairs.jsonl        name, caption and content of each row
 
-Rows are read by number in any order, so the sampler alone decides what a batch is; nothing is held in
-memory but what was asked for.
+The sampler alone decides what a batch is. Rows are read where they lie and nothing else is: memory does
+not grow with the data, neither this process's nor, as it would with memory-mapped files, what the system
+counts as this process's. A folder may lie on an object store, under a URL that fsspec knows.
 """
 
 from __future__ import annotations
 
-import errno
 import json
-import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import os
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -24,139 +31,258 @@ import torch
 from torch import Tensor
 
 from imprompt.core.errors import ImpromptError
+from imprompt.data.store import ColumnsWriter, read_header, write_json
+
+__all__ = ["Columns", "ColumnsWriter", "write_json"]
+
+_MAX_OPEN_FILES = 256
+
+
+@dataclass(frozen=True)
+class _Column:
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    header_bytes: int
+
+    @property
+    def row_bytes(self) -> int:
+        return int(self.dtype.itemsize * np.prod(self.shape, dtype=np.int64))
 
 
 @dataclass(frozen=True)
 class Columns:
     """Read access to prepared data. Make one with `Columns.open(folder)`."""
 
-    path: Path
+    path: Path | str
     meta: Mapping[str, Any]
-    arrays: Mapping[str, np.ndarray]
+    _columns: Mapping[str, _Column]
+    _folders: tuple[str, ...]
+    _ends: np.ndarray
+    """(parts,): how many rows there are up to the end of each part."""
+    _removed: np.ndarray
+    _files: _LocalFiles | _RemoteFiles = field(repr=False)
 
     @classmethod
     def open(cls, path: str | Path) -> Columns:
-        """Open a folder that `imprompt prepare` has finished.
+        """Open a folder, or a URL such as s3://bucket/data, that `imprompt prepare` has finished.
 
         Raises:
             ImpromptError: there is no such folder, it is unfinished, or a column is damaged.
         """
-        path = Path(path)
-        description = path / "meta.json"
-        if not description.is_file():
+        remote = "://" in str(path)
+        path = str(path).rstrip("/") if remote else Path(path)
+        files = _RemoteFiles(str(path)) if remote else _LocalFiles(Path(path))
+        try:
+            meta = json.loads(files.read("meta.json"))
+        except (FileNotFoundError, NotADirectoryError) as error:
             hint = (
                 "it is unfinished: run the same `imprompt prepare` again"
-                if path.is_dir()
+                if not remote and Path(path).is_dir()
                 else "no such folder"
             )
             raise ImpromptError(
                 f"{path} is no prepared data ({hint}); `imprompt prepare SOURCE {path}` makes it."
-            )
-        try:
-            meta = json.loads(description.read_text(encoding="utf-8"))
-            arrays = {
-                name: np.load(path / f"{name}.npy", mmap_mode="r") for name in meta["columns"]
-            }
-        except (OSError, ValueError, KeyError) as error:
-            raise ImpromptError(
-                f"The prepared data in {path} is damaged: {error}. Prepare it again."
             ) from error
-        count = int(meta["count"])
-        if short := [name for name, array in arrays.items() if len(array) < count]:
-            raise ImpromptError(
-                f"In {path}, the column {short[0]} has not {count} rows. Prepare it again."
-            )
-        # A column has room for every pair of the source; those that could not be used leave a tail.
-        return cls(path, meta, {name: array[:count] for name, array in arrays.items()})
+        except (OSError, ValueError) as error:
+            raise _damaged(path, error) from error
+        try:
+            names, count = tuple(meta.pop("columns")), int(meta["count"])
+            if "num_parts" in meta:
+                counts = np.load(BytesIO(files.read("parts.npy")))
+                removed = np.load(BytesIO(files.read("removed.npy")))
+                folders = tuple(f"parts/{number:05d}/" for number in range(len(counts)))
+            else:
+                counts, removed, folders = np.array([count]), np.empty(0, np.int64), ("",)
+            if counts.sum() - len(removed) != count:
+                raise ValueError(f"it has not {count} rows")
+            first = folders[int(np.argmax(counts > 0))]
+            columns = {}
+            for name in names:
+                dtype, shape, header_bytes = read_header(BytesIO(files.head(f"{first}{name}.npy")))
+                columns[name] = _Column(dtype, shape[1:], header_bytes)
+                files.check(name, columns[name], folders, counts)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise _damaged(path, error) from error
+        return cls(path, meta, columns, folders, np.cumsum(counts), removed, files)
+
+    def __reduce__(self):
+        return Columns.open, (self.path,)
 
     def __len__(self) -> int:
         return int(self.meta["count"])
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(self.arrays)
+        return tuple(self._columns)
 
     def require(self, names: Sequence[str]) -> None:
         """Raise an ImpromptError unless all these columns are there."""
-        missing = [name for name in names if name not in self.arrays]
+        missing = [name for name in names if name not in self._columns]
         if missing:
             raise ImpromptError(
                 f"{self.path} lacks the column{'s' if len(missing) > 1 else ''} {', '.join(missing)}; "
-                f"it has {', '.join(self.names)}. Prepare the data for this system."
+                f"it has {', '.join(self.names)}. Prepare the data for this system: `imprompt prepare` "
+                f"with --columns {' '.join(missing)} adds to what is there."
             )
 
-    def rows(self, indices: Sequence[int] | np.ndarray, names: Sequence[str]) -> dict[str, Tensor]:
+    def rows(
+        self, indices: Sequence[int] | range | np.ndarray, names: Sequence[str]
+    ) -> dict[str, Tensor]:
         """The given rows of the given columns, in the given order."""
         indices = np.asarray(indices, dtype=np.int64)
-        # Sorted reads touch the disk in one direction; the inverse restores the order asked for.
-        order = np.argsort(indices, kind="stable")
-        inverse = np.empty_like(order)
-        inverse[order] = np.arange(len(order))
-        return {
-            name: torch.from_numpy(self.arrays[name][indices[order]][inverse]) for name in names
-        }
+        if indices.size and not (-len(self) <= indices.min() and indices.max() < len(self)):
+            raise IndexError(f"{self.path} has rows 0 to {len(self) - 1}")
+        stored = self._stored(np.where(indices < 0, indices + len(self), indices))
+        # Sorted reads touch the disk in one direction; each lands where it was asked for.
+        order = np.argsort(stored, kind="stable")
+        runs = list(self._runs(stored[order], order))
+        values = {}
+        for name in names:
+            column = self._columns[name]
+            out = np.empty((len(indices), *column.shape), column.dtype)
+            view = out.reshape(-1).view(np.uint8).data
+            size = column.row_bytes
+            try:
+                self._files.fill(
+                    [
+                        (
+                            f"{self._folders[part]}{name}.npy",
+                            column.header_bytes + row * size,
+                            view[place * size : (place + count) * size],
+                        )
+                        for part, row, place, count in runs
+                    ]
+                )
+            except OSError as error:
+                raise _damaged(self.path, error) from error
+            values[name] = torch.from_numpy(out)
+        return values
+
+    def _stored(self, indices: np.ndarray) -> np.ndarray:
+        """Row numbers counted over the parts, where removed rows still have theirs."""
+        if len(self._removed) == 0:
+            return indices
+        before = self._removed - np.arange(len(self._removed))
+        return indices + np.searchsorted(before, indices, side="right")
+
+    def _runs(self, stored: np.ndarray, order: np.ndarray) -> Iterator[tuple[int, int, int, int]]:
+        """(part, row in it, place in the answer, count) of rows that lie and land side by side."""
+        if len(stored) == 0:
+            return
+        parts = np.searchsorted(self._ends, stored, side="right")
+        begins = np.concatenate(([0], self._ends))[parts]
+        joined = (np.diff(stored) == 1) & (np.diff(order) == 1) & (np.diff(parts) == 0)
+        starts = np.concatenate(([0], np.flatnonzero(~joined) + 1))
+        counts = np.diff(np.append(starts, len(stored)))
+        yield from zip(
+            parts[starts].tolist(),
+            (stored - begins)[starts].tolist(),
+            order[starts].tolist(),
+            counts.tolist(),
+            strict=True,
+        )
 
     def captions(self) -> list[str]:
         """All captions, in row order."""
-        lines = (self.path / "captions.jsonl").read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines]
+        return [row["caption"] for row in self.pairs()]
+
+    def pairs(self) -> Iterator[dict[str, Any]]:
+        """What is known of each row's pair: `pair`, its name in the source; `caption`; `content`."""
+        removed, number = set(self._removed.tolist()), 0
+        begin = 0
+        for folder, end in zip(self._folders, self._ends.tolist(), strict=True):
+            if end > begin:
+                for line in self._files.read(f"{folder}pairs.jsonl").decode().split("\n")[:-1]:
+                    if number not in removed:
+                        yield json.loads(line)
+                    number += 1
+            begin = end
 
 
-class ColumnsWriter:
-    """Writes columns batch by batch into files with room for `capacity` rows.
+def _damaged(path: Path | str, error: Exception) -> ImpromptError:
+    return ImpromptError(f"The prepared data in {path} is damaged: {error}. Prepare it again.")
 
-    The shape of a column is learned from its first batch. What is there already is kept, so a killed
-    writer goes on where it was; `meta.json` is written last, and a folder without it is unfinished.
-    """
 
-    def __init__(self, path: Path, capacity: int) -> None:
-        self.path = path
-        self.capacity = capacity
-        self._arrays: dict[str, np.memmap] = {}
+Wanted = list[tuple[str, int, memoryview]]
+"""Stretches to read: file, place of the first byte, and where to put them."""
 
-    def write(self, start: int, columns: Mapping[str, Tensor]) -> None:
-        """Store rows start, start + 1, … of each column.
 
-        Raises:
-            ImpromptError: the disk has no room for a column, or cannot be written to.
-        """
-        for name, values in columns.items():
-            if name not in self._arrays:
-                self._arrays[name] = self._open(name, values)
-            self._arrays[name][start : start + len(values)] = values.numpy()
+class _LocalFiles:
+    """Files of a folder, read by position; the most recent stay open."""
 
-    def _open(self, name: str, values: Tensor) -> np.memmap:
-        file = self.path / f"{name}.npy"
-        shape, dtype = (self.capacity, *values.shape[1:]), values.numpy().dtype
-        needed, free = int(np.prod(shape)) * dtype.itemsize, shutil.disk_usage(self.path).free
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._open: OrderedDict[str, int] = OrderedDict()
+        self._lock = Lock()
+
+    def read(self, name: str) -> bytes:
+        return (self.folder / name).read_bytes()
+
+    def head(self, name: str) -> bytes:
+        with open(self.folder / name, "rb") as file:
+            return file.read(1024)
+
+    def check(self, name: str, column: _Column, folders: Sequence[str], counts: np.ndarray) -> None:
+        for folder, count in zip(folders, counts.tolist(), strict=True):
+            wanted = column.header_bytes + count * column.row_bytes
+            if count and os.stat(self.folder / f"{folder}{name}.npy").st_size < wanted:
+                raise ValueError(f"{folder}{name}.npy has not {count} rows")
+
+    def fill(self, wanted: Wanted) -> None:
+        with self._lock:  # so that no file is closed while another thread reads it
+            for name, offset, view in wanted:
+                descriptor = self._descriptor(name)
+                while len(view):
+                    done = os.preadv(descriptor, [view], offset)
+                    if done == 0:
+                        raise OSError(f"{name} is cut off")
+                    view, offset = view[done:], offset + done
+
+    def _descriptor(self, name: str) -> int:
+        if name in self._open:
+            self._open.move_to_end(name)
+            return self._open[name]
+        if len(self._open) >= _MAX_OPEN_FILES:
+            os.close(self._open.popitem(last=False)[1])
+        descriptor = os.open(self.folder / name, os.O_RDONLY)
+        if hasattr(os, "posix_fadvise"):  # else the system reads ahead what nobody asked for
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+        self._open[name] = descriptor
+        return descriptor
+
+    def __del__(self) -> None:
+        for descriptor in self._open.values():
+            os.close(descriptor)
+
+
+class _RemoteFiles:
+    """Files under a URL, read by fsspec, many ranges at a time."""
+
+    def __init__(self, url: str) -> None:
         try:
-            if file.exists():
-                existing = np.lib.format.open_memmap(file, mode="r+")
-                if existing.shape == shape and existing.dtype == dtype:
-                    return existing
-            if needed > free:
-                raise OSError(errno.ENOSPC, f"only {free / 1e6:.0f} MB are free")
-            return np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=shape)
-        except OSError as error:
-            raise ImpromptError(
-                f"Cannot write {file}, which needs {needed / 1e6:.0f} MB: {error.strerror}."
-            ) from error
+            from fsspec.core import url_to_fs
 
-    def flush(self) -> None:
-        """Hand everything written so far to the disk."""
-        for array in self._arrays.values():
-            array.flush()
+            self._system, self._root = url_to_fs(url)
+        except (ImportError, ValueError) as error:
+            raise ImpromptError(f"{url} cannot be opened: {error}.") from error
 
-    def finish(self, count: int, meta: Mapping[str, Any]) -> None:
-        """Write the description that makes the folder whole, of its first `count` rows."""
-        self.flush()
-        write_json(
-            self.path / "meta.json", {**meta, "count": count, "columns": sorted(self._arrays)}
+    def read(self, name: str) -> bytes:
+        return self._system.cat_file(f"{self._root}/{name}")
+
+    def head(self, name: str) -> bytes:
+        return self._system.cat_file(f"{self._root}/{name}", start=0, end=1024)
+
+    def check(self, name: str, column: _Column, folders: Sequence[str], counts: np.ndarray) -> None:
+        """Asking a store for the size of each of thousands of files would take too long."""
+
+    def fill(self, wanted: Wanted) -> None:
+        parts = self._system.cat_ranges(
+            [f"{self._root}/{name}" for name, _, _ in wanted],
+            [offset for _, offset, _ in wanted],
+            [offset + len(view) for _, offset, view in wanted],
+            on_error="raise",
         )
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a small file so that it is there whole or not at all."""
-    beside = path.with_name(f"{path.name}.writing")
-    beside.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
-    beside.replace(path)
+        for (name, _, view), content in zip(wanted, parts, strict=True):
+            if len(content) != len(view):
+                raise OSError(f"{name} is cut off")
+            view[:] = content

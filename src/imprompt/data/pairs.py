@@ -1,150 +1,208 @@
-"""Where pairs of an image and its caption come from.
+"""A pair of an image and its caption, before it is opened; and reading it, or saying why not.
 
-    photos/                 images with a .txt of the same name beside each
-    pairs.json              [{"image_file": "a.jpg", "text": "a dog"}, …], as of the original scripts
+    photos/                 images with a .txt (or .json) of the same name beside each, tars among them
+    shard.tar               an archive of img2dataset or webdataset; a folder of them is one source
+    pairs.json              [{"image_file": "a.jpg", "text": "a dog"}, …]; also .jsonl, .csv, .tsv, .parquet
+    dataset/                a Hugging Face dataset as `save_to_disk` leaves it
     diorama:3000[:SEED]     scenes of the embedded world
 
-A source lists its pairs without opening an image; `load` gives one pair or says why it cannot.
+A source lists its pairs without opening an image. Nothing is ever unpacked or written there.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import os
+import stat
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
+from typing import Any, NoReturn
 
 from imprompt.core.errors import ImpromptError
 from imprompt.core.images import image_to_pixels, open_image, resize_and_center_crop
-from imprompt.core.randomness import generator
-from imprompt.diorama import Scene, everyday_caption, render, sample_scene
+from imprompt.data.filters import Filters, Unusable
+from imprompt.diorama import Scene, render
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-MIN_SIDE_PX = 16
+MAX_IMAGE_BYTES = 512_000_000
+MAX_CAPTION_BYTES = 1_000_000
+CAPTION_KEYS = ("text", "caption", "captions", "prompt", "alt_text")
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One pair before it is opened: a name to show, and how to read its caption and its image."""
+    """One pair before it is opened: a name to show, and how to read its caption and its image.
+
+    `image` is a file, a scene still to be drawn, or a function that gives the bytes of an image file.
+    """
 
     name: str
     read_caption: Callable[[], str]
-    image: Path | Scene
+    image: Path | Scene | Callable[[], bytes]
+    read_scores: Callable[[], Mapping[str, Any]] = field(default=dict)
 
 
-def open_pairs(source: str, image_root: Path | None = None) -> list[Pair]:
-    """List the pairs of a source, in an order that is always the same.
+@dataclass(frozen=True)
+class Part:
+    """A stretch of a source that one process works on, and that can be read on its own.
 
-    `image_root` is what the file names of a JSON list are relative to; by default the list's folder.
+    `num_pairs` may be an estimate; `identity` changes when what is listed changes.
+    """
+
+    name: str
+    num_pairs: int
+    identity: str
+    pairs: Callable[[], Sequence[Pair]]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A pair that can be used. `content` tells the image (and if wanted the caption) from others."""
+
+    picture: object
+    caption: str
+    content: int
+
+
+@dataclass(frozen=True)
+class _Refusal:
+    kind: str
+    reason: str
+
+    def __call__(self) -> NoReturn:
+        raise Unusable(self.kind, self.reason)
+
+
+def faulty(name: str, kind: str, reason: str) -> Pair:
+    """A pair of which listing alone tells that it cannot be used."""
+    refusal = _Refusal(kind, reason)
+    return Pair(shown(name), refusal, refusal)
+
+
+def shown(name: str) -> str:
+    """A file's name as text that can be printed and stored, whatever bytes it is made of."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+def identity_of(*names: object) -> str:
+    """16 hexadecimal digits that change when a listing changes."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name in names:
+        digest.update(str(name).encode("utf-8", "backslashreplace") + b"\n")
+    return digest.hexdigest()
+
+
+def read_file(path: Path, max_bytes: int, kind: str) -> bytes:
+    """The bytes of a regular file.
 
     Raises:
-        ImpromptError: no such source, or nothing in it.
+        Unusable: it is missing, a broken or circular link, no regular file, or too large.
     """
-    if source.startswith("diorama:"):
-        return _diorama(source)
-    path = Path(source)
-    if path.is_dir():
-        return _folder(path)
-    if path.is_file() and path.suffix.lower() == ".json":
-        return _json_list(path, image_root or path.parent)
-    raise ImpromptError(
-        f"{source!r} is no source of pairs: give a folder of images with .txt captions, a .json list, "
-        "or diorama:COUNT."
-    )
-
-
-def _diorama(source: str) -> list[Pair]:
     try:
-        numbers = [int(part) for part in source.split(":")[1:]]
-        count, first = numbers if len(numbers) == 2 else (numbers[0], 0)
-        if count < 1 or first < 0 or len(numbers) > 2:
-            raise ValueError
-    except (ValueError, IndexError) as error:
-        raise ImpromptError(
-            f"{source!r}: write diorama:COUNT or diorama:COUNT:FIRST_SEED."
+        # Without the flag, opening a named pipe would wait forever for someone to write to it.
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+        with os.fdopen(descriptor, "rb") as file:
+            found = os.fstat(file.fileno())
+            if not stat.S_ISREG(found.st_mode):
+                raise Unusable(kind, f"{shown(path.name)} is no regular file")
+            check_size(path.name, found.st_size, max_bytes, kind)
+            return file.read()
+    except FileNotFoundError as error:
+        why = "is a link to nothing" if path.is_symlink() else "is missing"
+        raise Unusable(kind, f"{shown(path.name)} {why}") from error
+    except OSError as error:
+        raise Unusable(
+            kind, f"{shown(path.name)} cannot be read: {os.strerror(error.errno or 0)}"
         ) from error
-    return [diorama_pair(seed) for seed in range(first, first + count)]
 
 
-def diorama_pair(seed: int) -> Pair:
-    """The scene of a seed, with a caption that tells all of it or a part."""
-    scene = sample_scene(seed)
-    text = everyday_caption(scene, generator(seed, 0, "caption"))
-    return Pair(f"diorama {seed}", lambda: text, scene)
-
-
-def _folder(folder: Path) -> list[Pair]:
-    files = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
-    )
-    if not files:
-        raise ImpromptError(
-            f"{folder} holds no images; known are {', '.join(IMAGE_SUFFIXES)}, each with a .txt."
+def check_size(name: str, num_bytes: int, max_bytes: int, kind: str) -> None:
+    if num_bytes > max_bytes:
+        raise Unusable(
+            kind, f"{shown(name)} has {num_bytes:,} bytes; at most {max_bytes:,} are read"
         )
-    return [Pair(str(file.relative_to(folder)), _caption_beside(file), file) for file in files]
 
 
-def _caption_beside(file: Path) -> Callable[[], str]:
-    def read() -> str:
-        text = file.with_suffix(".txt")
-        if not text.is_file():
-            raise ImpromptError(f"no caption: {text.name} is missing")
-        try:
-            return text.read_text(encoding="utf-8").strip()
-        except UnicodeDecodeError as error:
-            raise ImpromptError(f"the caption {text.name} is not UTF-8") from error
-
-    return read
-
-
-def _json_list(path: Path, root: Path) -> list[Pair]:
+def decode_caption(content: bytes, name: str, key: str | None = None) -> str:
+    """Text of the bytes of a .txt, or the caption in a .json, which may be under another key."""
     try:
-        records = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ImpromptError(f"{path} is no JSON list: {error}") from error
-    if not isinstance(records, list) or not records:
-        raise ImpromptError(
-            f'{path} must be a list like [{{"image_file": "a.jpg", "text": "a dog"}}].'
-        )
-    root = root.resolve()
-    return [_json_pair(path, number, record, root) for number, record in enumerate(records)]
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise Unusable("caption encoding", f"the caption {shown(name)} is not UTF-8") from error
+    return caption_of(decode_record(text, name), key) if name.endswith(".json") else text
 
 
-def _json_pair(path: Path, number: int, record: object, root: Path) -> Pair:
-    if not isinstance(record, dict) or not isinstance(record.get("image_file"), str):
-        raise ImpromptError(f'Entry {number} of {path} has no "image_file": {str(record)[:80]}')
-    file = (root / record["image_file"]).resolve()
-    text = record.get("text")
-
-    def read() -> str:
-        if not file.is_relative_to(root):
-            raise ImpromptError(f"the image lies outside {root}")
-        if not isinstance(text, str):
-            raise ImpromptError('no caption: "text" is missing')
-        return text.strip()
-
-    return Pair(record["image_file"], read, file)
+def decode_record(text: str | bytes, name: str) -> Mapping[str, Any]:
+    """The JSON object beside an image, as img2dataset writes it."""
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise Unusable("caption missing", f"{shown(name)} is no JSON") from error
+    if not isinstance(record, dict):
+        raise Unusable("caption missing", f"{shown(name)} holds no JSON object")
+    return record
 
 
-def load(pair: Pair, size_px: int) -> tuple[object, str]:
+def caption_of(record: Mapping[str, Any], key: str | None = None) -> str:
+    """The caption in a record; of a list of captions the first.
+
+    Raises:
+        Unusable: the record has none.
+    """
+    value = record.get(key) if key else first_of(record, CAPTION_KEYS)
+    if isinstance(value, list) and value:
+        value = value[0]
+    if not isinstance(value, str):
+        raise Unusable("caption missing", f'no caption: "{key or CAPTION_KEYS[0]}" is missing')
+    return value
+
+
+def first_of(record: Mapping[str, Any], keys: Sequence[str]) -> Any:
+    """The value under the first of these keys that is there, in capitals or not."""
+    lowered = {str(key).lower(): value for key, value in record.items()}
+    return next((lowered[key] for key in keys if lowered.get(key) is not None), None)
+
+
+def load(pair: Pair, size_px: int, filters: Filters | None = None) -> Loaded:
     """A pair's picture at size_px (a PIL image, or the scene still to be drawn) and its caption.
 
     Raises:
-        ImpromptError: the reason why the pair cannot be used.
+        Unusable: the reason why the pair cannot be used.
     """
-    text = pair.read_caption()
-    if not text:
-        raise ImpromptError("the caption is empty")
-    if isinstance(pair.image, Scene):
-        return pair.image, text
-    image = open_image(pair.image)
-    if min(image.size) < MIN_SIDE_PX:
-        raise ImpromptError(
-            f"the image is {image.width} × {image.height} px; at least {MIN_SIDE_PX} px are needed"
-        )
-    return resize_and_center_crop(image, size_px), text
+    filters = Filters() if filters is None else filters
+    try:
+        caption = filters.check_caption(pair.read_caption())
+        if filters.scores:
+            filters.check_scores(pair.read_scores())
+        if isinstance(pair.image, Scene):
+            return Loaded(pair.image, caption, _content(pair.name.encode(), caption, filters))
+        if isinstance(pair.image, Path):
+            content = read_file(pair.image, MAX_IMAGE_BYTES, "image missing")
+        else:
+            content = pair.image()
+        image = open_image(BytesIO(content), name=shown(pair.name))
+        filters.check_size(*image.size)
+        picture = resize_and_center_crop(image, size_px)
+        return Loaded(picture, caption, _content(content, caption, filters))
+    except Unusable:
+        raise
+    except ImpromptError as error:
+        raise Unusable("image damaged", str(error)) from error
+    # A decoder may fail in any way on bytes that were made to break it; one pair stops nothing.
+    except Exception as error:
+        raise Unusable(
+            "image damaged", f"reading failed: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _content(image: bytes, caption: str, filters: Filters) -> int:
+    digest = hashlib.blake2b(image, digest_size=8)
+    if filters.duplicates == "pair":
+        digest.update(b"\0" + caption.encode())
+    return int.from_bytes(digest.digest(), "little", signed=True)
 
 
 def to_pixels(pictures: Sequence[object], size_px: int):

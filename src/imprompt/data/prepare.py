@@ -1,14 +1,18 @@
 """Pairs to cached columns: the frozen encoders run once, whatever is trained on them afterwards.
 
 What cannot be used is listed with its reason in OUT/quarantine.jsonl and stops nothing. Killed at any
-moment and started again, it goes on, and the result is the same.
+moment and started again, it goes on, and the result is the same; so it is with several processes.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
+import time
+from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +21,16 @@ import torch
 from imprompt.bases import Base
 from imprompt.core.errors import ImpromptError
 from imprompt.core.progress import progress
-from imprompt.data.columns import COLUMNS, Batch, default_columns
-from imprompt.data.dataset import ColumnsWriter, write_json
-from imprompt.data.pairs import Pair, load, open_pairs, to_pixels
+from imprompt.data.columns import COLUMNS, default_columns
+from imprompt.data.encoding import Progress, Report, Work, encode_part, missing_columns
+from imprompt.data.filters import Filters
+from imprompt.data.finish import finish
+from imprompt.data.pairs import Part
+from imprompt.data.records import Reading
+from imprompt.data.sources import open_source
+from imprompt.data.store import lock, told, write_json
 
-FLUSH_EVERY_BATCHES = 8
+SECONDS_BETWEEN_LOOKS = 0.2
 
 
 def prepare(
@@ -33,10 +42,19 @@ def prepare(
     variant: str = "base",
     size_px: int | None = None,
     batch_size: int = 64,
+    filters: Filters | None = None,
+    reading: Reading | None = None,
+    workers: int = 1,
+    shard: int = 0,
+    num_shards: int = 1,
+    engine: str = "local",
 ) -> Path:
     """Encode all pairs of a source into the folder `output`; the same call resumes.
 
-    `columns` are by default what an image-prompt adapter of `variant` is trained on.
+    `columns` are by default what an image-prompt adapter of `variant` is trained on. Columns that a
+    finished folder lacks are added to it. Several processes may work on one folder: `workers` of this
+    machine or, with the engine `ray`, of a cluster; or `num_shards` calls, each with another `shard`,
+    of which the last to end makes the folder whole.
 
     Raises:
         ImpromptError: nothing to prepare, an output folder that holds something else, a full disk.
@@ -46,142 +64,158 @@ def prepare(
     columns = default_columns(variant) if columns is None else tuple(columns)
     if unknown := [name for name in columns if name not in COLUMNS]:
         raise ImpromptError(f"There is no column {unknown[0]!r}; known are {', '.join(COLUMNS)}.")
+    if not 0 <= shard < num_shards or workers < 1 or batch_size < 1:
+        raise ImpromptError(
+            f"There is no shard {shard} of {num_shards} with {workers} workers and batches of "
+            f"{batch_size}; shards count from 0, and of the others there must be at least one."
+        )
+    if engine not in ("local", "ray"):
+        raise ImpromptError(f"The engine {engine!r} is unknown; choose local or ray.")
+    filters = Filters() if filters is None else filters
+    reading = Reading() if reading is None else reading
+    parts = open_source(source, reading)
     meta = {
         "source": source,
         "base": base.name,
         "base_fingerprint": base.fingerprint(),
         "size_px": size_px,
-        "prepared_columns": list(columns),
+        "filters": filters.described(),
+        "reading": reading.described(),
     }
-    pairs = open_pairs(source)
-    if _claim(output, meta):
+    begun = _claim(output, meta, columns)
+    if _is_whole(output, columns, len(parts)):
         return output
-    state = _State(output)
-    writer = ColumnsWriter(output, len(pairs))
-    with progress(len(pairs), "preparing", unit="pair") as bar, torch.inference_mode():
-        bar.update(state.next_pair)
-        for number, start in enumerate(range(state.next_pair, len(pairs), batch_size)):
-            part = pairs[start : start + batch_size]
-            batch = _load_batch(part, size_px, state)
-            if batch is not None:
-                encoded = {name: COLUMNS[name](base, batch) for name in columns}
-                writer.write(state.num_rows, encoded)
-                state.num_rows += len(batch.captions)
-                state.new_captions += batch.captions
-            state.next_pair = start + len(part)
-            bar.update(len(part))
-            if number % FLUSH_EVERY_BATCHES == FLUSH_EVERY_BATCHES - 1:
-                writer.flush()
-                state.save()
-    writer.flush()
-    state.save()
-    if state.num_rejected:
-        print(
-            f"imprompt: {state.num_rejected} of {len(pairs)} pairs could not be used; "
-            f"{output / 'quarantine.jsonl'} says why",
-            file=sys.stderr,
-        )
-    if state.num_rows == 0:
+    work = Work(
+        columns=begun,
+        added_columns=tuple(name for name in columns if name not in begun),
+        size_px=size_px,
+        batch_size=batch_size,
+        filters=filters,
+    )
+    mine = range(shard, len(parts), num_shards)
+    with progress(sum(parts[i].num_pairs for i in mine), "preparing", unit="pair") as bar:
+
+        def report(num_done: int, num_more: int) -> None:
+            if num_more:
+                bar.expect(num_more)
+            bar.update(num_done)
+
+        if engine == "ray" or workers > 1:
+            from imprompt.data.workers import work_on_ray, work_side_by_side
+
+            start = work_on_ray if engine == "ray" else work_side_by_side
+            start(workers, (source, reading, output, base, work, mine), report)
+        else:
+            work_through(parts, output, base, work, mine, report)
+    with lock(output, wait=True):
+        done = finish(output, parts, meta)
+    if done is None:
+        print(f"imprompt: shard {shard} is done; others are still at work", file=sys.stderr)
+        return output
+    _tell_faults(output, done.faults, done.num_pairs)
+    if done.num_rows == 0:
         raise ImpromptError(
-            f"None of the {len(pairs)} pairs of {source} can be used; the first: {state.first_reason()}"
+            f"None of the {done.num_pairs} pairs of {source} can be used; the first: "
+            f"{_first_fault(output)}"
         )
-    writer.finish(state.num_rows, meta)
     return output
 
 
-def _claim(output: Path, meta: dict[str, Any]) -> bool:
-    """Whether the folder holds these data already; else it is made ready for them.
+def work_through(
+    parts: Sequence[Part],
+    output: Path,
+    base: Base,
+    work: Work,
+    mine: Sequence[int],
+    report: Report,
+) -> None:
+    """Do every part that no other process is at, until none of `mine` is left.
+
+    Raises:
+        ImpromptError: the disk is full, or the source has changed.
+    """
+    waiting = list(mine)
+    with ThreadPoolExecutor(max(1, min(8, torch.get_num_threads()))) as pool:
+        while waiting:
+            before = len(waiting)
+            for number in list(waiting):
+                folder = part_folder(output, number)
+                with told(folder):
+                    folder.mkdir(parents=True, exist_ok=True)
+                with lock(folder, wait=False) as held:
+                    if not held:
+                        continue
+                    if missing_columns(Progress.read(folder, parts[number]), work):
+                        encode_part(parts[number], folder, base, work, pool, report)
+                    else:
+                        report(parts[number].num_pairs, 0)
+                waiting.remove(number)
+            if waiting and len(waiting) == before:
+                time.sleep(SECONDS_BETWEEN_LOOKS)
+
+
+def part_folder(output: Path, number: int) -> Path:
+    return output / "parts" / f"{number:05d}"
+
+
+def _claim(output: Path, meta: dict[str, Any], columns: tuple[str, ...]) -> tuple[str, ...]:
+    """Make the folder ready for these data, or see that it is; the columns it was begun with.
 
     Raises:
         ImpromptError: it holds something else.
     """
-    begun = output / "begun.json"
-    if begun.exists():
-        found = json.loads(begun.read_text(encoding="utf-8"))
-        differing = [
-            f"{name} {found.get(name)!r}, now {meta[name]!r}"
-            for name in meta
-            if found.get(name) != meta[name]
-        ]
-        if differing:
-            raise ImpromptError(
-                f"{output} holds other prepared data ({'; '.join(differing)}). Choose another folder."
-            )
-        return (output / "meta.json").exists()
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ImpromptError(
-            f"{output} is not empty and holds no prepared data. Choose another folder."
-        )
-    try:
+    with told(output):
+        if output.exists() and not (output / "begun.json").exists():
+            others = [
+                name for name in os.listdir(output) if name not in ("lock", "begun.json.writing")
+            ]
+            if others:
+                raise ImpromptError(
+                    f"{output} is not empty and holds no prepared data. Choose another folder."
+                )
         output.mkdir(parents=True, exist_ok=True)
-        write_json(begun, meta)
-    except OSError as error:
-        raise ImpromptError(f"Cannot write to {output}: {error.strerror}.") from error
-    return False
+    with lock(output, wait=True):
+        begun = output / "begun.json"
+        if not begun.exists():
+            write_json(begun, {**meta, "columns": list(columns)})
+            return columns
+        found = json.loads(begun.read_text(encoding="utf-8"))
+    differing = [
+        f"{name} {found.get(name)!r}, now {meta[name]!r}"
+        for name in meta
+        if found.get(name) != meta[name]
+    ]
+    if differing:
+        raise ImpromptError(
+            f"{output} holds other prepared data ({'; '.join(differing)}). Choose another folder."
+        )
+    return tuple(found["columns"])
 
 
-class _State:
-    """How far the work is: pairs looked at, rows written, and the two growing lists."""
-
-    def __init__(self, output: Path) -> None:
-        self._file = output / "progress.json"
-        self._captions = output / "captions.jsonl"
-        self._quarantine = output / "quarantine.jsonl"
-        self.next_pair = self.num_rows = self.num_rejected = 0
-        if self._file.exists():
-            saved = json.loads(self._file.read_text(encoding="utf-8"))
-            self.next_pair, self.num_rows, self.num_rejected = (
-                saved["next_pair"],
-                saved["num_rows"],
-                saved["num_rejected"],
-            )
-        # Lines past the last save belong to pairs that will be looked at again.
-        _keep_lines(self._captions, self.num_rows)
-        _keep_lines(self._quarantine, self.num_rejected)
-        self.new_captions: list[str] = []
-        self._new_rejects: list[dict[str, str]] = []
-
-    def reject(self, name: str, reason: str) -> None:
-        self.num_rejected += 1
-        self._new_rejects.append({"pair": name, "reason": reason})
-
-    def save(self) -> None:
-        for path, lines in (
-            (self._captions, self.new_captions),
-            (self._quarantine, self._new_rejects),
-        ):
-            if lines or path is self._captions:
-                with open(path, "a", encoding="utf-8") as file:
-                    file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        self.new_captions, self._new_rejects = [], []
-        counts = {
-            "next_pair": self.next_pair,
-            "num_rows": self.num_rows,
-            "num_rejected": self.num_rejected,
-        }
-        write_json(self._file, counts)
-
-    def first_reason(self) -> str:
-        with open(self._quarantine, encoding="utf-8") as file:
-            first = json.loads(file.readline())
-        return f"{first['pair']}: {first['reason']}"
+def _is_whole(output: Path, columns: Sequence[str], num_parts: int) -> bool:
+    description = output / "meta.json"
+    if not description.exists():
+        return False
+    found = json.loads(description.read_text(encoding="utf-8"))
+    if num_parts < found["num_parts"]:
+        raise ImpromptError(
+            f"The source has {num_parts} parts where {output} has {found['num_parts']}: some are gone. "
+            "Bring them back, or prepare it into a new folder."
+        )
+    return found["num_parts"] == num_parts and set(columns) <= set(found["columns"])
 
 
-def _keep_lines(path: Path, count: int) -> None:
-    if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        path.write_text("".join(lines[:count]), encoding="utf-8")
+def _tell_faults(output: Path, faults: Counter[str], num_pairs: int) -> None:
+    if faults:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in faults.most_common())
+        print(
+            f"imprompt: {faults.total()} of {num_pairs} pairs could not be used ({kinds}); "
+            f"{output / 'quarantine.jsonl'} says why",
+            file=sys.stderr,
+        )
 
 
-def _load_batch(pairs: Sequence[Pair], size_px: int, state: _State) -> Batch | None:
-    pictures, captions, used = [], [], []
-    for pair in pairs:
-        try:
-            picture, caption = load(pair, size_px)
-        except ImpromptError as error:
-            state.reject(pair.name, str(error))
-            continue
-        pictures.append(picture)
-        captions.append(caption)
-        used.append(pair)
-    return Batch(used, to_pixels(pictures, size_px), captions) if pictures else None
+def _first_fault(output: Path) -> str:
+    with open(output / "quarantine.jsonl", encoding="utf-8") as file:
+        first = json.loads(file.readline())
+    return f"{first['pair']}: {first['reason']}"

@@ -5,24 +5,16 @@ import json
 import numpy as np
 import pytest
 import torch
+from pair_files import contents
 from PIL import Image
-from tiny_base import write_tiny_base
 
-from imprompt.bases import load_base
 from imprompt.core.errors import ImpromptError
 from imprompt.data import columns as columns_module
-from imprompt.data import dataset
-from imprompt.data import prepare as prepare_module
+from imprompt.data import encoding, store
 from imprompt.data.dataset import Columns
-from imprompt.data.pairs import load, open_pairs
+from imprompt.data.pairs import load
 from imprompt.data.prepare import prepare
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base") / "tiny"
-    write_tiny_base(folder)
-    return load_base(folder)
+from imprompt.data.sources import open_pairs
 
 
 @pytest.fixture
@@ -64,7 +56,8 @@ def test_a_folder_with_faults_gives_the_good_ones_and_names_the_bad(base, photos
 def test_columns_hold_what_the_encoders_say(base, photos, tmp_path):
     data = Columns.open(prepare(str(photos), tmp_path / "data", base))
     assert data.names == ("image_embeds", "latent_logvar", "latent_mean", "text_ids")
-    image, text = load(open_pairs(str(photos))[3], base.image_size_px)
+    loaded = load(open_pairs(str(photos))[3], base.image_size_px)
+    image, text = loaded.picture, loaded.caption
     from imprompt.core.images import image_to_pixels
 
     pixels = image_to_pixels(image)[None]
@@ -90,13 +83,13 @@ def test_the_json_list_of_the_original_scripts(base, photos, tmp_path):
     assert "outside" in rejected and '"text\\" is missing' in rejected
 
 
-@pytest.mark.parametrize("flush_every", [1, 3])
+@pytest.mark.parametrize("seconds", [0.0, 60.0])
 @pytest.mark.parametrize("kill_at", [1, 2, 4])
 def test_killed_and_started_again_the_result_is_the_same(
-    base, photos, tmp_path, monkeypatch, kill_at, flush_every
+    base, photos, tmp_path, monkeypatch, kill_at, seconds
 ):
     (photos / "3.txt").unlink()
-    monkeypatch.setattr(prepare_module, "FLUSH_EVERY_BATCHES", flush_every)
+    monkeypatch.setattr(encoding, "SAVE_EVERY_SECONDS", seconds)
     prepare(str(photos), tmp_path / "straight", base, batch_size=1)
     original, calls = columns_module.text_ids, 0
 
@@ -114,18 +107,14 @@ def test_killed_and_started_again_the_result_is_the_same(
         Columns.open(tmp_path / "killed")
     monkeypatch.setitem(columns_module.COLUMNS, "text_ids", original)
     prepare(str(photos), tmp_path / "killed", base, batch_size=1)
-    files = sorted(path.name for path in (tmp_path / "straight").iterdir())
-    assert files == sorted(path.name for path in (tmp_path / "killed").iterdir())
-    for name in files:
-        one, other = (tmp_path / run / name for run in ("straight", "killed"))
-        assert one.read_bytes() == other.read_bytes(), name
+    assert contents(tmp_path / "straight") == contents(tmp_path / "killed")
 
 
 def test_the_same_again_returns_at_once_and_something_else_is_refused(base, photos, tmp_path):
     prepare("diorama:4", tmp_path / "data", base)
-    begun = (tmp_path / "data/latent_mean.npy").stat().st_mtime_ns
+    begun = (tmp_path / "data/parts/00000/latent_mean.npy").stat().st_mtime_ns
     prepare("diorama:4", tmp_path / "data", base)
-    assert (tmp_path / "data/latent_mean.npy").stat().st_mtime_ns == begun
+    assert (tmp_path / "data/parts/00000/latent_mean.npy").stat().st_mtime_ns == begun
     with pytest.raises(ImpromptError, match="'diorama:4', now 'diorama:5'"):
         prepare("diorama:5", tmp_path / "data", base)
     with pytest.raises(ImpromptError, match="no prepared data"):
@@ -136,7 +125,7 @@ def test_a_full_disk_is_told_before_work_is_done(base, tmp_path, monkeypatch):
     class Usage:
         free = 10
 
-    monkeypatch.setattr(dataset.shutil, "disk_usage", lambda path: Usage)
+    monkeypatch.setattr(store.shutil, "disk_usage", lambda path: Usage)
     with pytest.raises(ImpromptError, match="needs .* MB"):
         prepare("diorama:4", tmp_path / "data", base)
 
