@@ -5,6 +5,7 @@
     pairs.json              [{"image_file": "a.jpg", "text": "a dog"}, …]; also .jsonl, .csv, .tsv, .parquet
     dataset/                a Hugging Face dataset as `save_to_disk` leaves it
     diorama:3000[:SEED]     scenes of the embedded world
+    diorama-people:3000     its portraits, each with another one of the same person
 
 A source lists its pairs without opening an image. Nothing is ever unpacked or written there.
 """
@@ -37,12 +38,14 @@ class Pair:
     """One pair before it is opened: a name to show, and how to read its caption and its image.
 
     `image` is a file, a scene still to be drawn, or a function that gives the bytes of an image file.
+    `reference` is another picture, where what is learned is to go from that one to the image.
     """
 
     name: str
     read_caption: Callable[[], str]
     image: Path | Scene | Callable[[], bytes]
     read_scores: Callable[[], Mapping[str, Any]] = field(default=dict)
+    reference: Path | Scene | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ class Loaded:
     picture: object
     caption: str
     content: int
+    reference: object = None
 
 
 @dataclass(frozen=True)
@@ -177,8 +181,14 @@ def load(pair: Pair, size_px: int, filters: Filters | None = None) -> Loaded:
         caption = filters.check_caption(pair.read_caption())
         if filters.scores:
             filters.check_scores(pair.read_scores())
+        reference: object = pair.reference
+        if isinstance(reference, Path):
+            seen = read_file(reference, MAX_IMAGE_BYTES, "reference missing")
+            reference = open_image(BytesIO(seen), name=shown(reference.name))
+            reference = resize_and_center_crop(reference, size_px)
         if isinstance(pair.image, Scene):
-            return Loaded(pair.image, caption, _content(pair.name.encode(), caption, filters))
+            content = _content(pair.name.encode(), caption, filters)
+            return Loaded(pair.image, caption, content, reference)
         if isinstance(pair.image, Path):
             content = read_file(pair.image, MAX_IMAGE_BYTES, "image missing")
         else:
@@ -186,7 +196,7 @@ def load(pair: Pair, size_px: int, filters: Filters | None = None) -> Loaded:
         image = open_image(BytesIO(content), name=shown(pair.name))
         filters.check_size(*image.size)
         picture = resize_and_center_crop(image, size_px)
-        return Loaded(picture, caption, _content(content, caption, filters))
+        return Loaded(picture, caption, _content(content, caption, filters), reference)
     except Unusable:
         raise
     except ImpromptError as error:

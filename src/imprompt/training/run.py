@@ -25,12 +25,14 @@ SYSTEMS: dict[str, tuple[str, str]] = {
     "autoencoder": ("imprompt.systems.autoencoder", "AutoencoderOptions"),
     "contrastive": ("imprompt.systems.contrastive", "ContrastiveOptions"),
     "classifier": ("imprompt.systems.classifier", "ClassifierOptions"),
+    "face-encoder": ("imprompt.systems.face_encoder", "FaceEncoderOptions"),
 }
 PRESETS = Path(__file__).parent.parent / "presets"
 EXPORT_NAMES = {
     "image-prompt": "adapter.safetensors",
     "concatenation": "tokens.safetensors",
     "classifier": "judge.safetensors",
+    "face-encoder": "face-encoder.safetensors",
 }
 
 
