@@ -7,16 +7,30 @@ would be 116 KiB and save 13, so of texts only the token ids are kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from imprompt.bases import Base, ClipImageEncoder
 from imprompt.core.errors import ImpromptError
+from imprompt.core.images import image_to_pixels
 from imprompt.data.pairs import Pair
-from imprompt.diorama import COLOURS, KINDS, NUM_PHRASINGS, SETTINGS, STYLES, Scene, caption
+from imprompt.diorama import (
+    COLOURS,
+    KINDS,
+    MAP_KINDS,
+    NUM_PHRASINGS,
+    SETTINGS,
+    STYLES,
+    Render,
+    Scene,
+    caption,
+    draw_maps,
+)
 
 
 @dataclass(frozen=True)
@@ -26,6 +40,10 @@ class Batch:
     pairs: Sequence[Pair]
     pixels: Tensor
     captions: list[str]
+    render: Render | None = None
+    """All that is known of the pictures, if they are scenes."""
+    maps: Sequence[Mapping[str, Image.Image]] = ()
+    """Of each pair the control maps that came with it, by kind."""
 
 
 def default_columns(variant: str) -> tuple[str, ...]:
@@ -98,6 +116,19 @@ def labels(base: Base, batch: Batch) -> Tensor:
     return torch.tensor(rows)
 
 
+def control(base: Base, batch: Batch, kind: str) -> Tensor:
+    """The pictures' control maps of a kind: uint8 (batch, 3, size, size), RGB."""
+    if all(kind in maps for maps in batch.maps):
+        pixels = torch.stack([image_to_pixels(maps[kind]) for maps in batch.maps])
+        return ((pixels + 1) * 127.5).round().to(torch.uint8)
+    if batch.render is None:
+        raise ImpromptError(
+            f"The column {CONTROL}{kind} needs a map for each image: give --map {kind}=FOLDER, whose "
+            "pictures are named as the images are."
+        )
+    return (draw_maps(batch.render, kind) * 255).round().to(torch.uint8)
+
+
 def _encoder(base: Base) -> ClipImageEncoder:
     if base.image_encoder is None:
         raise ImpromptError(f"{base.name} has no image encoder, which image prompts need.")
@@ -124,3 +155,19 @@ COLUMNS: dict[str, Callable[[Base, Batch], Tensor]] = {
     "pixels": pixels,
     "labels": labels,
 }
+CONTROL = "control_"
+"""Begins the names of the columns of control maps; the kind follows: control_depth, …"""
+
+
+def encoder_of(name: str) -> Callable[[Base, Batch], Tensor]:
+    """The function that makes a column.
+
+    Raises:
+        ImpromptError: there is no such column.
+    """
+    if name in COLUMNS:
+        return COLUMNS[name]
+    if name.startswith(CONTROL) and name != CONTROL:
+        return partial(control, kind=name.removeprefix(CONTROL))
+    known = [*COLUMNS, *(CONTROL + kind for kind in MAP_KINDS)]
+    raise ImpromptError(f"There is no column {name!r}; known are {', '.join(known)}.")

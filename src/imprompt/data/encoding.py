@@ -20,7 +20,7 @@ import torch
 
 from imprompt.bases import Base
 from imprompt.core.errors import ImpromptError
-from imprompt.data.columns import COLUMNS, Batch
+from imprompt.data.columns import Batch, encoder_of
 from imprompt.data.filters import Filters, Unusable
 from imprompt.data.pairs import Loaded, Pair, Part, load, to_pixels
 from imprompt.data.store import GrowingColumn, check_room, told, write_json
@@ -285,12 +285,15 @@ def _try_load(pair: Pair, work: Work) -> Loaded | Unusable:
 def _encode(
     accepted: Sequence[tuple[Pair, Loaded]], columns: Sequence[str], base: Base, size_px: int
 ) -> dict[str, torch.Tensor]:
+    pixels, scenes, drawn = to_pixels([loaded.picture for _, loaded in accepted], size_px)
     batch = Batch(
         [pair for pair, _ in accepted],
-        to_pixels([loaded.picture for _, loaded in accepted], size_px),
+        pixels,
         [loaded.caption for _, loaded in accepted],
+        drawn if len(scenes) == len(accepted) else None,
+        [loaded.maps for _, loaded in accepted],
     )
-    return {name: COLUMNS[name](base, batch) for name in columns}
+    return {name: encoder_of(name)(base, batch) for name in columns}
 
 
 class _Lines:

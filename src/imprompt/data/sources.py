@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from imprompt.core.errors import ImpromptError
 from imprompt.core.randomness import generator
 from imprompt.data.archives import archive_part
 from imprompt.data.filters import Unusable
+from imprompt.data.maps import with_maps
 from imprompt.data.pairs import (
     IMAGE_SUFFIXES,
     MAX_CAPTION_BYTES,
@@ -39,6 +40,11 @@ def open_source(source: str, reading: Reading | None = None) -> list[Part]:
         ImpromptError: no such source, or nothing in it.
     """
     reading = Reading() if reading is None else reading
+    if reading.maps:
+        if source.startswith("diorama:"):
+            raise ImpromptError("Scenes bring their own maps; leave --map out.")
+        parts = open_source(source, replace(reading, maps={}))
+        return with_maps(parts, reading.maps)
     if source.startswith("diorama:"):
         return _diorama(source)
     path = Path(source)
