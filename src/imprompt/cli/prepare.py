@@ -13,6 +13,7 @@ EXAMPLES = """\
   imprompt prepare laion/ data/             what img2dataset left: .tar archives or plain files
   imprompt prepare pairs.json data/         a list of image_file and text; also .jsonl .csv .parquet
   imprompt prepare diorama:3000 data/       scenes of the embedded world
+  imprompt prepare diorama-people:8000 people/ --variant identity    its portraits, in twos
 only the good ones:
   imprompt prepare laion/ data/ --min-side-px 512 --max-aspect 2 --caption-characters 5 300 \\
       --score "aesthetic>=5" "punsafe<0.3"
@@ -41,14 +42,14 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument(
         "source",
         help="folder of images or of .tar archives, .tar, .json, .jsonl, .csv, .tsv or .parquet list, "
-        "dataset on disk, or diorama:COUNT[:FIRST_SEED]",
+        "dataset on disk, diorama:COUNT[:FIRST_SEED], or diorama-people:COUNT",
     )
     parser.add_argument("output", type=Path, help="folder of the prepared data")
     parser.add_argument("--base", default="diorama", help="diorama, a folder, a file or a hub id")
     parser.add_argument(
         "--variant",
         default="base",
-        choices=("base", "plus", "full"),
+        choices=("base", "plus", "full", "faceid", "faceid-plus", "identity"),
         help="which adapter it is for",
     )
     parser.add_argument("--size-px", type=int, help="side of the images (default: the base's)")
@@ -60,6 +61,11 @@ def add_parser(verbs: Any) -> None:
         nargs="+",
         metavar="NAME",
         help="other columns than image prompts need; new ones are added to data that are there",
+    )
+    parser.add_argument(
+        "--face-encoder",
+        default="diorama",
+        help="who reads identity vectors: diorama, insightface, or a file (default: diorama)",
     )
     reading = parser.add_argument_group("how lists are read")
     reading.add_argument(
@@ -159,5 +165,6 @@ def run(arguments: argparse.Namespace) -> None:
         num_shards=arguments.num_shards,
         shard=arguments.shard,
         engine=arguments.engine,
+        face_encoder=arguments.face_encoder,
     )
     print(f"prepared: {arguments.output}")

@@ -5,6 +5,7 @@
     pairs.json              [{"image_file": "a.jpg", "text": "a dog"}, …]; also .jsonl, .csv, .tsv, .parquet
     dataset/                a Hugging Face dataset as `save_to_disk` leaves it
     diorama:3000[:SEED]     scenes of the embedded world
+    diorama-people:3000     its portraits, each with another one of the same person
 
 A source lists its pairs without opening an image. Nothing is ever unpacked or written there.
 """
@@ -41,12 +42,14 @@ class Pair:
     """One pair before it is opened: a name to show, and how to read its caption and its image.
 
     `image` is a file, a scene still to be drawn, or a function that gives the bytes of an image file.
+    `reference` is another picture, where what is learned is to go from that one to the image.
     """
 
     name: str
     read_caption: Callable[[], str]
     image: Path | Scene | Callable[[], bytes]
     read_scores: Callable[[], Mapping[str, Any]] = field(default=dict)
+    reference: Path | Scene | None = None
     maps: Mapping[str, Path] = field(default_factory=dict)
     """Pictures that show the same as the image in another way, by kind; scenes need none."""
 
@@ -71,6 +74,7 @@ class Loaded:
     picture: object
     caption: str
     content: int
+    reference: object = None
     maps: Mapping[str, Image.Image] = field(default_factory=dict)
 
 
@@ -184,8 +188,14 @@ def load(pair: Pair, size_px: int, filters: Filters | None = None) -> Loaded:
         caption = filters.check_caption(pair.read_caption())
         if filters.scores:
             filters.check_scores(pair.read_scores())
+        reference: object = pair.reference
+        if isinstance(reference, Path):
+            seen = read_file(reference, MAX_IMAGE_BYTES, "reference missing")
+            reference = open_image(BytesIO(seen), name=shown(reference.name))
+            reference = resize_and_center_crop(reference, size_px)
         if isinstance(pair.image, Scene):
-            return Loaded(pair.image, caption, _content(pair.name.encode(), caption, filters))
+            content = _content(pair.name.encode(), caption, filters)
+            return Loaded(pair.image, caption, content, reference)
         if isinstance(pair.image, Path):
             content = read_file(pair.image, MAX_IMAGE_BYTES, "image missing")
         else:
@@ -196,7 +206,7 @@ def load(pair: Pair, size_px: int, filters: Filters | None = None) -> Loaded:
         maps = {
             kind: _read_map(file, kind, image.size, size_px) for kind, file in pair.maps.items()
         }
-        return Loaded(picture, caption, _content(content, caption, filters), maps)
+        return Loaded(picture, caption, _content(content, caption, filters), reference, maps)
     except Unusable:
         raise
     except ImpromptError as error:
@@ -230,11 +240,13 @@ def _content(image: bytes, caption: str, filters: Filters) -> int:
     return int.from_bytes(digest.digest(), "little", signed=True)
 
 
-def to_pixels(pictures: Sequence[object], size_px: int) -> tuple[Tensor, list[int], Render | None]:
-    """Pixels (batch, 3, size_px, size_px) in [-1, 1] of what `load` gave; scenes are drawn together.
+def to_pixels(pictures: Sequence[object], size_px: int) -> Tensor:
+    """Pixels (batch, 3, size_px, size_px) in [-1, 1] of what `load` gave; scenes are drawn together."""
+    return draw(pictures, size_px)[0]
 
-    Also which of them are scenes, and all that is known of these.
-    """
+
+def draw(pictures: Sequence[object], size_px: int) -> tuple[Tensor, Render | None]:
+    """As `to_pixels`, and all that is known of the pictures if every one is a scene."""
     import torch
 
     pixels = torch.empty(len(pictures), 3, size_px, size_px)
@@ -246,4 +258,4 @@ def to_pixels(pictures: Sequence[object], size_px: int) -> tuple[Tensor, list[in
     for i, picture in enumerate(pictures):
         if not isinstance(picture, Scene):
             pixels[i] = image_to_pixels(picture)  # type: ignore[arg-type]
-    return pixels, scenes, drawn
+    return pixels, drawn if len(scenes) == len(pictures) else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,13 @@ from imprompt.data.pairs import (
 )
 from imprompt.data.records import Reading, is_list, list_parts
 from imprompt.data.tables import dataset_parts, is_dataset, is_table, table_parts
-from imprompt.diorama import everyday_caption, sample_scene
+from imprompt.diorama import (
+    everyday_caption,
+    portrait_caption,
+    reference_seed,
+    sample_scene,
+    training_portrait,
+)
 
 PAIRS_PER_PART = 4096
 
@@ -40,13 +46,14 @@ def open_source(source: str, reading: Reading | None = None) -> list[Part]:
         ImpromptError: no such source, or nothing in it.
     """
     reading = Reading() if reading is None else reading
+    name = source.partition(":")[0]
+    is_diorama = ":" in source and name in _DIORAMA
     if reading.maps:
-        if source.startswith("diorama:"):
+        if is_diorama:
             raise ImpromptError("Scenes bring their own maps; leave --map out.")
-        parts = open_source(source, replace(reading, maps={}))
-        return with_maps(parts, reading.maps)
-    if source.startswith("diorama:"):
-        return _diorama(source)
+        return with_maps(open_source(source, replace(reading, maps={})), reading.maps)
+    if is_diorama:
+        return _diorama(source, _DIORAMA[name])
     path = Path(source)
     if path.is_dir():
         return dataset_parts(path, reading) if is_dataset(path) else _folder(path, reading)
@@ -63,7 +70,7 @@ def open_source(source: str, reading: Reading | None = None) -> list[Part]:
     raise ImpromptError(
         f"{source!r} is no source of pairs: give a folder of images with .txt captions, a .tar or a "
         "folder of them, a .json, .jsonl, .csv, .tsv or .parquet list, a dataset on disk, or "
-        "diorama:COUNT."
+        "diorama:COUNT or diorama-people:COUNT."
     )
 
 
@@ -77,7 +84,7 @@ def open_pairs(source: str, image_root: Path | None = None) -> list[Pair]:
     return [pair for part in parts for pair in part.pairs()]
 
 
-def _diorama(source: str) -> list[Part]:
+def _diorama(source: str, pair_of: Callable[[int], Pair]) -> list[Part]:
     try:
         numbers = [int(part) for part in source.split(":")[1:]]
         count, first = numbers if len(numbers) == 2 else (numbers[0], 0)
@@ -85,7 +92,8 @@ def _diorama(source: str) -> list[Part]:
             raise ValueError
     except (ValueError, IndexError) as error:
         raise ImpromptError(
-            f"{source!r}: write diorama:COUNT or diorama:COUNT:FIRST_SEED."
+            f"{source!r}: write {source.partition(':')[0]}:COUNT or, with the first scene's seed, "
+            f"{source.partition(':')[0]}:COUNT:FIRST_SEED."
         ) from error
     seeds = range(first, first + count)
     return [
@@ -93,7 +101,7 @@ def _diorama(source: str) -> list[Part]:
             f"scenes {some.start} to {some.stop - 1}",
             len(some),
             identity_of(some),
-            lambda some=some: [diorama_pair(seed) for seed in some],
+            lambda some=some: [pair_of(seed) for seed in some],
         )
         for some in (seeds[i : i + PAIRS_PER_PART] for i in range(0, count, PAIRS_PER_PART))
     ]
@@ -104,6 +112,17 @@ def diorama_pair(seed: int) -> Pair:
     scene = sample_scene(seed)
     text = everyday_caption(scene, generator(seed, 0, "caption"))
     return Pair(f"diorama {seed}", lambda: text, scene)
+
+
+def portrait_pair(seed: int) -> Pair:
+    """A portrait, whose reference is another portrait of the same person; the caption says not who."""
+    scene = training_portrait(seed)
+    text = portrait_caption(scene, generator(seed, 0, "caption"))
+    reference = training_portrait(reference_seed(seed))
+    return Pair(f"diorama person {seed}", lambda: text, scene, reference=reference)
+
+
+_DIORAMA = {"diorama": diorama_pair, "diorama-people": portrait_pair}
 
 
 def _folder(folder: Path, reading: Reading) -> list[Part]:

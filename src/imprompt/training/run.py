@@ -27,6 +27,7 @@ SYSTEMS: dict[str, tuple[str, str]] = {
     "autoencoder": ("imprompt.systems.autoencoder", "AutoencoderOptions"),
     "contrastive": ("imprompt.systems.contrastive", "ContrastiveOptions"),
     "classifier": ("imprompt.systems.classifier", "ClassifierOptions"),
+    "face-encoder": ("imprompt.systems.face_encoder", "FaceEncoderOptions"),
 }
 PRESETS = Path(__file__).parent.parent / "presets"
 EXPORT_NAMES = {
@@ -35,6 +36,7 @@ EXPORT_NAMES = {
     "classifier": "judge.safetensors",
     "controlnet": "control",
     "t2i-adapter": "control",
+    "face-encoder": "face-encoder.safetensors",
 }
 
 
