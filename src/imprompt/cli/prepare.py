@@ -6,19 +6,24 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from imprompt.cli.verb import add_verb
+from imprompt.cli.verb import add_verb, name_and_value
 
 EXAMPLES = """\
   imprompt prepare photos/ data/            images, each with a .txt of the same name beside it
   imprompt prepare laion/ data/             what img2dataset left: .tar archives or plain files
   imprompt prepare pairs.json data/         a list of image_file and text; also .jsonl .csv .parquet
   imprompt prepare diorama:3000 data/       scenes of the embedded world
+  imprompt prepare diorama-people:8000 people/ --variant identity    its portraits, in twos
 only the good ones:
   imprompt prepare laion/ data/ --min-side-px 512 --max-aspect 2 --caption-characters 5 300 \\
       --score "aesthetic>=5" "punsafe<0.3"
 with four processes, or as one of eight machines that share a disk:
   imprompt prepare laion/ data/ --workers 4
   imprompt prepare laion/ /shared/data --num-shards 8 --shard 0
+for a ControlNet or T2I-Adapter:
+  imprompt prepare diorama:8000 data/ --columns latent_mean latent_logvar text_ids control_depth
+  imprompt prepare photos/ data/ --map depth=depths/ \\
+      --columns latent_mean latent_logvar text_ids control_depth
 another adapter's features, added to what is there:
   imprompt prepare laion/ data/ --columns hidden_states
 
@@ -37,14 +42,14 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument(
         "source",
         help="folder of images or of .tar archives, .tar, .json, .jsonl, .csv, .tsv or .parquet list, "
-        "dataset on disk, or diorama:COUNT[:FIRST_SEED]",
+        "dataset on disk, diorama:COUNT[:FIRST_SEED], or diorama-people:COUNT",
     )
     parser.add_argument("output", type=Path, help="folder of the prepared data")
     parser.add_argument("--base", default="diorama", help="diorama, a folder, a file or a hub id")
     parser.add_argument(
         "--variant",
         default="base",
-        choices=("base", "plus", "full"),
+        choices=("base", "plus", "full", "faceid", "faceid-plus", "identity"),
         help="which adapter it is for",
     )
     parser.add_argument("--size-px", type=int, help="side of the images (default: the base's)")
@@ -57,6 +62,11 @@ def add_parser(verbs: Any) -> None:
         metavar="NAME",
         help="other columns than image prompts need; new ones are added to data that are there",
     )
+    parser.add_argument(
+        "--face-encoder",
+        default="diorama",
+        help="who reads identity vectors: diorama, insightface, or a file (default: diorama)",
+    )
     reading = parser.add_argument_group("how lists are read")
     reading.add_argument(
         "--image-root",
@@ -66,6 +76,14 @@ def add_parser(verbs: Any) -> None:
     )
     reading.add_argument("--image-key", metavar="NAME", help="the column with the image's path")
     reading.add_argument("--caption-key", metavar="NAME", help="the column with the caption")
+    reading.add_argument(
+        "--map",
+        action="append",
+        default=[],
+        metavar="KIND=FOLDER",
+        help="control maps of the images, under the images' names, for the column control_KIND; may "
+        "be repeated",
+    )
     wanted = parser.add_argument_group("which pairs are wanted")
     wanted.add_argument(
         "--min-side-px", type=int, default=16, help="width and height at least (default 16)"
@@ -138,10 +156,15 @@ def run(arguments: argparse.Namespace) -> None:
             image_root=arguments.image_root,
             image_key=arguments.image_key,
             caption_key=arguments.caption_key,
+            maps={
+                kind: Path(folder)
+                for kind, folder in (name_and_value(text, "--map") for text in arguments.map)
+            },
         ),
         workers=arguments.workers,
         num_shards=arguments.num_shards,
         shard=arguments.shard,
         engine=arguments.engine,
+        face_encoder=arguments.face_encoder,
     )
     print(f"prepared: {arguments.output}")

@@ -7,37 +7,88 @@ would be 116 KiB and save 13, so of texts only the token ids are kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, cached_property, partial
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from imprompt.bases import Base, ClipImageEncoder
 from imprompt.core.errors import ImpromptError
-from imprompt.data.pairs import Pair
-from imprompt.diorama import COLOURS, KINDS, NUM_PHRASINGS, SETTINGS, STYLES, Scene, caption
+from imprompt.core.images import image_to_pixels
+from imprompt.data.pairs import Pair, to_pixels
+from imprompt.diorama import (
+    COLOURS,
+    KINDS,
+    MAP_KINDS,
+    NUM_PHRASINGS,
+    SETTINGS,
+    STYLES,
+    Character,
+    Render,
+    Scene,
+    caption,
+    character_number,
+    draw_maps,
+    landmarks_of,
+)
+from imprompt.encoders.face import FaceEncoder, load_face_encoder
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Pairs that could be read: pixels (batch, 3, size, size) in [-1, 1], and captions."""
+    """Pairs that could be read: pixels (batch, 3, size, size) in [-1, 1], and captions.
+
+    `references` are the pictures that pairs bring besides, None where the image is its own.
+    """
 
     pairs: Sequence[Pair]
     pixels: Tensor
     captions: list[str]
+    references: Sequence[object] = ()
+    face_encoder: str = "diorama"
+    render: Render | None = None
+    """All that is known of the pictures, if they are scenes."""
+    maps: Sequence[Mapping[str, Image.Image]] = ()
+    """Of each pair the control maps that came with it, by kind."""
+
+    @cached_property
+    def reference_pixels(self) -> Tensor:
+        """As `pixels`, of each pair's reference. A scene that is drawn already is not drawn again."""
+        drawn = {
+            pair.image: i for i, pair in enumerate(self.pairs) if isinstance(pair.image, Scene)
+        }
+        result = self.pixels.clone()
+        others: dict[int, object] = {}
+        for row, reference in enumerate(self.references):
+            if isinstance(reference, Scene) and reference in drawn:
+                result[row] = self.pixels[drawn[reference]]
+            elif reference is not None:
+                others[row] = reference
+        if others:
+            result[list(others)] = to_pixels(list(others.values()), self.pixels.shape[-1])
+        return result
 
 
 def default_columns(variant: str) -> tuple[str, ...]:
-    """What an image-prompt adapter is trained on.
+    """What an image-prompt adapter is trained on; `identity` is InstantID with its IdentityNet.
 
     Raises:
         ImpromptError: unknown variant.
     """
-    features = {"base": "image_embeds", "plus": "hidden_states", "full": "hidden_states"}
+    features = {
+        "base": ("image_embeds",),
+        "plus": ("hidden_states",),
+        "full": ("hidden_states",),
+        "faceid": ("id_embeds",),
+        "faceid-plus": ("id_embeds", "reference_hidden_states"),
+        "identity": ("id_embeds", "landmarks"),
+    }
     if variant not in features:
         raise ImpromptError(f"The variant {variant!r} is unknown; choose {', '.join(features)}.")
-    return ("latent_mean", "latent_logvar", features[variant], "text_ids")
+    return ("latent_mean", "latent_logvar", *features[variant], "text_ids")
 
 
 def latent_mean(base: Base, batch: Batch) -> Tensor:
@@ -98,6 +149,59 @@ def labels(base: Base, batch: Batch) -> Tensor:
     return torch.tensor(rows)
 
 
+def control(base: Base, batch: Batch, kind: str) -> Tensor:
+    """The pictures' control maps of a kind: uint8 (batch, 3, size, size), RGB."""
+    if all(kind in maps for maps in batch.maps):
+        pixels = torch.stack([image_to_pixels(maps[kind]) for maps in batch.maps])
+        return ((pixels + 1) * 127.5).round().to(torch.uint8)
+    if batch.render is None:
+        raise ImpromptError(
+            f"The column {CONTROL}{kind} needs a map for each image: give --map {kind}=FOLDER, whose "
+            "pictures are named as the images are."
+        )
+    return (draw_maps(batch.render, kind) * 255).round().to(torch.uint8)
+
+
+def character(base: Base, batch: Batch) -> Tensor:
+    """Which character a portrait shows: int64 (batch,), see `character_number`."""
+    return torch.tensor([character_number(_character(scene)) for scene in _scenes(batch)])
+
+
+def landmarks(base: Base, batch: Batch) -> Tensor:
+    """Eyes, nose and corners of the mouth: float32 (batch, 5, 2), fractions of width and height."""
+    if all(isinstance(pair.image, Scene) for pair in batch.pairs):
+        return landmarks_of([scene for scene in _scenes(batch) if _character(scene)])
+    return _faces(batch).landmarks(batch.pixels).cpu().float()
+
+
+def id_embeds(base: Base, batch: Batch) -> Tensor:
+    """Who the reference shows: identity vectors of length 1, float16 (batch, dim)."""
+    return _faces(batch).embeds(batch.reference_pixels).cpu().half()
+
+
+def reference_hidden_states(base: Base, batch: Batch) -> Tensor:
+    """The image encoder's penultimate states of the reference: float16 (batch, length, dim)."""
+    return _encoder(base).hidden_states(batch.reference_pixels).cpu().half()
+
+
+def _faces(batch: Batch) -> FaceEncoder:
+    return loaded_face_encoder(batch.face_encoder)
+
+
+@cache
+def loaded_face_encoder(name: str) -> FaceEncoder:
+    """The face encoder of this name, read once in a process."""
+    return load_face_encoder(name)
+
+
+def _character(scene: Scene) -> Character:
+    if scene.character is None:
+        raise ImpromptError(
+            f"A {scene.kind} is no character: this column is known of diorama-people:COUNT only."
+        )
+    return scene.character
+
+
 def _encoder(base: Base) -> ClipImageEncoder:
     if base.image_encoder is None:
         raise ImpromptError(f"{base.name} has no image encoder, which image prompts need.")
@@ -123,4 +227,24 @@ COLUMNS: dict[str, Callable[[Base, Batch], Tensor]] = {
     "phrasing_ids": phrasing_ids,
     "pixels": pixels,
     "labels": labels,
+    "character": character,
+    "landmarks": landmarks,
+    "id_embeds": id_embeds,
+    "reference_hidden_states": reference_hidden_states,
 }
+CONTROL = "control_"
+"""Begins the names of the columns of control maps; the kind follows: control_depth, …"""
+
+
+def encoder_of(name: str) -> Callable[[Base, Batch], Tensor]:
+    """The function that makes a column.
+
+    Raises:
+        ImpromptError: there is no such column.
+    """
+    if name in COLUMNS:
+        return COLUMNS[name]
+    if name.startswith(CONTROL) and name != CONTROL:
+        return partial(control, kind=name.removeprefix(CONTROL))
+    known = [*COLUMNS, *(CONTROL + kind for kind in MAP_KINDS)]
+    raise ImpromptError(f"There is no column {name!r}; known are {', '.join(known)}.")

@@ -20,9 +20,9 @@ import torch
 
 from imprompt.bases import Base
 from imprompt.core.errors import ImpromptError
-from imprompt.data.columns import COLUMNS, Batch
+from imprompt.data.columns import Batch, encoder_of
 from imprompt.data.filters import Filters, Unusable
-from imprompt.data.pairs import Loaded, Pair, Part, load, to_pixels
+from imprompt.data.pairs import Loaded, Pair, Part, draw, load
 from imprompt.data.store import GrowingColumn, check_room, told, write_json
 
 SAVE_EVERY_SECONDS = 5.0
@@ -42,6 +42,7 @@ class Work:
     size_px: int
     batch_size: int
     filters: Filters
+    face_encoder: str = "diorama"
 
 
 @dataclass
@@ -160,7 +161,7 @@ def _write_rows(
                     }
                 )
             if accepted:
-                encoded = _encode(accepted, work.columns, base, work.size_px)
+                encoded = _encode(accepted, work.columns, base, work)
                 if progress.num_rows == 0:
                     _check_room(folder, encoded, len(pairs) - start)
                 for name, values in encoded.items():
@@ -219,7 +220,7 @@ def _add_columns(
                     )
                 accepted.append((pair, loaded))
             if accepted:
-                encoded = _encode(accepted, names, base, work.size_px)
+                encoded = _encode(accepted, names, base, work)
                 if state["num_rows"] == 0:
                     _check_room(folder, encoded, len(rows))
                 for name, values in encoded.items():
@@ -283,14 +284,19 @@ def _try_load(pair: Pair, work: Work) -> Loaded | Unusable:
 
 
 def _encode(
-    accepted: Sequence[tuple[Pair, Loaded]], columns: Sequence[str], base: Base, size_px: int
+    accepted: Sequence[tuple[Pair, Loaded]], columns: Sequence[str], base: Base, work: Work
 ) -> dict[str, torch.Tensor]:
+    pixels, drawn = draw([loaded.picture for _, loaded in accepted], work.size_px)
     batch = Batch(
         [pair for pair, _ in accepted],
-        to_pixels([loaded.picture for _, loaded in accepted], size_px),
+        pixels,
         [loaded.caption for _, loaded in accepted],
+        [loaded.reference for _, loaded in accepted],
+        work.face_encoder,
+        drawn,
+        [loaded.maps for _, loaded in accepted],
     )
-    return {name: COLUMNS[name](base, batch) for name in columns}
+    return {name: encoder_of(name)(base, batch) for name in columns}
 
 
 class _Lines:

@@ -21,7 +21,7 @@ import torch
 from imprompt.bases import Base
 from imprompt.core.errors import ImpromptError
 from imprompt.core.progress import progress
-from imprompt.data.columns import COLUMNS, default_columns
+from imprompt.data.columns import default_columns, encoder_of, loaded_face_encoder
 from imprompt.data.encoding import Progress, Report, Work, encode_part, missing_columns
 from imprompt.data.filters import Filters
 from imprompt.data.finish import finish
@@ -48,13 +48,15 @@ def prepare(
     shard: int = 0,
     num_shards: int = 1,
     engine: str = "local",
+    face_encoder: str = "diorama",
 ) -> Path:
     """Encode all pairs of a source into the folder `output`; the same call resumes.
 
     `columns` are by default what an image-prompt adapter of `variant` is trained on. Columns that a
     finished folder lacks are added to it. Several processes may work on one folder: `workers` of this
     machine or, with the engine `ray`, of a cluster; or `num_shards` calls, each with another `shard`,
-    of which the last to end makes the folder whole.
+    of which the last to end makes the folder whole. `face_encoder` reads the columns `id_embeds` and,
+    of photos, `landmarks`; see `load_face_encoder`.
 
     Raises:
         ImpromptError: nothing to prepare, an output folder that holds something else, a full disk.
@@ -62,8 +64,8 @@ def prepare(
     size_px = base.image_size_px if size_px is None else size_px
     base.latent_shape(size_px)  # says clearly if the base cannot do this size
     columns = default_columns(variant) if columns is None else tuple(columns)
-    if unknown := [name for name in columns if name not in COLUMNS]:
-        raise ImpromptError(f"There is no column {unknown[0]!r}; known are {', '.join(COLUMNS)}.")
+    for name in columns:
+        encoder_of(name)  # says clearly if there is no such column
     if not 0 <= shard < num_shards or workers < 1 or batch_size < 1:
         raise ImpromptError(
             f"There is no shard {shard} of {num_shards} with {workers} workers and batches of "
@@ -83,6 +85,8 @@ def prepare(
         "reading": reading.described(),
     }
     begun = _claim(output, meta, columns)
+    if (faces := _claim_face_encoder(output, columns, face_encoder)) is not None:
+        meta["face_encoder"] = faces
     if _is_whole(output, columns, len(parts)):
         return output
     work = Work(
@@ -91,6 +95,7 @@ def prepare(
         size_px=size_px,
         batch_size=batch_size,
         filters=filters,
+        face_encoder=face_encoder,
     )
     mine = range(shard, len(parts), num_shards)
     with progress(sum(parts[i].num_pairs for i in mine), "preparing", unit="pair") as bar:
@@ -190,6 +195,27 @@ def _claim(output: Path, meta: dict[str, Any], columns: tuple[str, ...]) -> tupl
             f"{output} holds other prepared data ({'; '.join(differing)}). Choose another folder."
         )
     return tuple(found["columns"])
+
+
+def _claim_face_encoder(output: Path, columns: Sequence[str], name: str) -> str | None:
+    """The fingerprint of the face encoder of these data; None while they hold no identity vectors.
+
+    Raises:
+        ImpromptError: they hold those of another one.
+    """
+    kept = output / "face_encoder.json"
+    found = json.loads(kept.read_text(encoding="utf-8"))["fingerprint"] if kept.exists() else None
+    if "id_embeds" not in columns:
+        return found
+    wanted = loaded_face_encoder(name).fingerprint()
+    if found not in (None, wanted):
+        raise ImpromptError(
+            f"{output} holds identity vectors of another face encoder ({found}) than {name} "
+            f"({wanted}). Choose another folder."
+        )
+    with told(output):
+        write_json(kept, {"fingerprint": wanted})
+    return wanted
 
 
 def _is_whole(output: Path, columns: Sequence[str], num_parts: int) -> bool:

@@ -6,7 +6,7 @@ import csv
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -16,6 +16,7 @@ from imprompt.data.filters import Unusable
 from imprompt.data.pairs import Pair, Part, caption_of, faulty, first_of, identity_of, shown
 
 IMAGE_KEYS = ("image_file", "file_name", "image_path", "filepath", "file", "path", "image")
+REFERENCE_KEY = "reference_file"  # another picture, such as one of the same person
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")
 
 
@@ -30,9 +31,14 @@ class Reading:
     image_root: Path | None = None
     image_key: str | None = None
     caption_key: str | None = None
+    maps: Mapping[str, Path] = field(default_factory=dict)
+    """Folders of control maps by kind; a map has its image's name, whatever the suffix."""
 
     def described(self) -> dict[str, str | None]:
-        """What is kept beside the data, for telling other data apart."""
+        """What is kept beside the data, for telling other data apart.
+
+        Maps are no part of it: they become columns, which may be added later.
+        """
         root = None if self.image_root is None else str(self.image_root)
         keys = {"image_key": self.image_key, "caption_key": self.caption_key}
         return {"image_root": root, **keys}
@@ -139,7 +145,18 @@ def record_pair(number: str, record: object, root: Path, reading: Reading) -> Pa
     if not isinstance(path, str) or not path or "\0" in path:
         return faulty(number, "entry", f"it names no image file: {shown(str(record))[:200]}")
     entry = _Entry(root, path, record, reading.caption_key)
-    return Pair(shown(path), entry.read_caption, entry.file, entry.read_scores)
+    reference = first_of(record, (REFERENCE_KEY,))
+    other = None
+    if isinstance(reference, str) and reference and "\0" not in reference:
+        other = _Entry(root, reference, {}, None)
+
+    def read_caption() -> str:
+        if other is not None:
+            other.check_inside()
+        return entry.read_caption()
+
+    file = None if other is None else other.file
+    return Pair(shown(path), read_caption, entry.file, entry.read_scores, file)
 
 
 @dataclass(frozen=True)
@@ -155,6 +172,11 @@ class _Entry:
         return self.root / (unquote(urlsplit(self.path).path) if is_address else self.path)
 
     def read_caption(self) -> str:
+        self.check_inside()
+        return caption_of(self.record, self.caption_key)
+
+    def check_inside(self) -> None:
+        """Raise Unusable if the file lies outside of what a list may name."""
         try:
             inside = self.file.resolve().is_relative_to(self.root)
         except (
@@ -168,7 +190,6 @@ class _Entry:
             raise Unusable(
                 "image outside", f"the image lies outside {self.root}; --image-root moves the limit"
             )
-        return caption_of(self.record, self.caption_key)
 
     def read_scores(self) -> Mapping[str, Any]:
         return self.record

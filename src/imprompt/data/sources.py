@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from imprompt.core.errors import ImpromptError
 from imprompt.core.randomness import generator
 from imprompt.data.archives import archive_part
 from imprompt.data.filters import Unusable
+from imprompt.data.maps import with_maps
 from imprompt.data.pairs import (
     IMAGE_SUFFIXES,
     MAX_CAPTION_BYTES,
@@ -27,7 +28,13 @@ from imprompt.data.pairs import (
 )
 from imprompt.data.records import Reading, is_list, list_parts
 from imprompt.data.tables import dataset_parts, is_dataset, is_table, table_parts
-from imprompt.diorama import everyday_caption, sample_scene
+from imprompt.diorama import (
+    everyday_caption,
+    portrait_caption,
+    reference_seed,
+    sample_scene,
+    training_portrait,
+)
 
 PAIRS_PER_PART = 4096
 
@@ -39,8 +46,14 @@ def open_source(source: str, reading: Reading | None = None) -> list[Part]:
         ImpromptError: no such source, or nothing in it.
     """
     reading = Reading() if reading is None else reading
-    if source.startswith("diorama:"):
-        return _diorama(source)
+    name = source.partition(":")[0]
+    is_diorama = ":" in source and name in _DIORAMA
+    if reading.maps:
+        if is_diorama:
+            raise ImpromptError("Scenes bring their own maps; leave --map out.")
+        return with_maps(open_source(source, replace(reading, maps={})), reading.maps)
+    if is_diorama:
+        return _diorama(source, _DIORAMA[name])
     path = Path(source)
     if path.is_dir():
         return dataset_parts(path, reading) if is_dataset(path) else _folder(path, reading)
@@ -57,7 +70,7 @@ def open_source(source: str, reading: Reading | None = None) -> list[Part]:
     raise ImpromptError(
         f"{source!r} is no source of pairs: give a folder of images with .txt captions, a .tar or a "
         "folder of them, a .json, .jsonl, .csv, .tsv or .parquet list, a dataset on disk, or "
-        "diorama:COUNT."
+        "diorama:COUNT or diorama-people:COUNT."
     )
 
 
@@ -71,7 +84,7 @@ def open_pairs(source: str, image_root: Path | None = None) -> list[Pair]:
     return [pair for part in parts for pair in part.pairs()]
 
 
-def _diorama(source: str) -> list[Part]:
+def _diorama(source: str, pair_of: Callable[[int], Pair]) -> list[Part]:
     try:
         numbers = [int(part) for part in source.split(":")[1:]]
         count, first = numbers if len(numbers) == 2 else (numbers[0], 0)
@@ -79,7 +92,8 @@ def _diorama(source: str) -> list[Part]:
             raise ValueError
     except (ValueError, IndexError) as error:
         raise ImpromptError(
-            f"{source!r}: write diorama:COUNT or diorama:COUNT:FIRST_SEED."
+            f"{source!r}: write {source.partition(':')[0]}:COUNT or, with the first scene's seed, "
+            f"{source.partition(':')[0]}:COUNT:FIRST_SEED."
         ) from error
     seeds = range(first, first + count)
     return [
@@ -87,7 +101,7 @@ def _diorama(source: str) -> list[Part]:
             f"scenes {some.start} to {some.stop - 1}",
             len(some),
             identity_of(some),
-            lambda some=some: [diorama_pair(seed) for seed in some],
+            lambda some=some: [pair_of(seed) for seed in some],
         )
         for some in (seeds[i : i + PAIRS_PER_PART] for i in range(0, count, PAIRS_PER_PART))
     ]
@@ -98,6 +112,17 @@ def diorama_pair(seed: int) -> Pair:
     scene = sample_scene(seed)
     text = everyday_caption(scene, generator(seed, 0, "caption"))
     return Pair(f"diorama {seed}", lambda: text, scene)
+
+
+def portrait_pair(seed: int) -> Pair:
+    """A portrait, whose reference is another portrait of the same person; the caption says not who."""
+    scene = training_portrait(seed)
+    text = portrait_caption(scene, generator(seed, 0, "caption"))
+    reference = training_portrait(reference_seed(seed))
+    return Pair(f"diorama person {seed}", lambda: text, scene, reference=reference)
+
+
+_DIORAMA = {"diorama": diorama_pair, "diorama-people": portrait_pair}
 
 
 def _folder(folder: Path, reading: Reading) -> list[Part]:

@@ -67,6 +67,19 @@ def everyday_caption(scene: Scene, draw: Generator) -> str:
     return where if said == "setting" else _STYLE_PHRASES[scene.style][1]
 
 
+def portrait_caption(scene: Scene, draw: Generator) -> str:
+    """A caption of a portrait that leaves to an image prompt who it is: shirt, setting and style."""
+    noun, adverb = _STYLE_PHRASES[scene.style]
+    where = _SETTING_PHRASES[scene.setting]
+    person = "a person" if draw.random() < 0.3 else f"a person in a {scene.colour} shirt"
+    return (
+        f"{person} {where}, {adverb}",
+        f"a {noun} of {person} {where}",
+        f"{where}, {person}, {noun}",
+        f"{person}, {adverb}",
+    )[int(draw.integers(4))]
+
+
 def _subject(scene: Scene, size: str = "") -> str:
     adjective = f"{size} " if size else ""
     if scene.kind == PERSON:

@@ -76,6 +76,11 @@ def render(scenes: list[Scene], size_px: int = 64) -> Render:
     )
 
 
+def landmarks_of(scenes: list[Scene]) -> Tensor:
+    """Facial landmarks as fractions of width and height, (batch, 5, 2), without drawing anything."""
+    return keypoints_of(scenes, 1)
+
+
 def _groups(labels: list[str]) -> list[list[int]]:
     """Indices of equal labels, in order of first appearance."""
     found: dict[str, list[int]] = {}

@@ -22,16 +22,22 @@ from imprompt.training.processes import join_processes, leave_processes
 SYSTEMS: dict[str, tuple[str, str]] = {
     "image-prompt": ("imprompt.systems.image_prompt", "ImagePromptOptions"),
     "concatenation": ("imprompt.systems.concatenation", "ConcatenationOptions"),
+    "controlnet": ("imprompt.systems.controlnet", "ControlNetOptions"),
+    "t2i-adapter": ("imprompt.systems.t2i_adapter", "T2IAdapterOptions"),
     "text-to-image": ("imprompt.systems.text_to_image", "TextToImageOptions"),
     "autoencoder": ("imprompt.systems.autoencoder", "AutoencoderOptions"),
     "contrastive": ("imprompt.systems.contrastive", "ContrastiveOptions"),
     "classifier": ("imprompt.systems.classifier", "ClassifierOptions"),
+    "face-encoder": ("imprompt.systems.face_encoder", "FaceEncoderOptions"),
 }
 PRESETS = Path(__file__).parent.parent / "presets"
 EXPORT_NAMES = {
     "image-prompt": "adapter.safetensors",
     "concatenation": "tokens.safetensors",
     "classifier": "judge.safetensors",
+    "controlnet": "control",
+    "t2i-adapter": "control",
+    "face-encoder": "face-encoder.safetensors",
 }
 
 

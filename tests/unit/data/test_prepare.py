@@ -173,5 +173,5 @@ def test_rows_come_in_the_order_asked_for(base, tmp_path):
 def test_unknown_columns_and_variants_are_told(base, tmp_path):
     with pytest.raises(ImpromptError, match="no column 'depth'"):
         prepare("diorama:3", tmp_path / "data", base, columns=("depth",))
-    with pytest.raises(ImpromptError, match="'faceid' is unknown"):
-        prepare("diorama:3", tmp_path / "data", base, variant="faceid")
+    with pytest.raises(ImpromptError, match="'portrait' is unknown"):
+        prepare("diorama:3", tmp_path / "data", base, variant="portrait")

@@ -1,0 +1,92 @@
+"""The five facial landmarks as a picture that a ControlNet can see, and their file.
+
+The order is that of face detectors: left eye, right eye, nose, left and right corner of the mouth,
+left being the viewer's. Places are fractions of width and height.
+"""
+
+from __future__ import annotations
+
+import json
+from os import PathLike
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from imprompt.core.errors import ImpromptError
+
+COLOURS = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (1.0, 1.0, 0.0), (1.0, 0.0, 1.0))
+NOSE = 2
+LIMB_SHADE = 0.6
+# Of the longer side; at 1024 px these are the widths that InstantID's published weights know.
+POINT_RADIUS, LIMB_RADIUS = 10 / 1024, 4 / 1024
+MIN_POINT_RADIUS_PX, MIN_LIMB_RADIUS_PX = 1.4, 0.7  # of small pictures
+
+
+def landmark_images(
+    landmarks: Float[Tensor, "batch 5 2"], height: int, width: int
+) -> Float[Tensor, "batch 3 height width"]:
+    """Coloured points and darker limbs from the nose to each, on black, in [0, 1].
+
+    Source: InstantID (2401.07519), section 3.3, and the drawing of its published code.
+    """
+    longer = max(height, width)
+    point_radius = max(MIN_POINT_RADIUS_PX, POINT_RADIUS * longer)
+    limb_radius = max(MIN_LIMB_RADIUS_PX, LIMB_RADIUS * longer)
+    device = landmarks.device
+    y = torch.arange(height, device=device)[:, None] + 0.5
+    x = torch.arange(width, device=device)[None, :] + 0.5
+    places = landmarks.float() * landmarks.new_tensor([width, height]).float()
+    px, py = places[..., 0, None, None], places[..., 1, None, None]  # (batch, 5, 1, 1)
+    colours = torch.tensor(COLOURS, device=device)
+    picture = torch.zeros(len(landmarks), 3, height, width, device=device)
+
+    def lay(colour: Tensor, distance: Tensor, radius: int | float) -> None:
+        cover = (radius + 0.5 - distance).clamp(0, 1)[:, None]
+        torch.lerp(picture, colour[:, None, None].expand_as(picture), cover, out=picture)
+
+    limbs = [point for point in range(len(COLOURS)) if point != NOSE]
+    for point in limbs:
+        across, down = px[:, point] - px[:, NOSE], py[:, point] - py[:, NOSE]
+        squared = (across**2 + down**2).clamp(min=1e-6)
+        along = (((x - px[:, NOSE]) * across + (y - py[:, NOSE]) * down) / squared).clamp(0, 1)
+        distance = torch.hypot(x - px[:, NOSE] - along * across, y - py[:, NOSE] - along * down)
+        lay(LIMB_SHADE * colours[point], distance, limb_radius)
+    for point in range(len(COLOURS)):
+        lay(colours[point], torch.hypot(x - px[:, point], y - py[:, point]), point_radius)
+    return picture
+
+
+def read_landmarks(path: str | PathLike[str]) -> Float[Tensor, "1 5 2"]:
+    """Landmarks from a JSON file: five pairs [x, y], fractions of width and height.
+
+    Raises:
+        ImpromptError: there is no such file, or it holds something else.
+    """
+    wanted = (
+        f"{path} holds no landmarks: five pairs [x, y], fractions of width and height, are needed "
+        "(left eye, right eye, nose, left and right corner of the mouth)"
+    )
+    try:
+        values = torch.tensor(json.loads(Path(path).read_text(encoding="utf-8")))
+    except FileNotFoundError as error:
+        raise ImpromptError(f"There is no landmarks file {path}.") from error
+    except (OSError, ValueError, TypeError, RuntimeError, RecursionError) as error:
+        raise ImpromptError(f"{wanted}.") from error
+    if values.shape != (5, 2) or not bool(torch.isfinite(values.float()).all()):
+        raise ImpromptError(f"{wanted}; its shape is {tuple(values.shape)}.")
+    if bool((values.float().abs() > 2).any()):
+        raise ImpromptError(
+            f"{wanted}; these seem to be pixels: divide them by the picture's size."
+        )
+    return values.float()[None]
+
+
+def write_landmarks(landmarks: Float[Tensor, "5 2"], path: str | PathLike[str]) -> None:
+    """Write what `read_landmarks` reads."""
+    rounded = [[round(float(v), 5) for v in point] for point in landmarks]
+    try:
+        Path(path).write_text(json.dumps(rounded) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ImpromptError(f"{path} was not written: {error.strerror}.") from error

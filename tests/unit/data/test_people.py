@@ -1,0 +1,109 @@
+"""Portraits in twos, and what is cached of them."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from imprompt.core.errors import ImpromptError
+from imprompt.data.dataset import Columns
+from imprompt.data.prepare import prepare
+from imprompt.data.sources import open_pairs
+from imprompt.diorama import character_number, render, training_portrait
+from imprompt.diorama.people import reference_seed
+from imprompt.encoders.face import load_face_encoder
+from imprompt.encoders.face_network import FaceNetwork
+
+
+@pytest.fixture(scope="module")
+def faces(tmp_path_factory):
+    """A file with a tiny face encoder, as training writes it."""
+    torch.manual_seed(0)
+    network = FaceNetwork(width=4, embed_dim=8).eval()
+    path = tmp_path_factory.mktemp("faces") / "tiny.safetensors"
+    save_file({k: v.contiguous() for k, v in network.state_dict().items()}, path)
+    return str(path)
+
+
+def test_a_portraits_reference_is_another_one_of_the_same_person():
+    for pair in open_pairs("diorama-people:10:4"):
+        assert pair.image.character == pair.reference.character
+        assert pair.image != pair.reference
+        assert character_name_free(pair.read_caption())
+
+
+def character_name_free(caption):
+    return not any(word in caption for word in ("hair", "skin", "glasses", "beard", "bald"))
+
+
+def test_columns_of_portraits(base, faces, tmp_path):
+    columns = ("id_embeds", "landmarks", "character", "reference_hidden_states", "pixels")
+    data = Columns.open(
+        prepare(
+            "diorama-people:5",
+            tmp_path / "data",
+            base,
+            columns=columns,
+            size_px=32,
+            face_encoder=faces,
+        )
+    )
+    rows = data.rows(range(5), columns)
+    scenes = [training_portrait(seed) for seed in range(5)]
+    references = [training_portrait(reference_seed(seed)) for seed in range(5)]
+    encoder = load_face_encoder(faces)
+    wanted = encoder.embeds(render(references, 32).pixels)
+    torch.testing.assert_close(rows["id_embeds"].float(), wanted, atol=2e-3, rtol=0)
+    assert rows["character"].tolist() == [character_number(scene.character) for scene in scenes]
+    places = render(scenes, 32).keypoints / 32
+    torch.testing.assert_close(rows["landmarks"], places, atol=1e-5, rtol=0)
+    states = base.image_encoder.hidden_states(render(references, 32).pixels)
+    torch.testing.assert_close(
+        rows["reference_hidden_states"].float(), states, atol=2e-3, rtol=2e-3
+    )
+    assert data.meta["face_encoder"] == encoder.fingerprint()
+
+
+def test_identity_vectors_may_be_added_later_but_not_of_another_encoder(base, faces, tmp_path):
+    output = tmp_path / "data"
+    prepare("diorama-people:2", output, base, columns=("text_ids",), size_px=32)
+    assert "face_encoder" not in Columns.open(output).meta
+    prepare(
+        "diorama-people:2", output, base, columns=("id_embeds",), size_px=32, face_encoder=faces
+    )
+    prepare("diorama-people:2", output, base, columns=("character",), size_px=32)
+    assert Columns.open(output).meta["face_encoder"] == load_face_encoder(faces).fingerprint()
+    description = output / "face_encoder.json"
+    description.write_text(json.dumps({"fingerprint": "another"}))
+    with pytest.raises(ImpromptError, match="another face encoder"):
+        prepare(
+            "diorama-people:2", output, base, variant="identity", size_px=32, face_encoder=faces
+        )
+
+
+def test_characters_are_known_of_persons_only(base, faces, tmp_path):
+    with pytest.raises(ImpromptError, match="diorama-people"):
+        prepare("diorama:13", tmp_path / "data", base, columns=("character",))
+
+
+def test_a_list_names_references(base, faces, tmp_path):
+    for name, colour in (("a", "red"), ("b", "blue")):
+        Image.new("RGB", (40, 40), colour).save(tmp_path / f"{name}.png")
+    entries = [
+        {"image_file": "a.png", "text": "one", "reference_file": "b.png"},
+        {"image_file": "b.png", "text": "two", "reference_file": "missing.png"},
+        {"image_file": "b.png", "text": "three", "reference_file": "../outside.png"},
+        {"image_file": "b.png", "text": "four"},
+    ]
+    (tmp_path / "list.json").write_text(json.dumps(entries))
+    columns = ("id_embeds", "reference_hidden_states", "hidden_states")
+    output = prepare(
+        str(tmp_path / "list.json"), tmp_path / "data", base, columns=columns, face_encoder=faces
+    )
+    rows = Columns.open(output).rows(range(2), columns)
+    assert torch.equal(rows["reference_hidden_states"][0], rows["hidden_states"][1])
+    assert torch.equal(rows["reference_hidden_states"][1], rows["hidden_states"][1])
+    told = [json.loads(line) for line in (output / "quarantine.jsonl").read_text().splitlines()]
+    assert [entry["kind"] for entry in told] == ["reference missing", "image outside"]
