@@ -33,7 +33,8 @@ def add_parser(verbs: Any) -> None:
         "      --preset image-prompt\n"
         "  imprompt train controlnet --data data/ --output runs/depth --preset diorama-controlnet \\\n"
         "      --set system.kind=depth\n"
-        "  imprompt train --settings controlnet",
+        "  imprompt train --settings controlnet\n"
+        "  torchrun --nproc_per_node 8 -m imprompt train image-prompt … --engine zero2 --processes 8",
     )
     parser.add_argument(
         "system",
@@ -50,6 +51,14 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder of this run")
     parser.add_argument("--base", default="diorama", help="diorama, a folder, a file or a hub id")
     parser.add_argument("--preset", help="name of a preset, or a TOML file")
+    parser.add_argument(
+        "--engine",
+        default="auto",
+        help="single, ddp, zero2 or fsdp2; auto is ddp where torchrun started several processes",
+    )
+    parser.add_argument(
+        "--processes", type=int, metavar="COUNT", help="how many processes there must be"
+    )
     parser.add_argument(
         "--set",
         action="append",
@@ -69,5 +78,7 @@ def run(arguments: argparse.Namespace) -> None:
         output=arguments.output,
         preset=arguments.preset,
         settings=arguments.set,
+        engine=arguments.engine,
+        num_processes=arguments.processes,
     )
     print(f"trained: {export}")
