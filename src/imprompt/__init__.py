@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from imprompt.adapters import ImagePromptAdapter, create_adapter
     from imprompt.bases import load_base
-    from imprompt.checkpoints import load_adapter, save_adapter
+    from imprompt.checkpoints import load_adapter, load_control, save_adapter
     from imprompt.core.errors import ImpromptError
-    from imprompt.generation import ImagePrompt, generate
+    from imprompt.generation import Control, ImagePrompt, generate
 
 __version__ = "0.1.0"
 __all__ = [
+    "Control",
     "ImagePrompt",
     "ImagePromptAdapter",
     "ImpromptError",
@@ -24,10 +25,12 @@ __all__ = [
     "generate",
     "load_adapter",
     "load_base",
+    "load_control",
     "save_adapter",
 ]
 
 _HOMES = {
+    "Control": "imprompt.generation",
     "ImagePrompt": "imprompt.generation",
     "ImagePromptAdapter": "imprompt.adapters",
     "ImpromptError": "imprompt.core.errors",
@@ -35,6 +38,7 @@ _HOMES = {
     "generate": "imprompt.generation",
     "load_adapter": "imprompt.checkpoints",
     "load_base": "imprompt.bases",
+    "load_control": "imprompt.checkpoints",
     "save_adapter": "imprompt.checkpoints",
 }
 

@@ -9,6 +9,18 @@ from typing import Any
 from imprompt.cli.verb import add_verb
 
 
+class _ShowSettings(argparse.Action):
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        from imprompt.core.errors import ImpromptError
+        from imprompt.training.settings import describe_settings
+
+        try:
+            print(describe_settings(values))
+        except ImpromptError as error:
+            parser.exit(2, f"imprompt: error: {error}\n")
+        parser.exit()
+
+
 def add_parser(verbs: Any) -> None:
     parser = add_verb(
         verbs,
@@ -18,16 +30,35 @@ def add_parser(verbs: Any) -> None:
         examples="  imprompt train image-prompt --data data/ --output runs/first \\\n"
         "      --preset diorama-image-prompt --set train.steps=2000\n"
         "  imprompt train image-prompt --data sd15-data/ --base models/sd15 --output runs/sd15 \\\n"
-        "      --preset image-prompt",
+        "      --preset image-prompt\n"
+        "  imprompt train controlnet --data data/ --output runs/depth --preset diorama-controlnet \\\n"
+        "      --set system.kind=depth\n"
+        "  imprompt train --settings controlnet\n"
+        "  torchrun --nproc_per_node 8 -m imprompt train image-prompt … --engine zero2 --processes 8",
     )
     parser.add_argument(
         "system",
-        help="image-prompt, concatenation, text-to-image, autoencoder, contrastive or classifier",
+        help="image-prompt, concatenation, controlnet, t2i-adapter, text-to-image, autoencoder, "
+        "contrastive, classifier, …",
+    )
+    parser.add_argument(
+        "--settings",
+        action=_ShowSettings,
+        metavar="SYSTEM",
+        help="list all that can be set of a system, and end",
     )
     parser.add_argument("--data", type=Path, required=True, help="what `imprompt prepare` made")
     parser.add_argument("--output", type=Path, required=True, help="folder of this run")
     parser.add_argument("--base", default="diorama", help="diorama, a folder, a file or a hub id")
     parser.add_argument("--preset", help="name of a preset, or a TOML file")
+    parser.add_argument(
+        "--engine",
+        default="auto",
+        help="single, ddp, zero2 or fsdp2; auto is ddp where torchrun started several processes",
+    )
+    parser.add_argument(
+        "--processes", type=int, metavar="COUNT", help="how many processes there must be"
+    )
     parser.add_argument(
         "--set",
         action="append",
@@ -47,5 +78,7 @@ def run(arguments: argparse.Namespace) -> None:
         output=arguments.output,
         preset=arguments.preset,
         settings=arguments.set,
+        engine=arguments.engine,
+        num_processes=arguments.processes,
     )
     print(f"trained: {export}")

@@ -20,9 +20,9 @@ import torch
 
 from imprompt.bases import Base
 from imprompt.core.errors import ImpromptError
-from imprompt.data.columns import COLUMNS, Batch
+from imprompt.data.columns import Batch, encoder_of
 from imprompt.data.filters import Filters, Unusable
-from imprompt.data.pairs import Loaded, Pair, Part, load, to_pixels
+from imprompt.data.pairs import Loaded, Pair, Part, draw, load
 from imprompt.data.store import GrowingColumn, check_room, told, write_json
 
 SAVE_EVERY_SECONDS = 5.0
@@ -286,14 +286,17 @@ def _try_load(pair: Pair, work: Work) -> Loaded | Unusable:
 def _encode(
     accepted: Sequence[tuple[Pair, Loaded]], columns: Sequence[str], base: Base, work: Work
 ) -> dict[str, torch.Tensor]:
+    pixels, drawn = draw([loaded.picture for _, loaded in accepted], work.size_px)
     batch = Batch(
         [pair for pair, _ in accepted],
-        to_pixels([loaded.picture for _, loaded in accepted], work.size_px),
+        pixels,
         [loaded.caption for _, loaded in accepted],
         [loaded.reference for _, loaded in accepted],
         work.face_encoder,
+        drawn,
+        [loaded.maps for _, loaded in accepted],
     )
-    return {name: COLUMNS[name](base, batch) for name in columns}
+    return {name: encoder_of(name)(base, batch) for name in columns}
 
 
 class _Lines:

@@ -1,6 +1,7 @@
 """From prompts to images."""
 
 from imprompt.generation.conditions import TokenPrompt
+from imprompt.generation.controls import Control, MapControl
 from imprompt.generation.explanation import Explanation
 from imprompt.generation.features import ImageFeatures, encode_images
 from imprompt.generation.pipeline import generate, latents_to_images
@@ -8,9 +9,11 @@ from imprompt.generation.prompts import ImagePrompt
 from imprompt.generation.sampler import initial_noise, sample_latents
 
 __all__ = [
+    "Control",
     "Explanation",
     "ImageFeatures",
     "ImagePrompt",
+    "MapControl",
     "TokenPrompt",
     "encode_images",
     "generate",
