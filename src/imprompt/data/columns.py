@@ -122,7 +122,12 @@ def phrasing_ids(base: Base, batch: Batch) -> Tensor:
 
 def pixels(base: Base, batch: Batch) -> Tensor:
     """The picture itself: uint8 (batch, 3, size, size)."""
-    return ((batch.pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return to_bytes(batch.pixels)
+
+
+def to_bytes(pixels: Tensor) -> Tensor:
+    """Pixels in [-1, 1] as uint8."""
+    return ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def labels(base: Base, batch: Batch) -> Tensor:

@@ -16,14 +16,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 
 from imprompt.bases import Base
 from imprompt.core.errors import ImpromptError
-from imprompt.data.columns import COLUMNS, Batch
+from imprompt.data.columns import COLUMNS, Batch, to_bytes
 from imprompt.data.filters import Filters, Unusable
 from imprompt.data.pairs import Loaded, Pair, Part, load, to_pixels
 from imprompt.data.store import GrowingColumn, check_room, told, write_json
+from imprompt.diorama import Scene
 
 SAVE_EVERY_SECONDS = 5.0
 
@@ -191,7 +193,13 @@ def _add_columns(
     names: Sequence[str],
 ) -> None:
     """Columns for the rows a part has, from the same batches, so that they are what they would have
-    been if they had been asked for at the beginning."""
+    been if they had been asked for at the beginning.
+
+    Scenes whose pixels are kept are not drawn again, which is most of the work.
+    """
+    kept = None
+    if "pixels" in progress.columns and all(isinstance(pair.image, Scene) for pair in pairs):
+        kept = np.load(folder / "pixels.npy", mmap_mode="r")
     state_file = folder / "adding.json"
     state = {"columns": list(names), "next_pair": 0, "num_rows": 0}
     if state_file.exists():
@@ -220,7 +228,11 @@ def _add_columns(
                     )
                 accepted.append((pair, loaded))
             if accepted:
-                encoded = _encode(accepted, names, base, work)
+                first = state["num_rows"]
+                drawn = None
+                if kept is not None:
+                    drawn = torch.from_numpy(np.array(kept[first : first + len(accepted)]))
+                encoded = _encode(accepted, names, base, work, drawn)
                 if state["num_rows"] == 0:
                     _check_room(folder, encoded, len(rows))
                 for name, values in encoded.items():
@@ -284,11 +296,22 @@ def _try_load(pair: Pair, work: Work) -> Loaded | Unusable:
 
 
 def _encode(
-    accepted: Sequence[tuple[Pair, Loaded]], columns: Sequence[str], base: Base, work: Work
+    accepted: Sequence[tuple[Pair, Loaded]],
+    columns: Sequence[str],
+    base: Base,
+    work: Work,
+    drawn: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
+    """`drawn` are the pictures as the column `pixels` keeps them, from which all else is then made."""
+    if drawn is None:
+        pixels = to_pixels([loaded.picture for _, loaded in accepted], work.size_px)
+        if "pixels" in columns:
+            drawn = to_bytes(pixels)
+    if drawn is not None:
+        pixels = drawn.float() / 127.5 - 1
     batch = Batch(
         [pair for pair, _ in accepted],
-        to_pixels([loaded.picture for _, loaded in accepted], work.size_px),
+        pixels,
         [loaded.caption for _, loaded in accepted],
         [loaded.reference for _, loaded in accepted],
         work.face_encoder,
