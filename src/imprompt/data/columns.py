@@ -163,8 +163,9 @@ def id_embeds(base: Base, batch: Batch) -> Tensor:
 
 
 def reference_hidden_states(base: Base, batch: Batch) -> Tensor:
-    """The image encoder's penultimate states of the reference: float16 (batch, length, dim)."""
-    return _encoder(base).hidden_states(batch.reference_pixels).cpu().half()
+    """The image encoder's penultimate states of the reference's face: float16 (batch, length, dim)."""
+    crops = _faces(batch).crops(batch.reference_pixels)
+    return _encoder(base).hidden_states(crops).cpu().half()
 
 
 def _faces(batch: Batch) -> FaceEncoder:
