@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from imprompt.bases.clip_vision import ClipImageEncoder
+from imprompt.bases.residuals import Residuals
 from imprompt.bases.text import TextStates
 
 
@@ -89,6 +90,16 @@ class Base(Protocol):
         timesteps: Tensor | int,
         text_states: TextStates,
         condition: Mapping[str, Any] | None = None,
+        residuals: Residuals | None = None,
     ) -> Float[Tensor, "batch channels h w"]:
-        """The denoiser's prediction (of the kind its scheduler's `prediction_type` names)."""
+        """The denoiser's prediction (of the kind its scheduler's `prediction_type` names).
+
+        `residuals` is what controls add within it.
+        """
+        ...
+
+    def text_arguments(
+        self, latents: Float[Tensor, "batch channels h w"], text_states: TextStates
+    ) -> dict[str, Any]:
+        """How text reaches the UNet, or a ControlNet made from it: as keyword arguments."""
         ...

@@ -21,6 +21,7 @@ from imprompt.bases.folder import (
 )
 from imprompt.bases.latent_space import check_plain_latents
 from imprompt.bases.placement import end_offload, working_device
+from imprompt.bases.residuals import Residuals
 from imprompt.bases.text import TextStates
 from imprompt.core.errors import ImpromptError
 
@@ -137,18 +138,27 @@ class StableDiffusionBase:
         timesteps: Tensor | int,
         text_states: TextStates,
         condition: Mapping[str, Any] | None = None,
+        residuals: Residuals | None = None,
     ) -> Float[Tensor, "batch channels h w"]:
         """The denoiser's prediction (of the kind its scheduler's `prediction_type` names).
 
-        `condition` is what an installed adapter's handle made of its tokens. Gradients flow.
+        `condition` is what an installed adapter's handle made of its tokens, `residuals` what
+        controls add. Gradients flow.
         """
         return self.unet(
             latents,
             timesteps,
-            encoder_hidden_states=text_states.sequence,
+            **self.text_arguments(latents, text_states),
+            **({} if residuals is None else residuals.arguments()),
             cross_attention_kwargs=condition,
             return_dict=False,
         )[0]
+
+    def text_arguments(
+        self, latents: Float[Tensor, "batch channels h w"], text_states: TextStates
+    ) -> dict[str, Any]:
+        """How text reaches the UNet, or a ControlNet made from it: as keyword arguments."""
+        return {"encoder_hidden_states": text_states.sequence}
 
 
 def load_stable_diffusion(

@@ -22,6 +22,7 @@ from imprompt.bases.folder import (
 )
 from imprompt.bases.latent_space import check_plain_latents, pixels_per_latent
 from imprompt.bases.placement import end_offload, working_device
+from imprompt.bases.residuals import Residuals
 from imprompt.bases.text import TextStates
 from imprompt.core.errors import ImpromptError
 
@@ -183,24 +184,35 @@ class StableDiffusionXLBase:
         timesteps: Tensor | int,
         text_states: TextStates,
         condition: Mapping[str, Any] | None = None,
+        residuals: Residuals | None = None,
     ) -> Float[Tensor, "batch channels h w"]:
         """The denoiser's prediction (of the kind its scheduler's `prediction_type` names).
 
-        `condition` is what an installed adapter's handle made of its tokens. Gradients flow.
+        `condition` is what an installed adapter's handle made of its tokens, `residuals` what
+        controls add. Gradients flow.
         """
+        return self.unet(
+            latents,
+            timesteps,
+            **self.text_arguments(latents, text_states),
+            **({} if residuals is None else residuals.arguments()),
+            cross_attention_kwargs=condition,
+            return_dict=False,
+        )[0]
+
+    def text_arguments(
+        self, latents: Float[Tensor, "batch channels h w"], text_states: TextStates
+    ) -> dict[str, Any]:
+        """How texts and framing reach the UNet, or a ControlNet made from it: as keyword arguments."""
         framing = text_states.framing
         if framing is None:
             factor = pixels_per_latent(self.vae)
             height, width = (factor * side for side in latents.shape[-2:])
             framing = whole_picture(height, width).to(latents.device).expand(len(latents), -1)
-        return self.unet(
-            latents,
-            timesteps,
-            encoder_hidden_states=text_states.sequence,
-            added_cond_kwargs={"text_embeds": text_states.pooled, "time_ids": framing},
-            cross_attention_kwargs=condition,
-            return_dict=False,
-        )[0]
+        return {
+            "encoder_hidden_states": text_states.sequence,
+            "added_cond_kwargs": {"text_embeds": text_states.pooled, "time_ids": framing},
+        }
 
 
 def whole_picture(height_px: int, width_px: int) -> Float[Tensor, "1 6"]:

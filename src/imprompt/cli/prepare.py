@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from imprompt.cli.verb import add_verb
+from imprompt.cli.verb import add_verb, name_and_value
 
 EXAMPLES = """\
   imprompt prepare photos/ data/            images, each with a .txt of the same name beside it
@@ -20,6 +20,10 @@ only the good ones:
 with four processes, or as one of eight machines that share a disk:
   imprompt prepare laion/ data/ --workers 4
   imprompt prepare laion/ /shared/data --num-shards 8 --shard 0
+for a ControlNet or T2I-Adapter:
+  imprompt prepare diorama:8000 data/ --columns latent_mean latent_logvar text_ids control_depth
+  imprompt prepare photos/ data/ --map depth=depths/ \\
+      --columns latent_mean latent_logvar text_ids control_depth
 another adapter's features, added to what is there:
   imprompt prepare laion/ data/ --columns hidden_states
 
@@ -72,6 +76,14 @@ def add_parser(verbs: Any) -> None:
     )
     reading.add_argument("--image-key", metavar="NAME", help="the column with the image's path")
     reading.add_argument("--caption-key", metavar="NAME", help="the column with the caption")
+    reading.add_argument(
+        "--map",
+        action="append",
+        default=[],
+        metavar="KIND=FOLDER",
+        help="control maps of the images, under the images' names, for the column control_KIND; may "
+        "be repeated",
+    )
     wanted = parser.add_argument_group("which pairs are wanted")
     wanted.add_argument(
         "--min-side-px", type=int, default=16, help="width and height at least (default 16)"
@@ -144,6 +156,10 @@ def run(arguments: argparse.Namespace) -> None:
             image_root=arguments.image_root,
             image_key=arguments.image_key,
             caption_key=arguments.caption_key,
+            maps={
+                kind: Path(folder)
+                for kind, folder in (name_and_value(text, "--map") for text in arguments.map)
+            },
         ),
         workers=arguments.workers,
         num_shards=arguments.num_shards,

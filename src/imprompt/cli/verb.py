@@ -38,3 +38,15 @@ def new_file(path: Path, *, overwrite: bool) -> Path:
     except OSError as error:
         raise ImpromptError(f"Cannot make the folder {path.parent}: {error.strerror}.") from error
     return path
+
+
+def name_and_value(text: str, option: str) -> tuple[str, str]:
+    """The two sides of NAME=VALUE.
+
+    Raises:
+        ImpromptError: it is not of this form.
+    """
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise ImpromptError(f"{option} {text!r} is not of the form NAME=VALUE.")
+    return name, value

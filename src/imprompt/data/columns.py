@@ -7,26 +7,31 @@ would be 116 KiB and save 13, so of texts only the token ids are kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from imprompt.bases import Base, ClipImageEncoder
 from imprompt.core.errors import ImpromptError
+from imprompt.core.images import image_to_pixels
 from imprompt.data.pairs import Pair, to_pixels
 from imprompt.diorama import (
     COLOURS,
     KINDS,
+    MAP_KINDS,
     NUM_PHRASINGS,
     SETTINGS,
     STYLES,
     Character,
+    Render,
     Scene,
     caption,
     character_number,
+    draw_maps,
     landmarks_of,
 )
 from imprompt.encoders.face import FaceEncoder, load_face_encoder
@@ -44,6 +49,10 @@ class Batch:
     captions: list[str]
     references: Sequence[object] = ()
     face_encoder: str = "diorama"
+    render: Render | None = None
+    """All that is known of the pictures, if they are scenes."""
+    maps: Sequence[Mapping[str, Image.Image]] = ()
+    """Of each pair the control maps that came with it, by kind."""
 
     @cached_property
     def reference_pixels(self) -> Tensor:
@@ -145,6 +154,19 @@ def labels(base: Base, batch: Batch) -> Tensor:
     return torch.tensor(rows)
 
 
+def control(base: Base, batch: Batch, kind: str) -> Tensor:
+    """The pictures' control maps of a kind: uint8 (batch, 3, size, size), RGB."""
+    if all(kind in maps for maps in batch.maps):
+        pixels = torch.stack([image_to_pixels(maps[kind]) for maps in batch.maps])
+        return ((pixels + 1) * 127.5).round().to(torch.uint8)
+    if batch.render is None:
+        raise ImpromptError(
+            f"The column {CONTROL}{kind} needs a map for each image: give --map {kind}=FOLDER, whose "
+            "pictures are named as the images are."
+        )
+    return (draw_maps(batch.render, kind) * 255).round().to(torch.uint8)
+
+
 def character(base: Base, batch: Batch) -> Tensor:
     """Which character a portrait shows: int64 (batch,), see `character_number`."""
     return torch.tensor([character_number(_character(scene)) for scene in _scenes(batch)])
@@ -216,3 +238,19 @@ COLUMNS: dict[str, Callable[[Base, Batch], Tensor]] = {
     "id_embeds": id_embeds,
     "reference_hidden_states": reference_hidden_states,
 }
+CONTROL = "control_"
+"""Begins the names of the columns of control maps; the kind follows: control_depth, …"""
+
+
+def encoder_of(name: str) -> Callable[[Base, Batch], Tensor]:
+    """The function that makes a column.
+
+    Raises:
+        ImpromptError: there is no such column.
+    """
+    if name in COLUMNS:
+        return COLUMNS[name]
+    if name.startswith(CONTROL) and name != CONTROL:
+        return partial(control, kind=name.removeprefix(CONTROL))
+    known = [*COLUMNS, *(CONTROL + kind for kind in MAP_KINDS)]
+    raise ImpromptError(f"There is no column {name!r}; known are {', '.join(known)}.")

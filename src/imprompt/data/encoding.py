@@ -21,9 +21,9 @@ import torch
 
 from imprompt.bases import Base
 from imprompt.core.errors import ImpromptError
-from imprompt.data.columns import COLUMNS, Batch, to_bytes
+from imprompt.data.columns import CONTROL, Batch, encoder_of, to_bytes
 from imprompt.data.filters import Filters, Unusable
-from imprompt.data.pairs import Loaded, Pair, Part, load, to_pixels
+from imprompt.data.pairs import Loaded, Pair, Part, draw, load
 from imprompt.data.store import GrowingColumn, check_room, told, write_json
 from imprompt.diorama import Scene
 
@@ -198,7 +198,9 @@ def _add_columns(
     Scenes whose pixels are kept are not drawn again, which is most of the work.
     """
     kept = None
-    if "pixels" in progress.columns and all(isinstance(pair.image, Scene) for pair in pairs):
+    needs_scenes = any(name.startswith(CONTROL) for name in names)
+    is_drawn = all(isinstance(pair.image, Scene) for pair in pairs)
+    if "pixels" in progress.columns and is_drawn and not needs_scenes:
         kept = np.load(folder / "pixels.npy", mmap_mode="r")
     state_file = folder / "adding.json"
     state = {"columns": list(names), "next_pair": 0, "num_rows": 0}
@@ -229,10 +231,10 @@ def _add_columns(
                 accepted.append((pair, loaded))
             if accepted:
                 first = state["num_rows"]
-                drawn = None
+                pixels = None
                 if kept is not None:
-                    drawn = torch.from_numpy(np.array(kept[first : first + len(accepted)]))
-                encoded = _encode(accepted, names, base, work, drawn)
+                    pixels = torch.from_numpy(np.array(kept[first : first + len(accepted)]))
+                encoded = _encode(accepted, names, base, work, pixels)
                 if state["num_rows"] == 0:
                     _check_room(folder, encoded, len(rows))
                 for name, values in encoded.items():
@@ -300,23 +302,25 @@ def _encode(
     columns: Sequence[str],
     base: Base,
     work: Work,
-    drawn: torch.Tensor | None = None,
+    kept: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
-    """`drawn` are the pictures as the column `pixels` keeps them, from which all else is then made."""
-    if drawn is None:
-        pixels = to_pixels([loaded.picture for _, loaded in accepted], work.size_px)
-        if "pixels" in columns:
-            drawn = to_bytes(pixels)
-    if drawn is not None:
-        pixels = drawn.float() / 127.5 - 1
+    """`kept` are the pictures as the column `pixels` has them, from which all else is then made."""
+    render = None
+    if kept is None:
+        pixels, render = draw([loaded.picture for _, loaded in accepted], work.size_px)
+        kept = to_bytes(pixels) if "pixels" in columns else None
+    if kept is not None:
+        pixels = kept.float() / 127.5 - 1
     batch = Batch(
         [pair for pair, _ in accepted],
         pixels,
         [loaded.caption for _, loaded in accepted],
         [loaded.reference for _, loaded in accepted],
         work.face_encoder,
+        render,
+        [loaded.maps for _, loaded in accepted],
     )
-    return {name: COLUMNS[name](base, batch) for name in columns}
+    return {name: encoder_of(name)(base, batch) for name in columns}
 
 
 class _Lines:

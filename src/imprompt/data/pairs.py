@@ -20,12 +20,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from imprompt.core.errors import ImpromptError
 from imprompt.core.images import image_to_pixels, open_image, resize_and_center_crop
 from imprompt.data.filters import Filters, Unusable
-from imprompt.diorama import Scene, render
+from imprompt.diorama import Render, Scene, render
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 MAX_IMAGE_BYTES = 512_000_000
@@ -46,6 +50,8 @@ class Pair:
     image: Path | Scene | Callable[[], bytes]
     read_scores: Callable[[], Mapping[str, Any]] = field(default=dict)
     reference: Path | Scene | None = None
+    maps: Mapping[str, Path] = field(default_factory=dict)
+    """Pictures that show the same as the image in another way, by kind; scenes need none."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,7 @@ class Loaded:
     caption: str
     content: int
     reference: object = None
+    maps: Mapping[str, Image.Image] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -196,7 +203,10 @@ def load(pair: Pair, size_px: int, filters: Filters | None = None) -> Loaded:
         image = open_image(BytesIO(content), name=shown(pair.name))
         filters.check_size(*image.size)
         picture = resize_and_center_crop(image, size_px)
-        return Loaded(picture, caption, _content(content, caption, filters), reference)
+        maps = {
+            kind: _read_map(file, kind, image.size, size_px) for kind, file in pair.maps.items()
+        }
+        return Loaded(picture, caption, _content(content, caption, filters), reference, maps)
     except Unusable:
         raise
     except ImpromptError as error:
@@ -208,6 +218,21 @@ def load(pair: Pair, size_px: int, filters: Filters | None = None) -> Loaded:
         ) from error
 
 
+def _read_map(file: Path, kind: str, image_size: tuple[int, int], size_px: int) -> Image.Image:
+    found = open_image(
+        BytesIO(read_file(file, MAX_IMAGE_BYTES, "map missing")), name=shown(file.name)
+    )
+    if abs(found.width * image_size[1] - found.height * image_size[0]) > sum(image_size) + sum(
+        found.size
+    ):
+        raise Unusable(
+            "map shape",
+            f"the {kind} map {shown(file.name)} of {found.width} × {found.height} does not lie on "
+            f"the image of {image_size[0]} × {image_size[1]}",
+        )
+    return resize_and_center_crop(found, size_px)
+
+
 def _content(image: bytes, caption: str, filters: Filters) -> int:
     digest = hashlib.blake2b(image, digest_size=8)
     if filters.duplicates == "pair":
@@ -215,15 +240,22 @@ def _content(image: bytes, caption: str, filters: Filters) -> int:
     return int.from_bytes(digest.digest(), "little", signed=True)
 
 
-def to_pixels(pictures: Sequence[object], size_px: int):
+def to_pixels(pictures: Sequence[object], size_px: int) -> Tensor:
     """Pixels (batch, 3, size_px, size_px) in [-1, 1] of what `load` gave; scenes are drawn together."""
+    return draw(pictures, size_px)[0]
+
+
+def draw(pictures: Sequence[object], size_px: int) -> tuple[Tensor, Render | None]:
+    """As `to_pixels`, and all that is known of the pictures if every one is a scene."""
     import torch
 
     pixels = torch.empty(len(pictures), 3, size_px, size_px)
     scenes = [i for i, picture in enumerate(pictures) if isinstance(picture, Scene)]
+    drawn = None
     if scenes:
-        pixels[scenes] = render([pictures[i] for i in scenes], size_px).pixels  # type: ignore[misc]
+        drawn = render([pictures[i] for i in scenes], size_px)  # type: ignore[misc]
+        pixels[scenes] = drawn.pixels
     for i, picture in enumerate(pictures):
         if not isinstance(picture, Scene):
             pixels[i] = image_to_pixels(picture)  # type: ignore[arg-type]
-    return pixels
+    return pixels, drawn if len(scenes) == len(pictures) else None

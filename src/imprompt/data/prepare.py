@@ -21,7 +21,7 @@ import torch
 from imprompt.bases import Base
 from imprompt.core.errors import ImpromptError
 from imprompt.core.progress import progress
-from imprompt.data.columns import COLUMNS, default_columns, loaded_face_encoder
+from imprompt.data.columns import default_columns, encoder_of, loaded_face_encoder
 from imprompt.data.encoding import Progress, Report, Work, encode_part, missing_columns
 from imprompt.data.filters import Filters
 from imprompt.data.finish import finish
@@ -64,8 +64,8 @@ def prepare(
     size_px = base.image_size_px if size_px is None else size_px
     base.latent_shape(size_px)  # says clearly if the base cannot do this size
     columns = default_columns(variant) if columns is None else tuple(columns)
-    if unknown := [name for name in columns if name not in COLUMNS]:
-        raise ImpromptError(f"There is no column {unknown[0]!r}; known are {', '.join(COLUMNS)}.")
+    for name in columns:
+        encoder_of(name)  # says clearly if there is no such column
     if not 0 <= shard < num_shards or workers < 1 or batch_size < 1:
         raise ImpromptError(
             f"There is no shard {shard} of {num_shards} with {workers} workers and batches of "

@@ -6,7 +6,7 @@ import csv
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -31,9 +31,14 @@ class Reading:
     image_root: Path | None = None
     image_key: str | None = None
     caption_key: str | None = None
+    maps: Mapping[str, Path] = field(default_factory=dict)
+    """Folders of control maps by kind; a map has its image's name, whatever the suffix."""
 
     def described(self) -> dict[str, str | None]:
-        """What is kept beside the data, for telling other data apart."""
+        """What is kept beside the data, for telling other data apart.
+
+        Maps are no part of it: they become columns, which may be added later.
+        """
         root = None if self.image_root is None else str(self.image_root)
         keys = {"image_key": self.image_key, "caption_key": self.caption_key}
         return {"image_root": root, **keys}

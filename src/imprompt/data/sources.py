@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from imprompt.core.errors import ImpromptError
 from imprompt.core.randomness import generator
 from imprompt.data.archives import archive_part
 from imprompt.data.filters import Unusable
+from imprompt.data.maps import with_maps
 from imprompt.data.pairs import (
     IMAGE_SUFFIXES,
     MAX_CAPTION_BYTES,
@@ -46,7 +47,12 @@ def open_source(source: str, reading: Reading | None = None) -> list[Part]:
     """
     reading = Reading() if reading is None else reading
     name = source.partition(":")[0]
-    if ":" in source and name in _DIORAMA:
+    is_diorama = ":" in source and name in _DIORAMA
+    if reading.maps:
+        if is_diorama:
+            raise ImpromptError("Scenes bring their own maps; leave --map out.")
+        return with_maps(open_source(source, replace(reading, maps={})), reading.maps)
+    if is_diorama:
         return _diorama(source, _DIORAMA[name])
     path = Path(source)
     if path.is_dir():

@@ -1,6 +1,7 @@
 """The embedded world: small 3-D scenes whose every detail is known."""
 
 from imprompt.diorama.captions import NUM_PHRASINGS, caption, everyday_caption, portrait_caption
+from imprompt.diorama.maps import MAP_KINDS, draw_maps
 from imprompt.diorama.people import (
     FACTORS,
     character_number,
@@ -19,6 +20,7 @@ __all__ = [
     "COLOURS",
     "FACTORS",
     "KINDS",
+    "MAP_KINDS",
     "NUM_PHRASINGS",
     "OBJECT_KINDS",
     "SETTINGS",
@@ -30,6 +32,7 @@ __all__ = [
     "character_number",
     "character_of_number",
     "differences",
+    "draw_maps",
     "everyday_caption",
     "gallery",
     "landmarks_of",

@@ -21,6 +21,8 @@ from imprompt.training.loop import train
 SYSTEMS: dict[str, tuple[str, str]] = {
     "image-prompt": ("imprompt.systems.image_prompt", "ImagePromptOptions"),
     "concatenation": ("imprompt.systems.concatenation", "ConcatenationOptions"),
+    "controlnet": ("imprompt.systems.controlnet", "ControlNetOptions"),
+    "t2i-adapter": ("imprompt.systems.t2i_adapter", "T2IAdapterOptions"),
     "text-to-image": ("imprompt.systems.text_to_image", "TextToImageOptions"),
     "autoencoder": ("imprompt.systems.autoencoder", "AutoencoderOptions"),
     "contrastive": ("imprompt.systems.contrastive", "ContrastiveOptions"),
@@ -34,6 +36,8 @@ EXPORT_NAMES = {
     "image-prompt": "adapter.safetensors",
     "concatenation": "tokens.safetensors",
     "classifier": "judge.safetensors",
+    "controlnet": "control",
+    "t2i-adapter": "control",
     "face-encoder": "face-encoder.safetensors",
     "face-id": "adapter.safetensors",
     "identity": "identity",

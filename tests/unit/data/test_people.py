@@ -118,7 +118,7 @@ def test_pictures_that_are_kept_are_not_drawn_again(base, faces, tmp_path, monke
     )  # fmt: skip
     added = tmp_path / "added"
     prepare("diorama-people:8", added, base, columns=("pixels",), size_px=32)
-    monkeypatch.setattr(encoding, "to_pixels", None)
+    monkeypatch.setattr(encoding, "draw", None)
     prepare("diorama-people:8", added, base, columns=columns, size_px=32, face_encoder=faces)
     first, second = (Columns.open(f).rows(range(8), columns) for f in (straight, added))
     assert all(torch.equal(first[name], second[name]) for name in columns)

@@ -1,0 +1,77 @@
+"""ControlNets and T2I-Adapters in diffusers' folder layout: what they are and which maps they read."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from imprompt.core.errors import ImpromptError
+
+DESCRIPTION = "control.json"
+"""Beside a network that was trained here: which maps it reads, and the base it was trained on."""
+WEIGHTS = Path(__file__).parent.parent / "weights"
+CLASSES = ("ControlNetModel", "T2IAdapter")
+
+
+@dataclass(frozen=True)
+class LoadedControl:
+    """A network that obeys a map: diffusers' `ControlNetModel` or `T2IAdapter`.
+
+    `kind` and `base_fingerprint` are empty if the folder does not say.
+    """
+
+    module: Any
+    kind: str = ""
+    base_fingerprint: str = ""
+
+
+def load_control(
+    folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> LoadedControl:
+    """A ControlNet or a T2I-Adapter from a folder, frozen.
+
+    Raises:
+        ImpromptError: it is neither, or damaged.
+    """
+    folder = Path(folder)
+    config = _json(folder / "config.json")
+    kind = config.get("_class_name")
+    if kind not in CLASSES:
+        raise ImpromptError(
+            f"{folder} holds {kind or 'no model of diffusers'}; a control is one of {', '.join(CLASSES)}."
+        )
+    import diffusers
+
+    try:
+        module = getattr(diffusers, kind).from_pretrained(
+            str(folder), torch_dtype=dtype, local_files_only=True, low_cpu_mem_usage=False
+        )
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ImpromptError(f"The {kind} in {folder} cannot be read: {reason}") from error
+    described = _json(folder / DESCRIPTION) if (folder / DESCRIPTION).is_file() else {}
+    return LoadedControl(
+        module.to(device).eval().requires_grad_(False),
+        str(described.get("kind", "")),
+        str(described.get("base_fingerprint", "")),
+    )
+
+
+def shipped_controls() -> dict[str, Path]:
+    """The controls that come with the package for the diorama base: folders by kind of map."""
+    folders = sorted(path.parent for path in WEIGHTS.glob(f"diorama-*/{DESCRIPTION}"))
+    return {str(_json(folder / DESCRIPTION)["kind"]): folder for folder in folders}
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ImpromptError(f"{file.parent} is no control: {file.name} cannot be read.") from error
+    if not isinstance(found, dict):
+        raise ImpromptError(f"{file} is damaged: it holds no JSON object.")
+    return found

@@ -1,0 +1,143 @@
+"""What ControlNet and T2I-Adapter have in common: a network beside a frozen base that obeys a map.
+
+The base predicts noise as ever; the network reads the picture's control map and adds what it makes of
+it inside the denoiser.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as functional
+from PIL import Image
+from torch import Tensor
+
+from imprompt.bases import Base, Residuals, TextStates
+from imprompt.checkpoints.controls import DESCRIPTION
+from imprompt.core.errors import ImpromptError
+from imprompt.core.randomness import Randomness
+from imprompt.data.columns import CONTROL
+from imprompt.data.dataset import Columns
+from imprompt.diffusion.objectives import add_noise, alphas_cumprod_of, prediction_target
+from imprompt.systems.image_prompt import check_same_base, replace_rows, sample_latents
+
+Read = Callable[[Tensor, Tensor, TextStates, Tensor], Residuals]
+"""What a network adds: (noisy latents, timesteps, text states, maps in [0, 1]) → residuals."""
+
+
+def check_control_data(columns: Columns, base: Base, kind: str) -> None:
+    """Raise an ImpromptError unless the data are this base's and have maps of this kind."""
+    check_same_base(columns, base)
+    if not kind:
+        found = [n.removeprefix(CONTROL) for n in columns.names if n.startswith(CONTROL)]
+        raise ImpromptError(
+            f"Say which maps to learn: --set system.kind=KIND. {columns.path} has "
+            f"{', '.join(found) or 'none; prepare it with --columns control_KIND'}."
+        )
+    columns.require([CONTROL + kind])
+
+
+class ControlSystem:
+    """Trains a network that turns control maps into residuals, on cached columns."""
+
+    def __init__(
+        self,
+        base: Base,
+        module: Any,
+        read: Read,
+        *,
+        kind: str,
+        drop_text: float,
+        early_steps: bool = False,
+    ) -> None:
+        """`kind` names the maps; `drop_text` is the share of samples without their caption.
+
+        With `early_steps` timesteps of much noise, which decide the layout, come more often.
+        """
+        self.base = base
+        self.module = module
+        self.columns = ("latent_mean", "latent_logvar", CONTROL + kind, "text_ids")
+        self.draw: Callable[[], Image.Image] | None = None
+        """Makes the picture of a preview; set by whoever can generate."""
+        self._read = read
+        self._kind = kind
+        self._drop_text = drop_text
+        self._early_steps = early_steps
+        self._empty_ids = base.tokenize([""]).to(base.device)
+        self._alphas = alphas_cumprod_of(base.scheduler.config).to(base.device)
+        self._prediction = str(base.scheduler.config["prediction_type"])
+
+    def loss(
+        self, batch: dict[str, Tensor], randomness: Randomness
+    ) -> tuple[Tensor, dict[str, float | Tensor]]:
+        """The base's own loss, with the control, on captions of which some are dropped."""
+        no_text = randomness.uniform("drop text") < self._drop_text
+        time = randomness.uniform("timestep")
+        if self._early_steps:
+            time = 1 - time**3
+        timesteps = (time * len(self._alphas)).long().clamp(max=len(self._alphas) - 1)
+        return self._errors(batch, randomness, timesteps, no_text).mean(), {}
+
+    def _errors(
+        self,
+        batch: dict[str, Tensor],
+        randomness: Randomness,
+        timesteps: Tensor,
+        no_text: Tensor,
+        has_control: bool = True,
+    ) -> Tensor:
+        """The squared error of each sample's prediction, (batch,)."""
+        latents = sample_latents(batch, randomness, self.base)
+        noise = randomness.normal("noise", tuple(latents.shape[1:]))
+        alphas = self._alphas[timesteps]
+        text_states = self.base.encode_text(
+            replace_rows(batch["text_ids"], self._empty_ids, no_text)
+        )
+        noisy = add_noise(latents, noise, alphas).contiguous(memory_format=torch.channels_last)
+        residuals = None
+        if has_control:
+            maps = batch[CONTROL + self._kind].float() / 255
+            residuals = self._read(noisy, timesteps, text_states, maps)
+        prediction = self.base.denoise(noisy, timesteps, text_states, residuals=residuals)
+        target = prediction_target(self._prediction, latents, noise, alphas)
+        errors = functional.mse_loss(prediction.float(), target.float(), reduction="none")
+        return errors.mean(dim=(1, 2, 3))
+
+    @torch.no_grad()
+    def validate(self, batch: dict[str, Tensor], randomness: Randomness) -> dict[str, float]:
+        """The loss at evenly spread timesteps on fixed noise, with the control and without."""
+        count = len(batch["text_ids"])
+        device = self._alphas.device
+        spread = (torch.arange(count, device=device) + 0.5) / count
+        timesteps = (spread * len(self._alphas)).long()
+        figures: dict[str, float] = {}
+        for name, has_control, has_text in (
+            ("loss_with_control", True, False),
+            ("loss_without_control", False, False),
+            ("loss_with_control_and_text", True, True),
+            ("loss_with_text", False, True),
+        ):
+            no_text = torch.full((count,), not has_text, device=device)
+            errors = self._errors(batch, randomness, timesteps, no_text, has_control)
+            figures[name] = errors.mean().item()
+        return figures
+
+    def preview(self) -> Image.Image | None:
+        """What `draw` makes, if it was given."""
+        return None if self.draw is None else self.draw()
+
+    def export(self, path: Path) -> None:
+        """Write a folder that diffusers' own class loads, in half precision, and what it reads."""
+        copied = deepcopy(self.module).half().to(memory_format=torch.contiguous_format)
+        copied.save_pretrained(path)
+        described = {
+            "kind": self._kind,
+            "base": self.base.name,
+            "base_fingerprint": self.base.fingerprint(),
+        }
+        (path / DESCRIPTION).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
