@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from imprompt.adapters import ImagePromptAdapter
+from imprompt.checkpoints.controls import load_control
 from imprompt.checkpoints.files import load_adapter
 from imprompt.core.errors import ImpromptError
 
@@ -68,17 +69,12 @@ def load_identity_net(
     Raises:
         ImpromptError: there is none, or it is damaged.
     """
-    from diffusers import ControlNetModel
-
     if not (folder / "config.json").is_file():
         raise ImpromptError(f"{folder} holds no IdentityNet (its config.json is missing).")
-    try:
-        net = ControlNetModel.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
-    except Exception as error:  # the library raises what it likes on damaged files
-        reason = str(error).strip().split("\n")[0]
-        raise ImpromptError(f"{folder} cannot be loaded as IdentityNet: {reason}") from error
-    assert isinstance(net, ControlNetModel)
-    return net.to(device).eval()
+    net = load_control(folder, device, dtype).module
+    if type(net).__name__ != "ControlNetModel":
+        raise ImpromptError(f"{folder} holds a {type(net).__name__}; IdentityNet is a ControlNet.")
+    return net
 
 
 def reads_faces(adapter: ImagePromptAdapter) -> bool:

@@ -22,7 +22,8 @@ def add_parser(verbs: Any) -> None:
     )
     parser.add_argument(
         "system",
-        help="image-prompt, concatenation, text-to-image, autoencoder, contrastive or classifier",
+        help="image-prompt, face-id, identity, controlnet, t2i-adapter, concatenation, text-to-image, "
+        "autoencoder, contrastive, classifier or face-encoder",
     )
     parser.add_argument("--data", type=Path, required=True, help="what `imprompt prepare` made")
     parser.add_argument("--output", type=Path, required=True, help="folder of this run")

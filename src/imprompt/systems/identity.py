@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from imprompt.adapters import Handle, ImagePromptAdapter, create_adapter
 from imprompt.bases import Base
+from imprompt.bases.latent_space import pixels_per_latent
 from imprompt.checkpoints import load_adapter, save_adapter
 from imprompt.checkpoints.identity import ADAPTER_FILE, CONTROLNET_FOLDER, load_identity_net
 from imprompt.core.randomness import Randomness
@@ -123,14 +124,16 @@ class IdentitySystem:
         tokens = self._adapter.tokens(batch["id_embeds"].float()[:, None])
         residuals = None
         if has_net:
-            size_px = self.base.image_size_px
+            height, width = (
+                side * pixels_per_latent(self.base.vae) for side in latents.shape[-2:]
+            )
             residuals = control_residuals(
                 self._net,
                 self.base,
                 noisy,
                 timesteps,
                 replace(text_states, sequence=tokens),
-                landmark_images(batch["landmarks"], size_px, size_px),
+                landmark_images(batch["landmarks"], height, width),
             )
         condition = self._handle.condition(tokens) if has_adapter else None
         prediction = self.base.denoise(noisy, timesteps, text_states, condition, residuals)
