@@ -18,7 +18,8 @@ def add_parser(verbs: Any) -> None:
         examples="  imprompt train image-prompt --data data/ --output runs/first \\\n"
         "      --preset diorama-image-prompt --set train.steps=2000\n"
         "  imprompt train image-prompt --data sd15-data/ --base models/sd15 --output runs/sd15 \\\n"
-        "      --preset image-prompt",
+        "      --preset image-prompt\n"
+        "  torchrun --nproc_per_node 8 -m imprompt train image-prompt … --engine zero2 --processes 8",
     )
     parser.add_argument(
         "system",
@@ -29,6 +30,14 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder of this run")
     parser.add_argument("--base", default="diorama", help="diorama, a folder, a file or a hub id")
     parser.add_argument("--preset", help="name of a preset, or a TOML file")
+    parser.add_argument(
+        "--engine",
+        default="auto",
+        help="single, ddp, zero2 or fsdp2; auto is ddp where torchrun started several processes",
+    )
+    parser.add_argument(
+        "--processes", type=int, metavar="COUNT", help="how many processes there must be"
+    )
     parser.add_argument(
         "--set",
         action="append",
@@ -48,5 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
         output=arguments.output,
         preset=arguments.preset,
         settings=arguments.set,
+        engine=arguments.engine,
+        num_processes=arguments.processes,
     )
     print(f"trained: {export}")

@@ -33,10 +33,19 @@ class Progress:
 
 
 @contextmanager
-def progress(total: int, description: str, unit: str = "it") -> Generator[Progress, None, None]:
-    """A bar over `total` units for as long as the block runs.
+def progress(
+    total: int, description: str, unit: str = "it", *, silent: bool = False
+) -> Generator[Progress, None, None]:
+    """A bar over `total` units for as long as the block runs; none if `silent`.
 
     On a terminal it redraws itself; in a log it writes a line now and then.
     """
-    with tqdm(total=total, desc=description, unit=unit, mininterval=0.2, dynamic_ncols=True) as bar:
+    with tqdm(
+        total=total,
+        desc=description,
+        unit=unit,
+        mininterval=0.2,
+        dynamic_ncols=True,
+        disable=silent,
+    ) as bar:
         yield Progress(bar)

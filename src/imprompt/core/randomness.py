@@ -18,6 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_FEISTEL_ROUNDS = 8
+# Odd numbers with well mixed bits, from MurmurHash3's and SplitMix64's finalisers.
+_MIX_1 = np.uint64(0xFF51AFD7ED558CCD)
+_MIX_2 = np.uint64(0x94D049BB133111EB)
+
 
 def generator(seed: int, index: int, purpose: str) -> np.random.Generator:
     """The random numbers of one sample for one purpose. `index` must not be negative."""
@@ -27,9 +32,33 @@ def generator(seed: int, index: int, purpose: str) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=key, counter=index << 128))
 
 
-def permutation(seed: int, epoch: int, length: int) -> np.ndarray:
-    """The order in which an epoch visits `length` rows, as int64 (length,)."""
-    return generator(seed, epoch, "epoch permutation").permutation(length)
+def permuted(seed: int, epoch: int, positions: np.ndarray, length: int) -> np.ndarray:
+    """The rows, of `length` in all, that an epoch visits at some positions of its order: int64, as given.
+
+    The order is a pseudo-random permutation that is computed where it is asked for and never stored, so
+    that shuffling a billion rows costs what shuffling ten does: a Feistel network over the smallest even
+    number of bits that holds every row; what it sends outside is sent on until it is inside.
+
+    Source: Luby & Rackoff 1988; Black & Rogaway 2002, "Ciphers with arbitrary finite domains", section 3.
+    """
+    half_bits = np.uint64(max(1, ((length - 1).bit_length() + 1) // 2))
+    mask = np.uint64((1 << int(half_bits)) - 1)
+    keys = generator(seed, epoch, "epoch permutation").integers(
+        0, 2**64, _FEISTEL_ROUNDS, dtype=np.uint64
+    )
+
+    def once(values: np.ndarray) -> np.ndarray:
+        left, right = values >> half_bits, values & mask
+        for key in keys:
+            mixed = (right + key) * _MIX_1
+            mixed = (mixed ^ (mixed >> np.uint64(29))) * _MIX_2
+            left, right = right, left ^ ((mixed ^ (mixed >> np.uint64(32))) & mask)
+        return (left << half_bits) | right
+
+    rows = once(np.asarray(positions, dtype=np.uint64))
+    while (outside := rows >= length).any():
+        rows[outside] = once(rows[outside])
+    return rows.astype(np.int64)
 
 
 class Randomness:

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from imprompt.core.errors import ImpromptError
+from imprompt.data.rows import Fetched
 from imprompt.data.store import ColumnsWriter, read_header, write_json
 
 __all__ = ["Columns", "ColumnsWriter", "write_json"]
@@ -157,6 +158,11 @@ class Columns:
                 raise _damaged(self.path, error) from error
             values[name] = torch.from_numpy(out)
         return values
+
+    def fetch(self, indices: np.ndarray, names: Sequence[str]) -> Fetched:
+        """The same, for reading ahead: nothing is left to do when the result is called."""
+        values = self.rows(indices, names)
+        return lambda: values
 
     def _stored(self, indices: np.ndarray) -> np.ndarray:
         """Row numbers counted over the parts, where removed rows still have theirs."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from imprompt.bases import Base
 from imprompt.core.images import image_grid, pixels_to_images
 from imprompt.core.randomness import Randomness
-from imprompt.data.dataset import Columns
+from imprompt.data.rows import Rows
 from imprompt.systems.protocol import starts_from_base
 
 
@@ -61,7 +61,7 @@ class AutoencoderOptions:
     """Weight of the pull towards a standard normal."""
 
 
-def build(options: AutoencoderOptions, base: Base, columns: Columns) -> AutoencoderSystem:
+def build(options: AutoencoderOptions, base: Base, columns: Rows) -> AutoencoderSystem:
     """The system for a column of pixels."""
     module = (
         base.vae.requires_grad_(True) if starts_from_base(options.start) else create_autoencoder()

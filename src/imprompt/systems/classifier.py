@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from imprompt.bases import Base
 from imprompt.core.randomness import Randomness
-from imprompt.data.dataset import Columns
+from imprompt.data.rows import Rows
 from imprompt.diorama.vocabulary import COLOURS, KINDS, SETTINGS, STYLES
 
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
@@ -68,7 +68,7 @@ class ClassifierOptions:
     """Channels of the first layer."""
 
 
-def build(options: ClassifierOptions, base: Base, columns: Columns) -> ClassifierSystem:
+def build(options: ClassifierOptions, base: Base, columns: Rows) -> ClassifierSystem:
     """The system for columns of pixels and labels; the base has no part in it."""
     judge: Any = Judge(options.width)
     return ClassifierSystem(judge.to(memory_format=torch.channels_last))

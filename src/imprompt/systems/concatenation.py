@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from imprompt.adapters import create_adapter
 from imprompt.bases import Base, TextStates
 from imprompt.core.errors import ImpromptError
-from imprompt.data.dataset import Columns
+from imprompt.data.rows import Rows
 from imprompt.systems.image_prompt import ImagePromptOptions, ImagePromptSystem, check_same_base
 
 
@@ -43,7 +43,7 @@ class ConcatenatedTokens(nn.Module):
         return self.norm(self.layers(image_embeds).unflatten(1, (self.num_tokens, -1)))
 
 
-def build(options: ConcatenationOptions, base: Base, columns: Columns) -> ImagePromptSystem:
+def build(options: ConcatenationOptions, base: Base, columns: Rows) -> ImagePromptSystem:
     """The system for prepared data of the base variant.
 
     Raises:

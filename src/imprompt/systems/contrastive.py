@@ -27,7 +27,7 @@ from transformers import (
 
 from imprompt.bases import Base
 from imprompt.core.randomness import Randomness
-from imprompt.data.dataset import Columns
+from imprompt.data.rows import Rows
 from imprompt.systems.protocol import starts_from_base
 
 MAX_TOKENS = 32
@@ -130,7 +130,7 @@ class ContrastiveOptions:
     (locked tuning, Zhai et al., 2111.07991, with the roles exchanged)."""
 
 
-def build(options: ContrastiveOptions, base: Base, columns: Columns) -> ContrastiveSystem:
+def build(options: ContrastiveOptions, base: Base, columns: Rows) -> ContrastiveSystem:
     """The system for columns of pixels and token ids."""
     text, vision = create_encoders(base.tokenizer)
     if starts_from_base(options.start):

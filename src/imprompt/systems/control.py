@@ -22,7 +22,7 @@ from imprompt.checkpoints.controls import DESCRIPTION
 from imprompt.core.errors import ImpromptError
 from imprompt.core.randomness import Randomness
 from imprompt.data.columns import CONTROL
-from imprompt.data.dataset import Columns
+from imprompt.data.rows import Rows
 from imprompt.diffusion.objectives import add_noise, alphas_cumprod_of, prediction_target
 from imprompt.systems.image_prompt import check_same_base, replace_rows, sample_latents
 
@@ -30,7 +30,7 @@ Read = Callable[[Tensor, Tensor, TextStates, Tensor], Residuals]
 """What a network adds: (noisy latents, timesteps, text states, maps in [0, 1]) → residuals."""
 
 
-def check_control_data(columns: Columns, base: Base, kind: str) -> None:
+def check_control_data(columns: Rows, base: Base, kind: str) -> None:
     """Raise an ImpromptError unless the data are this base's and have maps of this kind."""
     check_same_base(columns, base)
     if not kind:

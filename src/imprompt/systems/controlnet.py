@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from imprompt.bases import Base, Residuals, TextStates
 from imprompt.bases.latent_space import pixels_per_latent
 from imprompt.core.errors import ImpromptError
-from imprompt.data.dataset import Columns
+from imprompt.data.rows import Rows
 from imprompt.systems.control import ControlSystem, check_control_data
 
 _EMBEDDING_CHANNELS = (16, 32, 96, 256)
@@ -37,7 +37,7 @@ class ControlNetOptions:
     """Folder of a ControlNet to go on from; empty starts from the base's encoder."""
 
 
-def build(options: ControlNetOptions, base: Base, columns: Columns) -> ControlSystem:
+def build(options: ControlNetOptions, base: Base, columns: Rows) -> ControlSystem:
     """The system for prepared data with control maps.
 
     Raises:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from imprompt.bases import Base
 from imprompt.core.errors import ImpromptError
 from imprompt.core.randomness import Randomness
-from imprompt.data.dataset import Columns
+from imprompt.data.rows import Rows
 from imprompt.encoders.face_network import FaceNetwork
 
 MIRRORED = (1, 0, 2, 4, 3)  # left and right change places
@@ -47,7 +47,7 @@ class FaceEncoderOptions:
     """Of the landmarks' error in pixels beside the loss of equation 3."""
 
 
-def build(options: FaceEncoderOptions, base: Base, columns: Columns) -> FaceEncoderSystem:
+def build(options: FaceEncoderOptions, base: Base, columns: Rows) -> FaceEncoderSystem:
     """The system for columns of portraits; the base has no part in it."""
     columns.require(["character"])
     numbers = columns.rows(range(len(columns)), ["character"])["character"].unique()

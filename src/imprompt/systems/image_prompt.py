@@ -25,7 +25,7 @@ from imprompt.bases import Base, TextStates
 from imprompt.checkpoints import load_adapter, save_adapter
 from imprompt.core.errors import ImpromptError
 from imprompt.core.randomness import Randomness
-from imprompt.data.dataset import Columns
+from imprompt.data.rows import Rows
 from imprompt.diffusion.objectives import (
     add_noise,
     alphas_cumprod_of,
@@ -59,7 +59,7 @@ class ImagePromptOptions:
     """Begin a new base variant with the projection that least squares fits to the captions."""
 
 
-def build(options: ImagePromptOptions, base: Base, columns: Columns) -> ImagePromptSystem:
+def build(options: ImagePromptOptions, base: Base, columns: Rows) -> ImagePromptSystem:
     """The system for prepared data: an adapter of the right shape, new or read from a file.
 
     Raises:
@@ -104,7 +104,7 @@ def build(options: ImagePromptOptions, base: Base, columns: Columns) -> ImagePro
     )
 
 
-def check_same_base(columns: Columns, base: Base) -> None:
+def check_same_base(columns: Rows, base: Base) -> None:
     """Raise an ImpromptError if the data were encoded by another base than this one."""
     prepared = columns.meta.get("base_fingerprint")
     if prepared != base.fingerprint():

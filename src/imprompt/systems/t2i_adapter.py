@@ -16,7 +16,7 @@ from torch import Tensor
 from imprompt.bases import Base, Residuals
 from imprompt.bases.latent_space import pixels_per_latent
 from imprompt.core.errors import ImpromptError
-from imprompt.data.dataset import Columns
+from imprompt.data.rows import Rows
 from imprompt.systems.control import ControlSystem, check_control_data
 
 
@@ -36,7 +36,7 @@ class T2IAdapterOptions:
     """Folder of a T2I-Adapter to go on from; empty starts anew."""
 
 
-def build(options: T2IAdapterOptions, base: Base, columns: Columns) -> ControlSystem:
+def build(options: T2IAdapterOptions, base: Base, columns: Rows) -> ControlSystem:
     """The system for prepared data with control maps.
 
     Raises:

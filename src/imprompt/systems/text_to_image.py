@@ -18,7 +18,7 @@ from torch import Tensor
 
 from imprompt.bases import Base
 from imprompt.core.randomness import Randomness
-from imprompt.data.dataset import Columns
+from imprompt.data.rows import Rows
 from imprompt.diffusion.objectives import add_noise, alphas_cumprod_of, prediction_target
 from imprompt.systems.protocol import starts_from_base
 
@@ -77,7 +77,7 @@ class TextToImageOptions:
     """Share of samples that see no caption, for classifier-free guidance."""
 
 
-def build(options: TextToImageOptions, base: Base, columns: Columns) -> TextToImageSystem:
+def build(options: TextToImageOptions, base: Base, columns: Rows) -> TextToImageSystem:
     """The system for columns of latents and token ids, encoded by the base."""
     if starts_from_base(options.start):
         unet = base.unet.requires_grad_(True)

@@ -16,14 +16,14 @@ from torch import Tensor
 
 from imprompt.adapters.projection import LinearProjection
 from imprompt.bases import Base, TextStates
-from imprompt.data.dataset import Columns
+from imprompt.data.rows import Rows
 
 NUM_PAIRS = 4096
 RIDGE = 1e-3  # of the variance of the embeddings
 
 
 @torch.no_grad()
-def fit_to_captions(projection: LinearProjection, base: Base, columns: Columns) -> float:
+def fit_to_captions(projection: LinearProjection, base: Base, columns: Rows) -> float:
     """Set a linear projection so that its tokens are like the states of the images' captions.
 
     Token j becomes like the state at the end of the caption (j = 0), at the end of the padding (the

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
 
-from imprompt.core.randomness import permutation
-from imprompt.data.dataset import Columns
+from imprompt.core.randomness import permuted
+from imprompt.data.rows import Fetched, Rows
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A part of a step's samples: their numbers counted from the run's start, and their rows."""
+
+    samples: range
+    rows: np.ndarray
+    columns: dict[str, Tensor]
 
 
 def rows_of_samples(samples: range, num_rows: int, seed: int) -> np.ndarray:
@@ -19,12 +30,18 @@ def rows_of_samples(samples: range, num_rows: int, seed: int) -> np.ndarray:
     rows = np.empty(len(numbers), dtype=np.int64)
     for epoch in np.unique(epochs):
         here = epochs == epoch
-        rows[here] = permutation(seed, int(epoch), num_rows)[positions[here]]
+        rows[here] = permuted(seed, int(epoch), positions[here], num_rows)
     return rows
 
 
+def shares(samples: range, num_shares: int) -> list[range]:
+    """Samples cut into equal parts, in order."""
+    size = len(samples) // num_shares
+    return [samples[i * size : (i + 1) * size] for i in range(num_shares)]
+
+
 def batches(
-    columns: Columns,
+    data: Rows,
     names: tuple[str, ...],
     *,
     num_rows: int,
@@ -32,17 +49,33 @@ def batches(
     batch_size: int,
     first_step: int,
     last_step: int,
-) -> Iterator[tuple[range, dict[str, Tensor]]]:
-    """The batches of steps first_step … last_step - 1, each read while the one before is used."""
+    process: int = 0,
+    num_processes: int = 1,
+    num_parts: int = 1,
+    read_ahead: int = 1,
+) -> Iterator[list[Batch]]:
+    """For each step first_step … last_step - 1 a process's share of the batch, in `num_parts` parts.
 
-    def read(step: int) -> tuple[range, dict[str, Tensor]]:
+    Which samples a step sees depends on neither the processes nor how far ahead is read.
+    """
+
+    def of_step(step: int) -> list[tuple[range, np.ndarray]]:
         samples = range(step * batch_size, (step + 1) * batch_size)
-        return samples, columns.rows(rows_of_samples(samples, num_rows, seed), names)
+        mine = shares(samples, num_processes)[process]
+        return [(part, rows_of_samples(part, num_rows, seed)) for part in shares(mine, num_parts)]
 
-    with ThreadPoolExecutor(max_workers=1) as reader:
-        coming = reader.submit(read, first_step) if first_step < last_step else None
+    def read(step: int) -> list[tuple[range, np.ndarray, Fetched]]:
+        return [(samples, rows, data.fetch(rows, names)) for samples, rows in of_step(step)]
+
+    coming: deque[Future[list[tuple[range, np.ndarray, Fetched]]]] = deque()
+    reader = ThreadPoolExecutor(max_workers=read_ahead)
+    try:
         for step in range(first_step, last_step):
-            assert coming is not None
-            batch = coming.result()
-            coming = reader.submit(read, step + 1) if step + 1 < last_step else None
-            yield batch
+            while len(coming) < read_ahead and step + len(coming) < last_step:
+                coming.append(reader.submit(read, step + len(coming)))
+            parts = coming.popleft().result()
+            if step + 1 + len(coming) < last_step:
+                coming.append(reader.submit(read, step + 1 + len(coming)))
+            yield [Batch(samples, rows, fetched()) for samples, rows, fetched in parts]
+    finally:
+        reader.shutdown(wait=False, cancel_futures=True)

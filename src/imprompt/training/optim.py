@@ -4,27 +4,50 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from imprompt.core.errors import ImpromptError
+from imprompt.training.config import TrainConfig
 
 
-def learning_rate_factor(step: int, *, steps: int, warmup_steps: int, schedule: str) -> float:
+def learning_rate_factor(step: int, config: TrainConfig) -> float:
     """The share of the full learning rate at a step (counted from 0): linear warm-up, then the schedule."""
-    warm = min(1.0, (step + 1) / max(1, warmup_steps))
-    if schedule == "constant":
+    warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
+    if config.schedule == "constant":
         return warm
-    progress = min(1.0, step / max(1, steps))
+    progress = min(1.0, step / max(1, config.steps))
     return warm * (0.01 + 0.99 * 0.5 * (1.0 + math.cos(math.pi * progress)))
 
 
 def create_optimizer(
-    parameters: Sequence[nn.Parameter], *, learning_rate: float, weight_decay: float, beta2: float
-) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter, 1711.05101) in its fused form."""
-    return torch.optim.AdamW(
-        parameters, lr=learning_rate, weight_decay=weight_decay, betas=(0.9, beta2), fused=True
-    )
+    parameters: Sequence[nn.Parameter], config: TrainConfig
+) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov & Hutter, 1711.05101) in its fused form, or with moments in 8 bits (2110.02861).
+
+    Raises:
+        ImpromptError: 8 bits were asked for, and bitsandbytes or its GPU is missing.
+    """
+    chosen: dict[str, Any] = {
+        "lr": config.learning_rate,
+        "weight_decay": config.weight_decay,
+        "betas": (0.9, config.beta2),
+    }
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, **chosen, fused=True)
+    try:
+        if not torch.cuda.is_available():
+            raise ImportError("there is no GPU")
+        import bitsandbytes  # type: ignore[import-not-found]
+    except ImportError as error:
+        raise ImpromptError(
+            f"optimizer=adamw-8bit needs bitsandbytes and a GPU ({error}): pip install bitsandbytes, or "
+            "take optimizer=adamw."
+        ) from error
+    return bitsandbytes.optim.AdamW8bit(parameters, **chosen)
 
 
 class MovingAverage:
@@ -43,7 +66,8 @@ class MovingAverage:
     def update(self, step: int) -> None:
         """Take in the weights as they are after step `step` (counted from 0)."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.averages, [p.detach() for p in self.parameters], 1.0 - decay)
+        averages = [_own_part(average) for average in self.averages]
+        torch._foreach_lerp_(averages, [_own_part(p) for p in self.parameters], 1.0 - decay)
 
     @torch.no_grad()
     def __enter__(self) -> None:
@@ -58,3 +82,8 @@ class MovingAverage:
         for parameter, value in zip(self.parameters, self._trained, strict=True):
             parameter.copy_(value)
         self._trained = None
+
+
+def _own_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor, which is all of it unless weights are sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()

@@ -7,15 +7,16 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from imprompt.bases import Base, load_base
 from imprompt.core.config import build, read_toml, to_toml, with_settings
 from imprompt.core.errors import ImpromptError
 from imprompt.data.dataset import Columns
+from imprompt.data.rows import Rows
 from imprompt.systems.protocol import System
-from imprompt.training.config import TrainConfig
+from imprompt.training.config import PRECISIONS, TrainConfig
 from imprompt.training.loop import train
+from imprompt.training.parallel import trained_parameters
+from imprompt.training.processes import join_processes, leave_processes
 
 # Each module has `build(options, base, columns)`; the class of its options stands beside it.
 SYSTEMS: dict[str, tuple[str, str]] = {
@@ -60,7 +61,7 @@ def preset_path(name: str) -> Path:
 
 
 def prepare_run(
-    system_name: str, base: Base, columns: Columns, preset: str | None, settings: list[str]
+    system_name: str, base: Base, columns: Rows, preset: str | None, settings: list[str]
 ) -> tuple[System, TrainConfig, dict[str, Any]]:
     """The system to train, how to train it, and the resolved settings of both.
 
@@ -83,7 +84,12 @@ def prepare_run(
     config = build(TrainConfig, tables.get("train", {}), "train.")
     options = build(getattr(module, options_name), tables.get("system", {}), "system.")
     resolved = {"system": dataclasses.asdict(options), "train": dataclasses.asdict(config)}
-    return module.build(options, base, columns), config, resolved
+    if config.frozen_precision != "float32":
+        base.to(base.device, PRECISIONS[config.frozen_precision])
+    system = module.build(options, base, columns)
+    for _, parameter in trained_parameters(system.module):
+        parameter.data = parameter.data.float()  # what learns is kept in full precision
+    return system, config, resolved
 
 
 def run_training(
@@ -94,8 +100,13 @@ def run_training(
     output: Path,
     preset: str | None = None,
     settings: list[str] | None = None,
+    engine: str = "auto",
+    num_processes: int | None = None,
 ) -> Path:
     """Train a system on prepared data; the same call goes on where the last one stopped.
+
+    `engine` is single, ddp, zero2 or fsdp2; `auto` is ddp where torchrun started several processes.
+    `num_processes` is how many there must be.
 
     Returns:
         The exported file or folder.
@@ -104,9 +115,9 @@ def run_training(
         ImpromptError: whatever of this does not fit together.
         Interrupted: stopped by a signal, after saving.
     """
+    processes = join_processes(engine, num_processes)
     columns = Columns.open(data)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    loaded = load_base(base, device=device) if isinstance(base, str) else base
+    loaded = load_base(base, device=processes.device) if isinstance(base, str) else base
     system, config, resolved = prepare_run(system_name, loaded, columns, preset, settings or [])
     export = train(
         system,
@@ -115,6 +126,9 @@ def run_training(
         output,
         identity={"system": {"name": system_name, **resolved["system"]}},
         export_name=EXPORT_NAMES.get(system_name, "export"),
+        processes=processes,
     )
-    (output / "config.toml").write_text(to_toml(resolved), encoding="utf-8")
+    if processes.is_main:
+        (output / "config.toml").write_text(to_toml(resolved), encoding="utf-8")
+    leave_processes(processes)
     return export

@@ -2,9 +2,10 @@
 
     OUTPUT/checkpoints/step-00000500/
       state.safetensors    trainable weights, their moving average, the optimiser's moments
-      counters.json        step and samples seen; written last, so its presence means "whole"
+      counters.json        step, sums for the next line of the log, best value so far; written last
 
-The frozen base is never part of it.
+The frozen base is never part of it. Tensors are whole whatever engine writes them, so that a run may go on
+with another engine, on other machines.
 """
 
 from __future__ import annotations
@@ -13,19 +14,18 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from imprompt.core.errors import ImpromptError
 from imprompt.training.optim import MovingAverage
-
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+from imprompt.training.parallel import Engine
 
 
 @dataclass
@@ -33,22 +33,26 @@ class TrainingState:
     """All that changes while a run goes on."""
 
     names: Sequence[str]
-    parameters: Sequence[nn.Parameter]
+    engine: Engine
     buffers: dict[str, Tensor]
-    optimizer: torch.optim.AdamW
     average: MovingAverage | None
     step: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+    """Of the figures since the last line in the log."""
+    best: float | None = None
+    """The best value so far of the figure that decides."""
 
     def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint holds, whole. Every process must ask."""
         found = {f"buffer.{name}": buffer for name, buffer in self.buffers.items()}
-        for index, (name, parameter) in enumerate(zip(self.names, self.parameters, strict=True)):
-            found[f"weight.{name}"] = parameter.detach()
+        for index, (name, parameter) in enumerate(
+            zip(self.names, self.engine.parameters, strict=True)
+        ):
+            found[f"weight.{name}"] = self.engine.whole(index, parameter.detach())
             if self.average is not None:
-                found[f"average.{name}"] = self.average.averages[index]
-            moments = self.optimizer.state.get(parameter, {})
-            for moment in _MOMENTS:
-                if moment in moments:
-                    found[f"{moment}.{name}"] = moments[moment]
+                found[f"average.{name}"] = self.engine.whole(index, self.average.averages[index])
+            for moment, value in self.engine.moments(index).items():
+                found[f"{moment}.{name}"] = value
         return found
 
 
@@ -60,12 +64,32 @@ def save_checkpoint(state: TrainingState, folder: Path, *, keep: int) -> Path:
     """
     final = folder / f"step-{state.step:08d}"
     beside = folder / f"{final.name}.writing"
+    processes = state.engine.processes
+    tensors = {name: tensor.contiguous() for name, tensor in state.tensors().items()}
+    error = _write(state, tensors, beside, final) if processes.is_main else None
+    if processes.any(error is not None):  # the others must hear of it, or they wait for ever
+        raise error or ImpromptError(f"The checkpoint of step {state.step} could not be written.")
+    if processes.is_main:
+        for old in whole_checkpoints(folder)[:-keep]:
+            (old / "counters.json").unlink(missing_ok=True)  # what is left of it is not whole
+            shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def _write(
+    state: TrainingState, tensors: dict[str, Tensor], beside: Path, final: Path
+) -> ImpromptError | None:
     try:
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
-        tensors = {name: tensor.contiguous() for name, tensor in state.tensors().items()}
         save_file(tensors, beside / "state.safetensors")
-        (beside / "counters.json").write_text(json.dumps({"step": state.step}), encoding="utf-8")
+        counters = {
+            "step": state.step,
+            "sums": state.sums,
+            "best": state.best,
+            **state.engine.counters(),
+        }
+        (beside / "counters.json").write_text(json.dumps(counters), encoding="utf-8")
         for name in ("state.safetensors", "counters.json"):
             with open(beside / name, "rb") as file:
                 os.fsync(file.fileno())
@@ -76,13 +100,13 @@ def save_checkpoint(state: TrainingState, folder: Path, *, keep: int) -> Path:
         shutil.rmtree(beside, ignore_errors=True)
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space" in str(error)
         reason = "the disk is full" if full else str(error)
-        raise ImpromptError(
-            f"The checkpoint of step {state.step} could not be written to {folder}: {reason}. "
+        failure = ImpromptError(
+            f"The checkpoint of step {state.step} could not be written to {final.parent}: {reason}. "
             "The one before it is whole; make room and run the same command again."
-        ) from error
-    for old in whole_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
-    return final
+        )
+        failure.__cause__ = error
+        return failure
+    return None
 
 
 def whole_checkpoints(folder: Path) -> list[Path]:
@@ -112,22 +136,32 @@ def load_checkpoint(state: TrainingState, path: Path) -> None:
         raise ImpromptError(
             f"The checkpoint {path} is damaged ({error}); delete it to go on from the one before."
         ) from error
-    wanted = set(state.tensors()) | {f"{m}.{name}" for m in _MOMENTS for name in state.names}
-    if wanted != set(tensors):
-        odd = sorted(wanted ^ set(tensors))[:3]
+    wanted = set(state.tensors())
+    moments = _moments(tensors, wanted)
+    if not wanted <= set(tensors) or set(moments) != set(state.names):
+        odd = sorted((wanted ^ set(tensors)) - {f"{m}.{n}" for n in moments for m in moments[n]})
         raise ImpromptError(
-            f"The checkpoint {path} is of another model or optimiser: {', '.join(odd)} do not match."
+            f"The checkpoint {path} is of another model or optimiser: {', '.join(odd[:3])} do not match."
         )
-    step = int(counters["step"])
+    state.step = int(counters["step"])
+    state.sums = dict(counters.get("sums", {}))
+    state.best = counters.get("best")
+    engine = state.engine
+    engine.set_counters(counters)
     with torch.no_grad():
         for name, buffer in state.buffers.items():
             buffer.copy_(tensors[f"buffer.{name}"])
-        for index, (name, parameter) in enumerate(zip(state.names, state.parameters, strict=True)):
-            parameter.copy_(tensors[f"weight.{name}"])
+        for index, (name, parameter) in enumerate(zip(state.names, engine.parameters, strict=True)):
+            parameter.copy_(engine.part(index, tensors[f"weight.{name}"]))
             if state.average is not None:
-                state.average.averages[index].copy_(tensors[f"average.{name}"])
-            state.optimizer.state[parameter] = {
-                "step": torch.tensor(float(step), device=parameter.device),
-                **{m: torch.empty_like(parameter).copy_(tensors[f"{m}.{name}"]) for m in _MOMENTS},
-            }
-    state.step = step
+                state.average.averages[index].copy_(engine.part(index, tensors[f"average.{name}"]))
+            engine.set_moments(index, moments[name], state.step)
+
+
+def _moments(tensors: dict[str, Tensor], others: Collection[str]) -> dict[str, dict[str, Tensor]]:
+    """By parameter what the optimiser had: all tensors but `others`, named MOMENT.PARAMETER."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for full_name in sorted(set(tensors) - set(others)):
+        moment, _, name = full_name.partition(".")
+        found.setdefault(name, {})[moment] = tensors[full_name]
+    return found

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from imprompt.core.randomness import Randomness, generator, permutation
+from imprompt.core.randomness import Randomness, generator, permuted
 
 
 def test_a_sample_draws_the_same_in_any_batch():
@@ -36,6 +36,25 @@ def test_the_numbers_are_as_they_should_be():
     assert set(draws.integers("i", 3).tolist()) == {0, 1, 2}
 
 
-def test_a_permutation_has_every_row_once_and_differs_by_epoch():
-    assert sorted(permutation(0, 0, 50)) == list(range(50))
-    assert list(permutation(0, 0, 50)) != list(permutation(0, 1, 50))
+@pytest.mark.parametrize("length", [1, 2, 3, 50, 1000, 4097])
+def test_an_epoch_visits_every_row_once_in_an_order_of_its_own(length):
+    positions = np.arange(length)
+    first, second = (permuted(0, epoch, positions, length) for epoch in (0, 1))
+    assert sorted(first) == sorted(second) == list(range(length))
+    if length > 3:
+        assert list(first) != list(second) and list(first) != list(positions)
+
+
+def test_where_an_epoch_is_at_a_position_does_not_depend_on_what_else_is_asked_for():
+    everything = permuted(5, 2, np.arange(1000), 1000)
+    assert np.array_equal(permuted(5, 2, np.array([7, 999, 3]), 1000), everything[[7, 999, 3]])
+
+
+def test_the_order_of_a_billion_rows_costs_no_memory_and_mixes_well():
+    length = 10**9
+    rows = permuted(1, 0, np.arange(4000), length)
+    assert len(set(rows.tolist())) == 4000 and rows.min() >= 0 and rows.max() < length
+    # Neighbours of one batch lie anywhere: means and correlation as of independent rows.
+    share = rows / length
+    assert abs(share.mean() - 0.5) < 0.03 and abs(share.std() - 12**-0.5) < 0.02
+    assert abs(np.corrcoef(share[:-1], share[1:])[0, 1]) < 0.06

@@ -1,0 +1,90 @@
+"""The figures of each step: collected without holding up the device, and the guard against NaN."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from imprompt.core.errors import ImpromptError
+from imprompt.systems.protocol import Figures
+from imprompt.training.batches import rows_of_samples, shares
+from imprompt.training.config import TrainConfig
+from imprompt.training.state import TrainingState
+
+
+class Ledger:
+    """Sums figures between two lines of the log.
+
+    A device computes behind the program's back; to ask for a number makes the program wait. So a step's
+    figures are asked for only when the next step is under way.
+    """
+
+    def __init__(self, state: TrainingState, config: TrainConfig, num_rows: int) -> None:
+        self._state = state
+        self._config = config
+        self._num_rows = num_rows
+        self._waiting: list[tuple[int, list[str], Tensor]] = []
+
+    def add(self, results: Sequence[tuple[Tensor, Figures]], norm: Tensor) -> None:
+        """The losses and figures of the parts of this process's batch, at the state's step."""
+        device = norm.device
+        names = list(results[0][1])
+        figures = [
+            torch.stack(
+                [torch.as_tensor(figures[name], device=device).float() for _, figures in results]
+            ).mean()
+            for name in names
+        ]
+        values = torch.stack([*(loss.float() for loss, _ in results), *figures, norm.float()])
+        if self._config.max_gradient_norm:
+            names.append("gradient_norm")
+        found = self._state.engine.processes.gather(values.detach())
+        self.settle()
+        self._waiting.append((self._state.step, names, found))
+
+    def settle(self) -> None:
+        """Add up what is waiting.
+
+        Raises:
+            ImpromptError: a loss is not finite; the message has the rows of its batch.
+        """
+        for step, names, found in self._waiting:
+            num_parts = self._config.gradient_accumulation_steps
+            table = found.double().cpu()
+            self._check(step, table[:, :num_parts])
+            means = table.mean(0).tolist()
+            loss = sum(means[:num_parts]) / num_parts
+            figures = zip(names, means[num_parts:], strict=False)
+            for name, value in {"loss": loss, **dict(figures)}.items():
+                self._state.sums[name] = self._state.sums.get(name, 0.0) + value
+        self._waiting.clear()
+
+    def means(self) -> dict[str, float]:
+        """Of all steps since this was last asked for."""
+        means = {n: total / self._config.log_every_steps for n, total in self._state.sums.items()}
+        self._state.sums.clear()
+        return means
+
+    def _check(self, step: int, losses: Tensor) -> None:
+        """`losses` (processes, parts) of one step."""
+        if bool(losses.isfinite().all()):
+            return
+        size = self._config.batch_size
+        parts = [
+            part
+            for share in shares(range(step * size, (step + 1) * size), len(losses))
+            for part in shares(share, losses.shape[1])
+        ]
+        told = []
+        for part, loss in zip(parts, losses.flatten().tolist(), strict=True):
+            if not torch.isfinite(torch.tensor(loss)):
+                rows = rows_of_samples(part, self._num_rows, self._config.seed).tolist()
+                told.append(
+                    f"samples {part.start} to {part.stop - 1}, rows {', '.join(map(str, rows))}"
+                )
+        raise ImpromptError(
+            f"The loss is {losses.mean().item()} at step {step} ({'; '.join(told)}). Nothing of it was "
+            "saved, and the last checkpoint is whole; look at these rows, or try a lower learning_rate."
+        )

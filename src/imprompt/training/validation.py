@@ -1,0 +1,104 @@
+"""Looking at held-out rows: figures, a picture, and the best weights so far."""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from imprompt.core.errors import ImpromptError
+from imprompt.core.randomness import Randomness
+from imprompt.data.rows import Rows
+from imprompt.data.store import told, write_json
+from imprompt.systems.protocol import System
+from imprompt.training.config import PRECISIONS, TrainConfig
+from imprompt.training.state import TrainingState
+
+
+class Validation:
+    """Looks at the same rows with the same randomness every time; every process does, one writes."""
+
+    def __init__(
+        self,
+        system: System,
+        state: TrainingState,
+        data: Rows,
+        num_rows: int,
+        config: TrainConfig,
+        output: Path,
+        export_name: str,
+    ) -> None:
+        self._system, self._state, self._config = system, state, config
+        self._output, self._export_name = output, export_name
+        self._device = state.engine.processes.device
+        self._rows = range(num_rows, len(data))
+        self._data = data
+        self._held_out: dict[str, Tensor] | None = None
+
+    def run(self) -> dict[str, float]:
+        """Validate the weights (their moving average, if there is one), draw, keep the best."""
+        system, config, state = self._system, self._config, self._state
+        if self._held_out is None:
+            held_out = self._data.rows(self._rows, system.columns)
+            self._held_out = {name: values.to(self._device) for name, values in held_out.items()}
+        randomness = Randomness(config.seed + 1, range(config.validation_rows), self._device)
+        # A base kept in half precision needs its inputs cast, as in training.
+        half = config.frozen_precision != "float32"
+        dtype = PRECISIONS[config.frozen_precision] if half else torch.bfloat16
+        with state.average or nullcontext(), state.engine.whole_weights():
+            system.module.eval()
+            with torch.autocast(self._device.type, dtype, enabled=half):
+                figures = system.validate(self._held_out, randomness)
+            picture = system.preview()
+            if state.engine.processes.is_main and picture is not None:
+                folder = self._output / "previews"
+                with told(folder):
+                    folder.mkdir(exist_ok=True)
+                    picture.save(folder / f"step-{state.step:08d}.png")
+            self.picture = picture
+            self._keep_best(figures)
+            system.module.train()
+        return figures
+
+    def headline(self, figures: dict[str, float]) -> dict[str, float]:
+        """What of the figures the live line has room for: the loss with the image and without."""
+        wanted = [n for n in figures if n in ("loss_with_image", "loss_without_image")]
+        return {n.removeprefix("loss_"): figures[n] for n in wanted or list(figures)[:1]}
+
+    def _keep_best(self, figures: dict[str, float]) -> None:
+        """Export to best/ if the deciding figure was never better."""
+        chosen = self._deciding(figures)
+        if chosen is None:
+            return
+        name, sign = chosen
+        if self._state.best is not None and sign * figures[name] >= sign * self._state.best:
+            return
+        self._state.best = figures[name]
+        if self._state.engine.processes.is_main:
+            best, beside = self._output / "best", self._output / "best.writing"
+            with told(best):
+                shutil.rmtree(beside, ignore_errors=True)
+                beside.mkdir()
+                self._system.export(beside / self._export_name)
+                write_json(
+                    beside / "best.json",
+                    {"step": self._state.step, "by": name, "value": figures[name]},
+                )
+                shutil.rmtree(best, ignore_errors=True)
+                beside.rename(best)
+
+    def _deciding(self, figures: dict[str, Any]) -> tuple[str, int] | None:
+        """The figure's name, and 1 if low values are good, or else -1."""
+        if self._config.best_by:
+            direction, _, name = self._config.best_by.partition(":")
+            if name not in figures:
+                raise ImpromptError(
+                    f"best_by names the figure {name!r}; validation gives {', '.join(figures)}."
+                )
+            return name, 1 if direction == "lowest" else -1
+        found = [name for name in figures if name.startswith(("loss", "error"))]
+        return (found[0], 1) if found else None
