@@ -18,7 +18,7 @@ from imprompt.adapters.projection import FacePlusProjection
 from imprompt.bases import Base
 from imprompt.checkpoints import load_adapter
 from imprompt.core.errors import ImpromptError
-from imprompt.data.dataset import Columns
+from imprompt.data.rows import Rows
 from imprompt.systems.image_prompt import ImagePromptOptions, ImagePromptSystem, check_same_base
 
 FEATURES: dict[str, tuple[str, ...]] = {
@@ -39,7 +39,7 @@ class FaceIdOptions(ImagePromptOptions):
     """Second generation of `faceid-plus`: tokens of the identity are added to the refined ones."""
 
 
-def build(options: FaceIdOptions, base: Base, columns: Columns) -> ImagePromptSystem:
+def build(options: FaceIdOptions, base: Base, columns: Rows) -> ImagePromptSystem:
     """The system for prepared data: `imprompt prepare … --variant faceid` or `faceid-plus`.
 
     Raises:

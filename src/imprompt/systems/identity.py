@@ -27,7 +27,7 @@ from imprompt.bases.latent_space import pixels_per_latent
 from imprompt.checkpoints import load_adapter, save_adapter
 from imprompt.checkpoints.identity import ADAPTER_FILE, CONTROLNET_FOLDER, load_identity_net
 from imprompt.core.randomness import Randomness
-from imprompt.data.dataset import Columns
+from imprompt.data.rows import Rows
 from imprompt.diffusion.objectives import add_noise, alphas_cumprod_of, prediction_target
 from imprompt.encoders.landmarks import landmark_images
 from imprompt.systems.controlnet import control_residuals, create_controlnet
@@ -48,7 +48,7 @@ class IdentityOptions:
     """A folder that an earlier training exported, to go on from; empty starts anew."""
 
 
-def build(options: IdentityOptions, base: Base, columns: Columns) -> IdentitySystem:
+def build(options: IdentityOptions, base: Base, columns: Rows) -> IdentitySystem:
     """The system for prepared data: `imprompt prepare … --variant identity`.
 
     Raises:
