@@ -17,7 +17,7 @@ import torch
 
 from imprompt.core.images import image_grid, pixels_to_images
 from imprompt.diorama import FACTORS, STYLES, gallery, portrait, sample_character
-from imprompt.evaluation.identity import drawn, templates, unseen_portraits
+from imprompt.evaluation.portraits import drawn, templates, unseen_portraits
 
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
 SEED = 8_000_000

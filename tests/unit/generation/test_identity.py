@@ -48,7 +48,7 @@ def identity(base):
 
 
 def same(first, second):
-    return all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(first, second))
+    return all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize("variant", ["faceid", "faceid-plus"])
