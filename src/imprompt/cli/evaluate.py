@@ -21,7 +21,9 @@ def add_parser(verbs: Any) -> None:
         "  imprompt evaluate --what ablation --output runs/ablation\n"
         "  imprompt evaluate runs/person/identity --what identity --count 100",
     )
-    parser.add_argument("adapter", nargs="?", type=Path, help="file, or folder of an identity (the shipped one)")
+    parser.add_argument(
+        "adapter", nargs="?", type=Path, help="file, or folder of an identity (the shipped one)"
+    )
     parser.add_argument(
         "--what", default="adapter", choices=("adapter", "base", "judge", "ablation", "identity")
     )

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from imprompt.cli.verb import add_verb, new_file
+from imprompt.cli.verb import add_verb, name_and_value, new_file
 
 
 def add_parser(verbs: Any) -> None:
@@ -20,6 +20,9 @@ def add_parser(verbs: Any) -> None:
         '  imprompt generate "a boat" --image photo.png --scale 0.6 --output boats.png\n'
         "  imprompt generate --image photo.png --sweep 0 0.25 0.5 0.75 1\n"
         '  imprompt generate "a boat" --image a.png --image b.png --merge mean --explain where.png\n'
+        '  imprompt generate "a red car" --control depth=depth.png --control edges=edges.png:0.5 \\\n'
+        "      --control-model edges=runs/edges/control\n"
+        '  imprompt generate "a person in the snow" --identity face.png --landmarks pose.json\n'
         '  imprompt generate "a cat" --image art.png --site-preset style --base FOLDER --adapter FILE',
     )
     parser.add_argument("prompt", nargs="?", default="", help="the text; empty: the images decide")
@@ -37,6 +40,21 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument(
         "--sweep", type=float, nargs="+", metavar="λ", help="a row for each of these weights"
     )
+    parser.add_argument(
+        "--control",
+        action="append",
+        default=[],
+        metavar="KIND=FILE[:WEIGHT]",
+        help="a map that the images obey: depth=map.png, edges=map.png:0.7, …; may be repeated",
+    )
+    parser.add_argument(
+        "--control-model",
+        action="append",
+        default=[],
+        metavar="KIND=FOLDER",
+        help="the ControlNet or T2I-Adapter for a kind of map (default: what comes with the base)",
+    )
+    _add_identity_arguments(parser.add_argument_group("a person who shall be drawn"))
     _add_image_arguments(parser.add_argument_group("how images are read"))
     parser.add_argument("--negative-prompt", help="what to get away from")
     parser.add_argument("--num-images", type=int, default=4, help="how many images (4)")
@@ -56,6 +74,29 @@ def add_parser(verbs: Any) -> None:
     )
     parser.add_argument("--separate", action="store_true", help="also write each image on its own")
     parser.add_argument("--overwrite", action="store_true", help="replace existing files")
+
+
+def _add_identity_arguments(group: Any) -> None:
+    group.add_argument("--identity", type=Path, metavar="FILE", help="a picture of the person")
+    group.add_argument(
+        "--landmarks",
+        type=Path,
+        metavar="FILE",
+        help="where the face shall be: JSON of five points (default: where it is in the picture)",
+    )
+    group.add_argument(
+        "--identity-model",
+        type=Path,
+        metavar="FOLDER",
+        help="InstantID's folder, or what `imprompt train identity` made (default: the base's)",
+    )
+    group.add_argument("--identity-scale", type=float, default=1.0, help="λ of the face (1.0)")
+    group.add_argument(
+        "--identity-net", type=float, default=1.0, metavar="W", help="weight of IdentityNet (1.0)"
+    )
+    group.add_argument(
+        "--face-encoder", help="diorama, insightface or a file (default: the adapter's own)"
+    )
 
 
 def _add_image_arguments(group: Any) -> None:
@@ -109,6 +150,8 @@ def run(arguments: argparse.Namespace) -> None:
 
         encoder = load_clip(arguments.image_encoder)
     adapter = _adapter(arguments) if pictures else None
+    controls = _controls(arguments)
+    identities = _identities(arguments)
     images = []
     scales = arguments.sweep or [arguments.scale]
     explanation = Explanation() if arguments.explain is not None else None
@@ -127,6 +170,8 @@ def run(arguments: argparse.Namespace) -> None:
             image_encoder=encoder,
             image_guidance_scale=arguments.image_guidance_scale,
             explanation=explanation,
+            controls=controls,
+            identities=identities,
         )
     columns = arguments.num_images if len(scales) > 1 else min(len(images), 8)
     image_grid(images, columns).save(output)
@@ -164,6 +209,7 @@ def _image_prompts(
             image_weights=arguments.image_weights,
             crop=arguments.crop,
             negative=arguments.negative_image,
+            face_encoder=arguments.face_encoder,
         )
         for group in groups
     ]
@@ -179,3 +225,72 @@ def _adapter(arguments: argparse.Namespace) -> Any:
     if arguments.base != "diorama":
         raise ImpromptError(f"Name the --adapter to read images with on the base {arguments.base}.")
     return load_adapter(shipped_adapter())
+
+
+def _controls(arguments: argparse.Namespace) -> list[Any]:
+    from imprompt.checkpoints import load_control, shipped_controls
+    from imprompt.core.errors import ImpromptError
+    from imprompt.core.images import open_image
+    from imprompt.generation import Control
+
+    folders = dict(name_and_value(text, "--control-model") for text in arguments.control_model)
+    shipped = shipped_controls() if arguments.base == "diorama" else {}
+    controls: list[Control] = []
+    used: set[str] = set()
+    for text in arguments.control:
+        kind, value = name_and_value(text, "--control")
+        file, weight = file_and_weight(value)
+        folder = folders.get(kind) or shipped.get(kind)
+        if folder is None:
+            raise ImpromptError(
+                f"There is no control for {kind} maps with the base {arguments.base} (there are: "
+                f"{', '.join(shipped) or 'none'}): name one with --control-model {kind}=FOLDER, as "
+                "`imprompt train controlnet` or `imprompt train t2i-adapter` makes them."
+            )
+        used.add(kind)
+        model = load_control(folder)
+        if model.kind not in ("", kind):
+            raise ImpromptError(f"{folder} reads {model.kind} maps, not {kind} maps.")
+        controls.append(Control(image=open_image(file), model=model, weight=weight))
+    if unused := set(folders) - used:
+        kind = sorted(unused)[0]
+        raise ImpromptError(
+            f"--control-model {kind}=… was given, but no --control {kind}=FILE for it to read."
+        )
+    return controls
+
+
+def _identities(arguments: argparse.Namespace) -> list[Any]:
+    from imprompt.checkpoints import load_identity
+    from imprompt.checkpoints.shipped import shipped_identity
+    from imprompt.core.errors import ImpromptError
+    from imprompt.core.images import open_image
+    from imprompt.generation import IdentityPrompt
+
+    if arguments.identity is None:
+        if arguments.landmarks is not None or arguments.identity_model is not None:
+            raise ImpromptError(
+                "--landmarks and --identity-model are about a person, but no --identity was given."
+            )
+        return []
+    if arguments.identity_model is None and arguments.base != "diorama":
+        raise ImpromptError(f"Name the --identity-model for the base {arguments.base}.")
+    return [
+        IdentityPrompt(
+            open_image(arguments.identity),
+            load_identity(arguments.identity_model or shipped_identity()),
+            landmarks=arguments.landmarks,
+            scale=arguments.identity_scale,
+            net_weight=arguments.identity_net,
+            face_encoder=arguments.face_encoder,
+        )
+    ]
+
+
+def file_and_weight(value: str) -> tuple[str, float]:
+    """FILE or FILE:WEIGHT apart; the weight is 1 if there is none."""
+    file, colon, weight = value.rpartition(":")
+    try:
+        return (file, float(weight)) if colon and file else (value, 1.0)
+    except ValueError:
+        return value, 1.0

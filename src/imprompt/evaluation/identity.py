@@ -146,8 +146,6 @@ def sheet(
     labels = ["reference"] * count
     for name, result in results.items():
         cells += pixels_to_images(result.images[:count])
-        labels += [
-            name if right else f"({name})" for right in result.is_right[:count].tolist()
-        ]
+        labels += [name if right else f"({name})" for right in result.is_right[:count].tolist()]
     cells = [cell.resize((96, 96), Image.Resampling.NEAREST) for cell in cells]
     return image_grid(cells, count, [label[:15] for label in labels])

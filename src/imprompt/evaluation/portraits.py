@@ -32,6 +32,7 @@ from imprompt.encoders.face import FaceEncoder
 REFERENCE_SEED, TARGET_SEED, TEMPLATE_SEED = 6_000_000, 6_100_000, 6_200_000
 REFERENCE_STYLE = "clay"  # the one nearest to a photo
 
+
 @dataclass(frozen=True)
 class Portraits:
     """Who is asked for and how: a scene of each character as it shall be drawn, and a reference."""

@@ -10,7 +10,9 @@ from imprompt.adapters.sites import Number
 from imprompt.bases import Base, ClipImageEncoder, TextStates
 from imprompt.core.errors import ImpromptError
 from imprompt.core.images import pixels_to_images
+from imprompt.generation.controls import Control, map_control
 from imprompt.generation.explanation import Explanation
+from imprompt.generation.identity import IdentityPrompt, controls_of
 from imprompt.generation.prompts import ImagePrompt, installed, token_prompt
 from imprompt.generation.sampler import default_batch_size, sample_latents
 
@@ -33,6 +35,8 @@ def generate(
     image_encoder: ClipImageEncoder | None = None,
     progress: bool = True,
     explanation: Explanation | None = None,
+    controls: Sequence[Control] | Control = (),
+    identities: Sequence[IdentityPrompt] | IdentityPrompt = (),
 ) -> list[Image.Image]:
     """Draws images that follow a text, image prompts, or both.
 
@@ -57,6 +61,8 @@ def generate(
         image_encoder: by default the base's own.
         progress: whether to show a bar with the time left.
         explanation: is filled with where each image prompt acted.
+        controls: any number of maps that the images shall obey, each with its network and weight.
+        identities: persons who shall be drawn.
 
     Raises:
         ImpromptError: something given cannot be used; the message says what could.
@@ -66,6 +72,13 @@ def generate(
     prompts, negative_prompts = _texts(prompt, negative_prompt, num_images)
     if isinstance(image_prompts, ImagePrompt):
         image_prompts = [image_prompts]
+    if isinstance(controls, Control):
+        controls = [controls]
+    if isinstance(identities, IdentityPrompt):
+        identities = [identities]
+    map_controls = [map_control(control, base, size_px) for control in controls]
+    map_controls += controls_of(identities, base, size_px)
+    image_prompts = [*image_prompts, *(person.image_prompt for person in identities)]
     effective = [image_prompt for image_prompt in image_prompts if image_prompt.is_effective]
     encoder = base.image_encoder if image_encoder is None else image_encoder
     with (
@@ -92,6 +105,7 @@ def generate(
             batch_size=batch_size,
             show_progress=progress,
             explanation=explanation,
+            controls=map_controls,
         )
     return latents_to_images(base, latents, batch_size)
 

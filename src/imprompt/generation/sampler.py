@@ -15,6 +15,7 @@ from imprompt.core.randomness import Randomness, generator
 from imprompt.diffusion.guidance import guide, guide_separately, rescale
 from imprompt.diffusion.samplers import create_sampler, uses_noise
 from imprompt.generation.conditions import Branch, TokenPrompt, conditions_by_step
+from imprompt.generation.controls import ControlRun, MapControl
 from imprompt.generation.explanation import Explanation
 
 # So many pixels are denoised at once by default. Beyond, a CPU's caches overflow and a small GPU's
@@ -41,6 +42,7 @@ def sample_latents(
     batch_size: int | None = None,
     show_progress: bool = False,
     explanation: Explanation | None = None,
+    controls: Sequence[MapControl] = (),
 ) -> Float[Tensor, "images channels h w"]:
     """Latents of one image for each of `text_states`, ready for `base.decode_image`.
 
@@ -50,7 +52,7 @@ def sample_latents(
     With `guidance_scale` 1 nothing unconditional is computed; otherwise `negative_text_states` (one
     for all images or one for each) are needed. `image_guidance_scale` guides towards the image
     prompts by another strength than towards the text, at the cost of a third branch. `explanation`
-    is filled with where each prompt acted.
+    is filled with where each prompt acted. `controls` add what they make of their maps.
 
     Raises:
         ImpromptError: shapes do not fit each other, or sampler, steps or size are not possible.
@@ -105,16 +107,20 @@ def sample_latents(
                 text_states=stacked_text.sequence,
                 latent_size=latent_shape[1:],
             )
+            control_run = ControlRun(
+                controls, base, branches, rows, num_images, num_steps, stacked_text
+            )
             latents = initial_noise(seed, indices[rows], latent_shape).to(base.device)
             latents = latents.to(base.dtype) * scheduler.init_noise_sigma
             extra = {}
             if uses_noise(sampler):
                 extra["generator"] = _step_generators(seed, indices[rows])
 
-            for timestep, condition in zip(scheduler.timesteps, conditions, strict=True):
+            for step, timestep in enumerate(scheduler.timesteps):
                 scaled = scheduler.scale_model_input(latents, timestep)
                 stacked = torch.cat([scaled] * len(branches)) if len(branches) > 1 else scaled
-                output = base.denoise(stacked, timestep, stacked_text, condition)
+                residuals = control_run.residuals(stacked, timestep, step)
+                output = base.denoise(stacked, timestep, stacked_text, conditions[step], residuals)
                 output = _guided(
                     output, branches, guidance_scale, image_guidance_scale, guidance_rescale
                 )

@@ -124,9 +124,7 @@ class IdentitySystem:
         tokens = self._adapter.tokens(batch["id_embeds"].float()[:, None])
         residuals = None
         if has_net:
-            height, width = (
-                side * pixels_per_latent(self.base.vae) for side in latents.shape[-2:]
-            )
+            height, width = (side * pixels_per_latent(self.base.vae) for side in latents.shape[-2:])
             residuals = control_residuals(
                 self._net,
                 self.base,

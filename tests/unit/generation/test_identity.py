@@ -48,7 +48,9 @@ def identity(base):
 
 
 def same(first, second):
-    return all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(first, second, strict=True))
+    return all(
+        np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(first, second, strict=True)
+    )
 
 
 @pytest.mark.parametrize("variant", ["faceid", "faceid-plus"])
@@ -97,10 +99,14 @@ def test_an_identity_acts_by_its_adapter_and_by_its_net(base, faces, pictures, i
     alone = ImagePrompt(pictures[0], adapter=identity.adapter, face_encoder=faces)
     assert same(no_net, generate(base, "a house", alone, **FAST))
     assert same(whole, drawn())
-    assert all(type(p).__module__.startswith("diffusers") for p in base.unet.attn_processors.values())
+    assert all(
+        type(p).__module__.startswith("diffusers") for p in base.unet.attn_processors.values()
+    )
 
 
-def test_identity_net_reads_face_and_landmarks_not_the_text(base, faces, pictures, identity, tmp_path):
+def test_identity_net_reads_face_and_landmarks_not_the_text(
+    base, faces, pictures, identity, tmp_path
+):
     places = torch.rand(1, 5, 2)
     (tmp_path / "pose.json").write_text(json.dumps(places[0].tolist()))
     seen = []
@@ -109,9 +115,7 @@ def test_identity_net_reads_face_and_landmarks_not_the_text(base, faces, picture
     )
     for text in ("a house", "a red boat"):
         for landmarks in (places, str(tmp_path / "pose.json")):
-            prompt = IdentityPrompt(
-                pictures[0], identity, landmarks=landmarks, face_encoder=faces
-            )
+            prompt = IdentityPrompt(pictures[0], identity, landmarks=landmarks, face_encoder=faces)
             generate(base, text, identities=[prompt], **FAST)
     hook.remove()
     assert len(seen) == 8
