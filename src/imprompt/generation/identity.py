@@ -20,7 +20,7 @@ from imprompt.generation.faces import face_encoder_of, face_features, face_featu
 from imprompt.generation.features import ImageLike, to_pixels
 from imprompt.generation.prompts import ImagePrompt
 
-Landmarks = Float[Tensor, "images 5 2"] | str | PathLike[str]
+Landmarks = Tensor | str | PathLike[str]
 
 
 @dataclass(frozen=True, eq=False)
