@@ -22,6 +22,7 @@ def add_parser(verbs: Any) -> None:
         '  imprompt generate "a boat" --image a.png --image b.png --merge mean --explain where.png\n'
         '  imprompt generate "a red car" --control depth=depth.png --control edges=edges.png:0.5 \\\n'
         "      --control-model edges=runs/edges/control\n"
+        '  imprompt generate "a person in the snow" --identity face.png --landmarks pose.json\n'
         '  imprompt generate "a cat" --image art.png --site-preset style --base FOLDER --adapter FILE',
     )
     parser.add_argument("prompt", nargs="?", default="", help="the text; empty: the images decide")
@@ -68,6 +69,7 @@ def add_parser(verbs: Any) -> None:
         metavar="FILE",
         help="a word that the prompt uses; may be repeated",
     )
+    _add_identity_arguments(parser.add_argument_group("a person who shall be drawn"))
     _add_image_arguments(parser.add_argument_group("how images are read"))
     parser.add_argument("--negative-prompt", help="what to get away from")
     parser.add_argument("--num-images", type=int, default=4, help="how many images (4)")
@@ -87,6 +89,29 @@ def add_parser(verbs: Any) -> None:
     )
     parser.add_argument("--separate", action="store_true", help="also write each image on its own")
     parser.add_argument("--overwrite", action="store_true", help="replace existing files")
+
+
+def _add_identity_arguments(group: Any) -> None:
+    group.add_argument("--identity", type=Path, metavar="FILE", help="a picture of the person")
+    group.add_argument(
+        "--landmarks",
+        type=Path,
+        metavar="FILE",
+        help="where the face shall be: JSON of five points (default: where it is in the picture)",
+    )
+    group.add_argument(
+        "--identity-model",
+        type=Path,
+        metavar="FOLDER",
+        help="InstantID's folder, or what `imprompt train identity` made (default: the base's)",
+    )
+    group.add_argument("--identity-scale", type=float, default=1.0, help="λ of the face (1.0)")
+    group.add_argument(
+        "--identity-net", type=float, default=1.0, metavar="W", help="weight of IdentityNet (1.0)"
+    )
+    group.add_argument(
+        "--face-encoder", help="diorama, insightface or a file (default: the adapter's own)"
+    )
 
 
 def _add_image_arguments(group: Any) -> None:
@@ -142,6 +167,7 @@ def run(arguments: argparse.Namespace) -> None:
         encoder = load_clip(arguments.image_encoder)
     adapter = _adapter(arguments) if pictures else None
     controls = _controls(arguments)
+    identities = _identities(arguments)
     images = []
     scales = arguments.sweep or [arguments.scale]
     explanation = Explanation() if arguments.explain is not None else None
@@ -161,6 +187,7 @@ def run(arguments: argparse.Namespace) -> None:
             image_guidance_scale=arguments.image_guidance_scale,
             explanation=explanation,
             controls=controls,
+            identities=identities,
         )
     columns = arguments.num_images if len(scales) > 1 else min(len(images), 8)
     image_grid(images, columns).save(output)
@@ -198,6 +225,7 @@ def _image_prompts(
             image_weights=arguments.image_weights,
             crop=arguments.crop,
             negative=arguments.negative_image,
+            face_encoder=arguments.face_encoder,
         )
         for group in groups
     ]
@@ -257,6 +285,33 @@ def _controls(arguments: argparse.Namespace) -> list[Any]:
             f"--control-model {kind}=… was given, but no --control {kind}=FILE for it to read."
         )
     return controls
+
+
+def _identities(arguments: argparse.Namespace) -> list[Any]:
+    from imprompt.checkpoints import load_identity
+    from imprompt.checkpoints.shipped import shipped_identity
+    from imprompt.core.errors import ImpromptError
+    from imprompt.core.images import open_image
+    from imprompt.generation import IdentityPrompt
+
+    if arguments.identity is None:
+        if arguments.landmarks is not None or arguments.identity_model is not None:
+            raise ImpromptError(
+                "--landmarks and --identity-model are about a person, but no --identity was given."
+            )
+        return []
+    if arguments.identity_model is None and arguments.base != "diorama":
+        raise ImpromptError(f"Name the --identity-model for the base {arguments.base}.")
+    return [
+        IdentityPrompt(
+            open_image(arguments.identity),
+            load_identity(arguments.identity_model or shipped_identity()),
+            landmarks=arguments.landmarks,
+            scale=arguments.identity_scale,
+            net_weight=arguments.identity_net,
+            face_encoder=arguments.face_encoder,
+        )
+    ]
 
 
 def file_and_weight(value: str) -> tuple[str, float]:

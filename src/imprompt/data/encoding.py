@@ -16,14 +16,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 
 from imprompt.bases import Base
 from imprompt.core.errors import ImpromptError
-from imprompt.data.columns import Batch, encoder_of
+from imprompt.data.columns import CONTROL, Batch, encoder_of, to_bytes
 from imprompt.data.filters import Filters, Unusable
 from imprompt.data.pairs import Loaded, Pair, Part, draw, load
 from imprompt.data.store import GrowingColumn, check_room, told, write_json
+from imprompt.diorama import Scene
 
 SAVE_EVERY_SECONDS = 5.0
 
@@ -191,7 +193,15 @@ def _add_columns(
     names: Sequence[str],
 ) -> None:
     """Columns for the rows a part has, from the same batches, so that they are what they would have
-    been if they had been asked for at the beginning."""
+    been if they had been asked for at the beginning.
+
+    Scenes whose pixels are kept are not drawn again, which is most of the work.
+    """
+    kept = None
+    needs_scenes = any(name.startswith(CONTROL) for name in names)
+    is_drawn = all(isinstance(pair.image, Scene) for pair in pairs)
+    if "pixels" in progress.columns and is_drawn and not needs_scenes:
+        kept = np.load(folder / "pixels.npy", mmap_mode="r")
     state_file = folder / "adding.json"
     state = {"columns": list(names), "next_pair": 0, "num_rows": 0}
     if state_file.exists():
@@ -220,7 +230,11 @@ def _add_columns(
                     )
                 accepted.append((pair, loaded))
             if accepted:
-                encoded = _encode(accepted, names, base, work)
+                first = state["num_rows"]
+                pixels = None
+                if kept is not None:
+                    pixels = torch.from_numpy(np.array(kept[first : first + len(accepted)]))
+                encoded = _encode(accepted, names, base, work, pixels)
                 if state["num_rows"] == 0:
                     _check_room(folder, encoded, len(rows))
                 for name, values in encoded.items():
@@ -284,16 +298,26 @@ def _try_load(pair: Pair, work: Work) -> Loaded | Unusable:
 
 
 def _encode(
-    accepted: Sequence[tuple[Pair, Loaded]], columns: Sequence[str], base: Base, work: Work
+    accepted: Sequence[tuple[Pair, Loaded]],
+    columns: Sequence[str],
+    base: Base,
+    work: Work,
+    kept: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
-    pixels, drawn = draw([loaded.picture for _, loaded in accepted], work.size_px)
+    """`kept` are the pictures as the column `pixels` has them, from which all else is then made."""
+    render = None
+    if kept is None:
+        pixels, render = draw([loaded.picture for _, loaded in accepted], work.size_px)
+        kept = to_bytes(pixels) if "pixels" in columns else None
+    if kept is not None:
+        pixels = kept.float() / 127.5 - 1
     batch = Batch(
         [pair for pair, _ in accepted],
         pixels,
         [loaded.caption for _, loaded in accepted],
         [loaded.reference for _, loaded in accepted],
         work.face_encoder,
-        drawn,
+        render,
         [loaded.maps for _, loaded in accepted],
     )
     return {name: encoder_of(name)(base, batch) for name in columns}

@@ -12,6 +12,7 @@ from imprompt.core.errors import ImpromptError
 from imprompt.core.images import pixels_to_images
 from imprompt.generation.controls import Control, map_control
 from imprompt.generation.explanation import Explanation
+from imprompt.generation.identity import IdentityPrompt, controls_of
 from imprompt.generation.prompts import ImagePrompt, installed, token_prompt
 from imprompt.generation.sampler import default_batch_size, sample_latents
 
@@ -35,13 +36,15 @@ def generate(
     progress: bool = True,
     explanation: Explanation | None = None,
     controls: Sequence[Control] | Control = (),
+    identities: Sequence[IdentityPrompt] | IdentityPrompt = (),
 ) -> list[Image.Image]:
     """Draws images that follow a text, image prompts, or both.
 
     Args:
         base: a model from `load_base`. Adapters are installed on it for the duration of the call.
         prompt: a text, or one for each image. Empty, the image prompts alone decide.
-        image_prompts: any number, each with its adapter, weight, mask and time span.
+        image_prompts: any number, each with its adapter, weight, mask and time span. Adapters are
+            moved to the base's device, and stay there.
         negative_prompt: what to get away from: one text, or one for each image. None, what the
             base takes for no text, differs from the empty text for Stable Diffusion XL.
         num_images: how many images of one prompt. With several prompts it is their number.
@@ -60,6 +63,7 @@ def generate(
         progress: whether to show a bar with the time left.
         explanation: is filled with where each image prompt acted.
         controls: any number of maps that the images shall obey, each with its network and weight.
+        identities: persons who shall be drawn.
 
     Raises:
         ImpromptError: something given cannot be used; the message says what could.
@@ -71,9 +75,15 @@ def generate(
         image_prompts = [image_prompts]
     if isinstance(controls, Control):
         controls = [controls]
+    if isinstance(identities, IdentityPrompt):
+        identities = [identities]
     map_controls = [map_control(control, base, size_px) for control in controls]
+    map_controls += controls_of(identities, base, size_px)
+    image_prompts = [*image_prompts, *(person.image_prompt for person in identities)]
     effective = [image_prompt for image_prompt in image_prompts if image_prompt.is_effective]
     encoder = base.image_encoder if image_encoder is None else image_encoder
+    for image_prompt in effective:
+        image_prompt.adapter.to(base.device)
     with (
         torch.inference_mode(),
         installed(base.unet, [image_prompt.adapter for image_prompt in effective]) as handles,
