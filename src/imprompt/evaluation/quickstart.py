@@ -42,8 +42,8 @@ from imprompt.training.run import run_training
 
 FIRST_SEED = 3_000_000
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
-GALLERY = Sampling(steps=50, guidance_scale=5.0)
-JUDGED = Sampling(steps=25, guidance_scale=5.0, sampler="dpm-solver++")
+GALLERY = Sampling(steps=50, guidance_scale=4.0)
+JUDGED = Sampling(steps=25, guidance_scale=4.0, sampler="dpm-solver++")
 
 NEXT_STEPS = """\
 imprompt generate --image photo.png --adapter {adapter}
