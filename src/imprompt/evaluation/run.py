@@ -18,8 +18,8 @@ from imprompt.evaluation.measure import (
     measure_text_and_image,
 )
 
-SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
-STYLE_SCALES = (1.0, 1.25, 1.5, 1.75, 2.0)
+SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
+STYLE_SCALES = (1.0, 1.5, 2.0)
 
 
 def evaluate(
