@@ -20,7 +20,7 @@ import torch
 
 from imprompt.bases import Base
 from imprompt.core.errors import ImpromptError
-from imprompt.data.columns import Batch, encoder_of
+from imprompt.data.columns import CONDITION_COLUMNS, Batch, encoder_of
 from imprompt.data.filters import Filters, Unusable
 from imprompt.data.pairs import Loaded, Pair, Part, draw, load
 from imprompt.data.store import GrowingColumn, check_room, told, write_json
@@ -43,6 +43,11 @@ class Work:
     batch_size: int
     filters: Filters
     face_encoder: str = "diorama"
+
+    @property
+    def with_condition(self) -> bool:
+        """Whether pairs without a condition image are of no use."""
+        return not CONDITION_COLUMNS.isdisjoint((*self.columns, *self.added_columns))
 
 
 @dataclass
@@ -278,7 +283,7 @@ def _load_ahead(
 
 def _try_load(pair: Pair, work: Work) -> Loaded | Unusable:
     try:
-        return load(pair, work.size_px, work.filters)
+        return load(pair, work.size_px, work.filters, with_condition=work.with_condition)
     except Unusable as fault:
         return fault
 
@@ -286,15 +291,22 @@ def _try_load(pair: Pair, work: Work) -> Loaded | Unusable:
 def _encode(
     accepted: Sequence[tuple[Pair, Loaded]], columns: Sequence[str], base: Base, work: Work
 ) -> dict[str, torch.Tensor]:
-    pixels, drawn = draw([loaded.picture for _, loaded in accepted], work.size_px)
+    loaded = [one for _, one in accepted]
+    conditions = [one.condition for one in loaded if one.condition is not None]
+    pictures = [one.picture for one in loaded]
+    # Drawn together: what a pair's two scenes have in common is traced once.
+    others = [one.condition_picture for one in loaded if one.condition is not None]
+    pixels, drawn = draw([*pictures, *others], work.size_px)
     batch = Batch(
         [pair for pair, _ in accepted],
-        pixels,
-        [loaded.caption for _, loaded in accepted],
-        [loaded.reference for _, loaded in accepted],
+        pixels[: len(loaded)],
+        [one.caption for one in loaded],
+        [one.reference for one in loaded],
         work.face_encoder,
-        drawn,
-        [loaded.maps for _, loaded in accepted],
+        None if others else drawn,
+        [one.maps for one in loaded],
+        conditions,
+        pixels[len(loaded) :],
     )
     return {name: encoder_of(name)(base, batch) for name in columns}
 
