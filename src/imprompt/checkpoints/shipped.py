@@ -1,4 +1,4 @@
-"""The adapter that comes with the package, for the diorama base."""
+"""The adapters that come with the package, for the diorama base."""
 
 from pathlib import Path
 
@@ -16,3 +16,20 @@ def shipped_adapter() -> Path:
     if not FILE.is_file():
         raise ImpromptError(f"This installation lacks the diorama adapter ({FILE}): install again.")
     return FILE
+
+
+INSTRUCT_FILE = FILE.with_name("diorama-ip-adapter-instruct.safetensors")
+
+
+def shipped_instruct_adapter() -> Path:
+    """The Instruct adapter: it is told what to take from an image.
+
+    Raises:
+        ImpromptError: this installation has none.
+    """
+    if not INSTRUCT_FILE.is_file():
+        raise ImpromptError(
+            f"This installation lacks the diorama Instruct adapter ({INSTRUCT_FILE}); "
+            "`imprompt train instruct` makes one."
+        )
+    return INSTRUCT_FILE

@@ -31,6 +31,7 @@ from imprompt.diorama import (
     phrases,
     sample_scene,
 )
+from imprompt.diorama.people import training_character
 from imprompt.diorama.vocabulary import COLOURS, PERSON
 
 FIRST_SCENE_SEED = 20_000_000
@@ -93,12 +94,20 @@ def kept_in_words(task: str, scene: Scene) -> str:
     return f"a person with {said.looks}"
 
 
+def _scene(seed: int, **fixed: object) -> Scene:
+    """A scene; if it is a person's, nobody of those that measurements ask for."""
+    scene = sample_scene(seed, **fixed)
+    if scene.kind == PERSON and "character" not in fixed:
+        scene = replace(scene, character=training_character(seed))
+    return scene
+
+
 def _first_scene(seed: int) -> Scene:
-    return sample_scene(seed)
+    return _scene(seed)
 
 
 def _same_style(seed: int) -> Scene:
-    return sample_scene(seed + 1, style=_first_scene(seed).style)
+    return _scene(seed + 1, style=_first_scene(seed).style)
 
 
 def _everything(seed: int, draw: Generator) -> tuple[Scene, Scene, str]:
@@ -149,7 +158,7 @@ def _composition(seed: int, draw: Generator) -> tuple[Scene, Scene, str]:
 
 
 def _face(seed: int, draw: Generator) -> tuple[Scene, Scene, str]:
-    condition = sample_scene(seed + 4, kind=PERSON)
+    condition = _scene(seed + 4, kind=PERSON)
     target = sample_scene(seed + 5, kind=PERSON, character=condition.character)
     if draw.random() < 0.5:
         condition = replace(condition, zoom=CLOSE_UP * condition.zoom, offset=0.0)

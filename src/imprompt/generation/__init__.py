@@ -4,6 +4,7 @@ from imprompt.generation.conditions import TokenPrompt
 from imprompt.generation.controls import Control, MapControl
 from imprompt.generation.explanation import Explanation
 from imprompt.generation.features import ImageFeatures, encode_images
+from imprompt.generation.instructed import Guidance, published_guidance
 from imprompt.generation.pipeline import generate, latents_to_images
 from imprompt.generation.prompts import ImagePrompt
 from imprompt.generation.sampler import initial_noise, sample_latents
@@ -11,6 +12,7 @@ from imprompt.generation.sampler import initial_noise, sample_latents
 __all__ = [
     "Control",
     "Explanation",
+    "Guidance",
     "ImageFeatures",
     "ImagePrompt",
     "MapControl",
@@ -19,5 +21,6 @@ __all__ = [
     "generate",
     "initial_noise",
     "latents_to_images",
+    "published_guidance",
     "sample_latents",
 ]
