@@ -145,7 +145,7 @@ def _draw_gallery(base: Base, adapter: ImagePromptAdapter, alone: ImagePromptRes
     return Gallery(by_scale, variations, with_text, texts, bool(torch.equal(bare, by_scale[:, 0])))
 
 
-def _validation_losses(log_file: Path) -> list[dict[str, float]]:
+def _validation_losses(log_file: Path) -> list[dict[str, float | int]]:
     lines = [json.loads(line) for line in log_file.read_text(encoding="utf-8").splitlines()]
     return [line for line in lines if "validation_loss_with_image" in line]
 
@@ -167,7 +167,7 @@ def _write_report(
     alone: ImagePromptResult,
     sweep: tuple[list, Tensor, list[SweepPoint]],
     gallery: Gallery,
-    losses: list[dict[str, float]],
+    losses: list[dict[str, float | int]],
     timing: Timing,
 ) -> None:
     show = pixels_to_images

@@ -43,7 +43,8 @@ def generate(
     Args:
         base: a model from `load_base`. Adapters are installed on it for the duration of the call.
         prompt: a text, or one for each image. Empty, the image prompts alone decide.
-        image_prompts: any number, each with its adapter, weight, mask and time span.
+        image_prompts: any number, each with its adapter, weight, mask and time span. Adapters are
+            moved to the base's device, and stay there.
         negative_prompt: what to get away from: one text, or one for each image. None, what the
             base takes for no text, differs from the empty text for Stable Diffusion XL.
         num_images: how many images of one prompt. With several prompts it is their number.
@@ -78,6 +79,8 @@ def generate(
     map_controls = [map_control(control, base, size_px) for control in controls]
     effective = [image_prompt for image_prompt in image_prompts if image_prompt.is_effective]
     encoder = base.image_encoder if image_encoder is None else image_encoder
+    for image_prompt in effective:
+        image_prompt.adapter.to(base.device)
     with (
         torch.inference_mode(),
         installed(base.unet, [image_prompt.adapter for image_prompt in effective]) as handles,
