@@ -23,6 +23,7 @@ def add_parser(verbs: Any) -> None:
         '  imprompt generate "a red car" --control depth=depth.png --control edges=edges.png:0.5 \\\n'
         "      --control-model edges=runs/edges/control\n"
         '  imprompt generate "a blue castle" --image photo.png --instruction "use the style"\n'
+        '  imprompt generate "a person in the snow" --identity face.png --landmarks pose.json\n'
         '  imprompt generate "a cat" --image art.png --site-preset style --base FOLDER --adapter FILE',
     )
     parser.add_argument("prompt", nargs="?", default="", help="the text; empty: the images decide")
@@ -54,6 +55,7 @@ def add_parser(verbs: Any) -> None:
         metavar="KIND=FOLDER",
         help="the ControlNet or T2I-Adapter for a kind of map (default: what comes with the base)",
     )
+    _add_identity_arguments(parser.add_argument_group("a person who shall be drawn"))
     _add_image_arguments(parser.add_argument_group("how images are read"))
     parser.add_argument("--negative-prompt", help="what to get away from")
     parser.add_argument("--num-images", type=int, default=4, help="how many images (4)")
@@ -83,6 +85,29 @@ def add_parser(verbs: Any) -> None:
     )
     parser.add_argument("--separate", action="store_true", help="also write each image on its own")
     parser.add_argument("--overwrite", action="store_true", help="replace existing files")
+
+
+def _add_identity_arguments(group: Any) -> None:
+    group.add_argument("--identity", type=Path, metavar="FILE", help="a picture of the person")
+    group.add_argument(
+        "--landmarks",
+        type=Path,
+        metavar="FILE",
+        help="where the face shall be: JSON of five points (default: where it is in the picture)",
+    )
+    group.add_argument(
+        "--identity-model",
+        type=Path,
+        metavar="FOLDER",
+        help="InstantID's folder, or what `imprompt train identity` made (default: the base's)",
+    )
+    group.add_argument("--identity-scale", type=float, default=1.0, help="λ of the face (1.0)")
+    group.add_argument(
+        "--identity-net", type=float, default=1.0, metavar="W", help="weight of IdentityNet (1.0)"
+    )
+    group.add_argument(
+        "--face-encoder", help="diorama, insightface or a file (default: the adapter's own)"
+    )
 
 
 def _add_image_arguments(group: Any) -> None:
@@ -146,6 +171,7 @@ def run(arguments: argparse.Namespace) -> None:
     adapter = _adapter(arguments) if pictures else None
     guidance = _guidance(arguments)
     controls = _controls(arguments)
+    identities = _identities(arguments)
     images = []
     scales = arguments.sweep or [arguments.scale]
     explanation = Explanation() if arguments.explain is not None else None
@@ -164,6 +190,7 @@ def run(arguments: argparse.Namespace) -> None:
             image_encoder=encoder,
             explanation=explanation,
             controls=controls,
+            identities=identities,
         )
     columns = arguments.num_images if len(scales) > 1 else min(len(images), 8)
     image_grid(images, columns).save(output)
@@ -212,6 +239,7 @@ def _image_prompts(
             image_weights=arguments.image_weights,
             crop=arguments.crop,
             negative=arguments.negative_image,
+            face_encoder=arguments.face_encoder,
         )
         for group, instruction in zip(groups, told * (len(groups) // len(told)), strict=True)
     ]
@@ -279,6 +307,33 @@ def _controls(arguments: argparse.Namespace) -> list[Any]:
             f"--control-model {kind}=… was given, but no --control {kind}=FILE for it to read."
         )
     return controls
+
+
+def _identities(arguments: argparse.Namespace) -> list[Any]:
+    from imprompt.checkpoints import load_identity
+    from imprompt.checkpoints.shipped import shipped_identity
+    from imprompt.core.errors import ImpromptError
+    from imprompt.core.images import open_image
+    from imprompt.generation import IdentityPrompt
+
+    if arguments.identity is None:
+        if arguments.landmarks is not None or arguments.identity_model is not None:
+            raise ImpromptError(
+                "--landmarks and --identity-model are about a person, but no --identity was given."
+            )
+        return []
+    if arguments.identity_model is None and arguments.base != "diorama":
+        raise ImpromptError(f"Name the --identity-model for the base {arguments.base}.")
+    return [
+        IdentityPrompt(
+            open_image(arguments.identity),
+            load_identity(arguments.identity_model or shipped_identity()),
+            landmarks=arguments.landmarks,
+            scale=arguments.identity_scale,
+            net_weight=arguments.identity_net,
+            face_encoder=arguments.face_encoder,
+        )
+    ]
 
 
 def file_and_weight(value: str) -> tuple[str, float]:

@@ -58,6 +58,9 @@ class Batch:
     conditions: Sequence[Condition] = ()
     condition_pixels: Tensor = field(default_factory=lambda: torch.empty(0, 3, 0, 0))
 
+    known: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """What one column computed and another needs."""
+
     @cached_property
     def reference_pixels(self) -> Tensor:
         """As `pixels`, of each pair's reference. A scene that is drawn already is not drawn again."""
@@ -98,15 +101,22 @@ def default_columns(variant: str) -> tuple[str, ...]:
     return ("latent_mean", "latent_logvar", *features[variant], "text_ids")
 
 
+def _latent_distribution(base: Base, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation, computed once for the columns that are made of them."""
+    if "latents" not in batch.known:
+        batch.known["latents"] = base.latent_distribution(batch.pixels)
+    return batch.known["latents"]
+
+
 def latent_mean(base: Base, batch: Batch) -> Tensor:
     """Mean of the autoencoder's posterior, in its own scale: float16 (batch, channels, h, w)."""
-    mean, _ = base.latent_distribution(batch.pixels)
+    mean, _ = _latent_distribution(base, batch)
     return (mean / base.vae.config.scaling_factor).cpu().half()
 
 
 def latent_logvar(base: Base, batch: Batch) -> Tensor:
     """Logarithm of the posterior's variance: float16 (batch, channels, h, w)."""
-    _, deviation = base.latent_distribution(batch.pixels)
+    _, deviation = _latent_distribution(base, batch)
     return (2 * (deviation / base.vae.config.scaling_factor).log()).cpu().half()
 
 
@@ -159,7 +169,12 @@ def phrasing_ids(base: Base, batch: Batch) -> Tensor:
 
 def pixels(base: Base, batch: Batch) -> Tensor:
     """The picture itself: uint8 (batch, 3, size, size)."""
-    return ((batch.pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return to_bytes(batch.pixels)
+
+
+def to_bytes(pixels: Tensor) -> Tensor:
+    """Pixels in [-1, 1] as uint8."""
+    return ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def labels(base: Base, batch: Batch) -> Tensor:
@@ -208,8 +223,9 @@ def id_embeds(base: Base, batch: Batch) -> Tensor:
 
 
 def reference_hidden_states(base: Base, batch: Batch) -> Tensor:
-    """The image encoder's penultimate states of the reference: float16 (batch, length, dim)."""
-    return _encoder(base).hidden_states(batch.reference_pixels).cpu().half()
+    """The image encoder's penultimate states of the reference's face: float16 (batch, length, dim)."""
+    crops = _faces(batch).crops(batch.reference_pixels)
+    return _encoder(base).hidden_states(crops).cpu().half()
 
 
 def _faces(batch: Batch) -> FaceEncoder:

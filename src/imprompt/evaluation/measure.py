@@ -16,6 +16,7 @@ from imprompt.bases import Base
 from imprompt.diorama import OBJECT_KINDS, Scene, caption, render, sample_scene
 from imprompt.evaluation.judge import read, shares, truth
 from imprompt.generation.conditions import TokenPrompt
+from imprompt.generation.controls import MapControl
 from imprompt.generation.sampler import sample_latents
 from imprompt.systems.classifier import ATTRIBUTES, Judge
 
@@ -47,8 +48,9 @@ def draw(
     sampling: Sampling,
     *,
     show_progress: bool = True,
+    controls: Sequence[MapControl] = (),
 ) -> Tensor:
-    """Pixels (images, 3, size, size) in [-1, 1] for texts and ready token prompts."""
+    """Pixels (images, 3, size, size) in [-1, 1] for texts, ready token prompts and controls."""
     with torch.inference_mode():
         latents = sample_latents(
             base,
@@ -60,6 +62,7 @@ def draw(
             sampler=sampling.sampler,
             seed=sampling.seed,
             show_progress=show_progress,
+            controls=controls,
         )
         decoded = torch.cat([base.decode_image(part) for part in latents.split(16)])
     return decoded.float().clamp(-1, 1).cpu()

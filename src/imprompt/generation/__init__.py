@@ -4,6 +4,7 @@ from imprompt.generation.conditions import TokenPrompt
 from imprompt.generation.controls import Control, MapControl
 from imprompt.generation.explanation import Explanation
 from imprompt.generation.features import ImageFeatures, encode_images
+from imprompt.generation.identity import IdentityPrompt
 from imprompt.generation.instructed import Guidance, published_guidance
 from imprompt.generation.pipeline import generate, latents_to_images
 from imprompt.generation.prompts import ImagePrompt
@@ -13,6 +14,7 @@ __all__ = [
     "Control",
     "Explanation",
     "Guidance",
+    "IdentityPrompt",
     "ImageFeatures",
     "ImagePrompt",
     "MapControl",

@@ -12,6 +12,7 @@ from imprompt.core.errors import ImpromptError
 from imprompt.core.images import pixels_to_images
 from imprompt.generation.controls import Control, map_control
 from imprompt.generation.explanation import Explanation
+from imprompt.generation.identity import IdentityPrompt, controls_of
 from imprompt.generation.instructed import Words, one_row_if_equal
 from imprompt.generation.prompts import ImagePrompt, installed, token_prompt
 from imprompt.generation.sampler import default_batch_size, sample_latents
@@ -37,6 +38,7 @@ def generate(
     progress: bool = True,
     explanation: Explanation | None = None,
     controls: Sequence[Control] | Control = (),
+    identities: Sequence[IdentityPrompt] | IdentityPrompt = (),
 ) -> list[Image.Image]:
     """Draws images that follow a text, image prompts, or both.
 
@@ -65,6 +67,7 @@ def generate(
         progress: whether to show a bar with the time left.
         explanation: is filled with where each image prompt acted.
         controls: any number of maps that the images shall obey, each with its network and weight.
+        identities: persons who shall be drawn.
 
     Raises:
         ImpromptError: something given cannot be used; the message says what could.
@@ -76,7 +79,11 @@ def generate(
         image_prompts = [image_prompts]
     if isinstance(controls, Control):
         controls = [controls]
+    if isinstance(identities, IdentityPrompt):
+        identities = [identities]
     map_controls = [map_control(control, base, size_px) for control in controls]
+    map_controls += controls_of(identities, base, size_px)
+    image_prompts = [*image_prompts, *(person.image_prompt for person in identities)]
     effective = [image_prompt for image_prompt in image_prompts if image_prompt.is_effective]
     encoder = base.image_encoder if image_encoder is None else image_encoder
     for image_prompt in effective:

@@ -31,6 +31,8 @@ SYSTEMS: dict[str, tuple[str, str]] = {
     "contrastive": ("imprompt.systems.contrastive", "ContrastiveOptions"),
     "classifier": ("imprompt.systems.classifier", "ClassifierOptions"),
     "face-encoder": ("imprompt.systems.face_encoder", "FaceEncoderOptions"),
+    "face-id": ("imprompt.systems.face_id", "FaceIdOptions"),
+    "identity": ("imprompt.systems.identity", "IdentityOptions"),
 }
 PRESETS = Path(__file__).parent.parent / "presets"
 EXPORT_NAMES = {
@@ -42,6 +44,8 @@ EXPORT_NAMES = {
     "controlnet": "control",
     "t2i-adapter": "control",
     "face-encoder": "face-encoder.safetensors",
+    "face-id": "adapter.safetensors",
+    "identity": "identity",
 }
 
 
