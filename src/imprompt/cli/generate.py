@@ -55,6 +55,21 @@ def add_parser(verbs: Any) -> None:
         metavar="KIND=FOLDER",
         help="the ControlNet or T2I-Adapter for a kind of map (default: what comes with the base)",
     )
+    parser.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[:WEIGHT]",
+        help="a LoRA for the base, as diffusers and PEFT save them; may be repeated",
+    )
+    parser.add_argument(
+        "--textual-inversion",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a word that the prompt uses; may be repeated",
+    )
     _add_identity_arguments(parser.add_argument_group("a person who shall be drawn"))
     _add_image_arguments(parser.add_argument_group("how images are read"))
     parser.add_argument("--negative-prompt", help="what to get away from")
@@ -163,6 +178,7 @@ def run(arguments: argparse.Namespace) -> None:
         path if path.suffix == ".safetensors" else open_image(path) for path in arguments.image
     ]
     base = load_base(arguments.base)
+    _extend(base, arguments)
     encoder = None
     if arguments.image_encoder is not None:
         from imprompt.encoders import load_clip
@@ -274,6 +290,17 @@ def _adapter(arguments: argparse.Namespace) -> Any:
     if arguments.base != "diorama":
         raise ImpromptError(f"Name the --adapter to read images with on the base {arguments.base}.")
     return load_adapter(shipped_instruct_adapter() if arguments.instruction else shipped_adapter())
+
+
+def _extend(base: Any, arguments: argparse.Namespace) -> None:
+    """Put what others trained on the base."""
+    from imprompt.bases.extensions import add_lora, add_textual_inversion
+
+    for number, text in enumerate(arguments.lora):
+        file, weight = file_and_weight(text)
+        add_lora(base, Path(file), weight, name=f"lora{number}")
+    for file in arguments.textual_inversion:
+        add_textual_inversion(base, file)
 
 
 def _controls(arguments: argparse.Namespace) -> list[Any]:

@@ -24,6 +24,9 @@ from imprompt.evaluation.measure import (
     measure_text_and_image,
 )
 
+SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
+STYLE_SCALES = (1.0, 1.25, 1.5, 1.75, 2.0)
+
 
 def evaluate(
     what: str,
@@ -62,9 +65,16 @@ def evaluate(
     adapter = load_adapter(adapter_file or shipped_adapter())
     kept = measure_adapter(base, adapter, judge, sampling, count, scale).kept
     figures = {f"{name} kept, image alone": share for name, share in kept.items()}
-    _, _, points = measure_text_and_image(base, adapter, judge, sampling, max(12, count // 2))
-    for point in points:
-        figures[f"image and text, λ={point.scale:g}: object of the text"] = point.follows_text
-        figures[f"image and text, λ={point.scale:g}: look of the image"] = point.follows_image
-        figures[f"image and text, λ={point.scale:g}: both"] = point.follows_both
+    for name, preset, scales in (
+        ("", None, SCALES),
+        (" by preset style", "style", STYLE_SCALES),
+    ):
+        _, _, points = measure_text_and_image(
+            base, adapter, judge, sampling, max(12, count // 2), scales, preset
+        )
+        for point in points:
+            prefix = f"image and text, λ={point.scale:g}{name}"
+            figures[f"{prefix}: object of the text"] = point.follows_text
+            figures[f"{prefix}: look of the image"] = point.follows_image
+            figures[f"{prefix}: both"] = point.follows_both
     return figures
