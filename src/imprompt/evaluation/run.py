@@ -6,9 +6,15 @@ from pathlib import Path
 
 from imprompt.bases import load_base
 from imprompt.checkpoints import load_adapter
-from imprompt.checkpoints.shipped import shipped_adapter, shipped_identity
+from imprompt.checkpoints.shipped import (
+    shipped_adapter,
+    shipped_identity,
+    shipped_instruct_adapter,
+)
 from imprompt.evaluation.ablation import measure_ablation
 from imprompt.evaluation.identity import evaluate_identity
+from imprompt.evaluation.instruct import measure_instruct
+from imprompt.evaluation.instruct_table import measure_instruct_table
 from imprompt.evaluation.judge import load_judge
 from imprompt.evaluation.measure import (
     Sampling,
@@ -35,7 +41,10 @@ def evaluate(
     seed: int,
     output: Path,
 ) -> dict[str, float]:
-    """Named figures, shares in [0, 1]. `what` is judge, base, adapter, ablation or identity."""
+    """Named figures, shares in [0, 1].
+
+    `what` is judge, base, adapter, ablation, identity, instruct or instruct-table.
+    """
     judge = load_judge()
     if what == "judge":
         return measure_judge(judge, count)
@@ -48,6 +57,11 @@ def evaluate(
     if what == "identity":
         folder = adapter_file or shipped_identity()
         return evaluate_identity(base, folder, judge, sampling, output, count, scale)
+    if what == "instruct":
+        adapter = load_adapter(adapter_file or shipped_instruct_adapter())
+        return measure_instruct(base, adapter, judge, sampling, count, scale)
+    if what == "instruct-table":
+        return measure_instruct_table(base, judge, sampling, output, count, scale)
     adapter = load_adapter(adapter_file or shipped_adapter())
     kept = measure_adapter(base, adapter, judge, sampling, count, scale).kept
     figures = {f"{name} kept, image alone": share for name, share in kept.items()}
