@@ -19,13 +19,25 @@ def add_parser(verbs: Any) -> None:
         "  imprompt evaluate --what base --count 500\n"
         "  imprompt evaluate --what judge --count 5000\n"
         "  imprompt evaluate --what ablation --output runs/ablation\n"
-        "  imprompt evaluate runs/person/identity --what identity --count 100",
+        "  imprompt evaluate runs/person/identity --what identity --count 100\n"
+        "  imprompt evaluate runs/instruct/adapter.safetensors --what instruct --count 48\n"
+        "  imprompt evaluate --what instruct-table --output runs/instruct-table",
     )
     parser.add_argument(
         "adapter", nargs="?", type=Path, help="file, or folder of an identity (the shipped one)"
     )
     parser.add_argument(
-        "--what", default="adapter", choices=("adapter", "base", "judge", "ablation", "identity")
+        "--what",
+        default="adapter",
+        choices=(
+            "adapter",
+            "base",
+            "judge",
+            "ablation",
+            "identity",
+            "instruct",
+            "instruct-table",
+        ),
     )
     parser.add_argument("--base", default="diorama", help="diorama, or a folder")
     parser.add_argument("--count", type=int, default=96, help="how many images (96)")
