@@ -1,4 +1,4 @@
-"""What comes with the package for the diorama base: an adapter, and what keeps persons."""
+"""What comes with the package for the diorama base: adapters, and what keeps persons."""
 
 from pathlib import Path
 
@@ -31,3 +31,20 @@ def shipped_identity() -> Path:
             "train it: imprompt train identity --preset diorama-identity."
         )
     return IDENTITY_FOLDER
+
+
+INSTRUCT_FILE = FILE.with_name("diorama-ip-adapter-instruct.safetensors")
+
+
+def shipped_instruct_adapter() -> Path:
+    """The Instruct adapter: it is told what to take from an image.
+
+    Raises:
+        ImpromptError: this installation has none.
+    """
+    if not INSTRUCT_FILE.is_file():
+        raise ImpromptError(
+            f"This installation lacks the diorama Instruct adapter ({INSTRUCT_FILE}); "
+            "`imprompt train instruct` makes one."
+        )
+    return INSTRUCT_FILE

@@ -20,7 +20,9 @@ def add_parser(verbs: Any) -> None:
         "  imprompt evaluate --what judge --count 5000\n"
         "  imprompt evaluate --what ablation --output runs/ablation\n"
         "  imprompt evaluate runs/person/identity --what identity --count 100\n"
-        "  imprompt evaluate --what control --control-model depth=runs/depth/control --count 48",
+        "  imprompt evaluate --what control --control-model depth=runs/depth/control --count 48\n"
+        "  imprompt evaluate runs/instruct/adapter.safetensors --what instruct --count 48\n"
+        "  imprompt evaluate --what instruct-table --output runs/instruct-table",
     )
     parser.add_argument(
         "adapter", nargs="?", type=Path, help="file, or folder of an identity (the shipped one)"
@@ -28,7 +30,16 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument(
         "--what",
         default="adapter",
-        choices=("adapter", "base", "judge", "ablation", "identity", "control"),
+        choices=(
+            "adapter",
+            "base",
+            "judge",
+            "ablation",
+            "identity",
+            "control",
+            "instruct",
+            "instruct-table",
+        ),
     )
     parser.add_argument("--base", default="diorama", help="diorama, or a folder")
     parser.add_argument("--count", type=int, default=96, help="how many images (96)")

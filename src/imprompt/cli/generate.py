@@ -22,6 +22,7 @@ def add_parser(verbs: Any) -> None:
         '  imprompt generate "a boat" --image a.png --image b.png --merge mean --explain where.png\n'
         '  imprompt generate "a red car" --control depth=depth.png --control edges=edges.png:0.5 \\\n'
         "      --control-model edges=runs/edges/control\n"
+        '  imprompt generate "a blue castle" --image photo.png --instruction "use the style"\n'
         '  imprompt generate "a person in the snow" --identity face.png --landmarks pose.json\n'
         '  imprompt generate "a cat" --image art.png --site-preset style --base FOLDER --adapter FILE',
     )
@@ -79,6 +80,16 @@ def add_parser(verbs: Any) -> None:
         "--image-guidance-scale", type=float, help="guidance towards the images, if it shall differ"
     )
     parser.add_argument(
+        "--instruction-guidance-scale",
+        type=float,
+        help="guidance towards the instructions, if it shall differ",
+    )
+    parser.add_argument(
+        "--published-guidance",
+        action="store_true",
+        help="all strengths as the authors of Instruct take them for the instruction",
+    )
+    parser.add_argument(
         "--sampler", default="ddim", help="ddim, dpm-solver++, pndm, euler or ddpm (ddim)"
     )
     parser.add_argument("--seed", type=int, default=0)
@@ -115,6 +126,14 @@ def _add_identity_arguments(group: Any) -> None:
 
 
 def _add_image_arguments(group: Any) -> None:
+    group.add_argument(
+        "--instruction",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help='what to take from the image, for Instruct adapters: "use the style"; one for all '
+        "images, or one for each",
+    )
     group.add_argument(
         "--merge",
         choices=("concat", "mean", "norm mean", "sum", "difference"),
@@ -166,6 +185,7 @@ def run(arguments: argparse.Namespace) -> None:
 
         encoder = load_clip(arguments.image_encoder)
     adapter = _adapter(arguments) if pictures else None
+    guidance = _guidance(arguments)
     controls = _controls(arguments)
     identities = _identities(arguments)
     images = []
@@ -179,12 +199,11 @@ def run(arguments: argparse.Namespace) -> None:
             negative_prompt=arguments.negative_prompt,
             num_images=arguments.num_images,
             steps=arguments.steps,
-            guidance_scale=arguments.guidance_scale,
+            **guidance,
             sampler=arguments.sampler,
             seed=arguments.seed,
             size_px=arguments.size_px,
             image_encoder=encoder,
-            image_guidance_scale=arguments.image_guidance_scale,
             explanation=explanation,
             controls=controls,
             identities=identities,
@@ -211,10 +230,21 @@ def _image_prompts(
     if arguments.image_weights is not None and arguments.merge is None:
         raise ImpromptError("--image-weights are for merged images: add --merge.")
     groups = [pictures] if arguments.merge is not None else [[picture] for picture in pictures]
+    told: list[str | None] = list(arguments.instruction) or [None]
+    if len(told) not in (1, len(groups)):
+        raise ImpromptError(
+            f"{len(told)} instructions were given for {len(groups)} image prompts: give one for all, "
+            "or one for each."
+        )
+    if arguments.published_guidance:
+        from imprompt.generation import published_guidance
+
+        scale += float(published_guidance(told[0] or "").added_scale)
     return [
         ImagePrompt(
             group,
             adapter=adapter,
+            instruction=instruction,
             scale=scale,
             site_preset=arguments.site_preset,
             mask=arguments.mask,
@@ -227,20 +257,39 @@ def _image_prompts(
             negative=arguments.negative_image,
             face_encoder=arguments.face_encoder,
         )
-        for group in groups
+        for group, instruction in zip(groups, told * (len(groups) // len(told)), strict=True)
     ]
+
+
+def _guidance(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The strengths of guidance, as `generate` takes them."""
+    from imprompt.core.errors import ImpromptError
+
+    if not arguments.published_guidance:
+        names = ("guidance_scale", "image_guidance_scale", "instruction_guidance_scale")
+        return {name: getattr(arguments, name) for name in names}
+    if not arguments.instruction:
+        raise ImpromptError("--published-guidance goes by the instruction: add --instruction.")
+    from imprompt.generation import published_guidance
+
+    published = published_guidance(arguments.instruction[0])
+    return {
+        "guidance_scale": published.text_scale,
+        "image_guidance_scale": published.image_scale,
+        "instruction_guidance_scale": published.instruction_scale,
+    }
 
 
 def _adapter(arguments: argparse.Namespace) -> Any:
     from imprompt.checkpoints import load_adapter
-    from imprompt.checkpoints.shipped import shipped_adapter
+    from imprompt.checkpoints.shipped import shipped_adapter, shipped_instruct_adapter
     from imprompt.core.errors import ImpromptError
 
     if arguments.adapter is not None:
         return load_adapter(arguments.adapter)
     if arguments.base != "diorama":
         raise ImpromptError(f"Name the --adapter to read images with on the base {arguments.base}.")
-    return load_adapter(shipped_adapter())
+    return load_adapter(shipped_instruct_adapter() if arguments.instruction else shipped_adapter())
 
 
 def _extend(base: Any, arguments: argparse.Namespace) -> None:

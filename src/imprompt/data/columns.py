@@ -18,7 +18,8 @@ from torch import Tensor
 from imprompt.bases import Base, ClipImageEncoder
 from imprompt.core.errors import ImpromptError
 from imprompt.core.images import image_to_pixels
-from imprompt.data.pairs import Pair, to_pixels
+from imprompt.data.instructions import TASKS
+from imprompt.data.pairs import Condition, Pair, to_pixels
 from imprompt.diorama import (
     COLOURS,
     KINDS,
@@ -41,7 +42,8 @@ from imprompt.encoders.face import FaceEncoder, load_face_encoder
 class Batch:
     """Pairs that could be read: pixels (batch, 3, size, size) in [-1, 1], and captions.
 
-    `references` are the pictures that pairs bring besides, None where the image is its own.
+    `references` are the pictures that pairs bring besides, None where the image is its own. For
+    Instruct `conditions` says what each has as condition, and `condition_pixels` shows it.
     """
 
     pairs: Sequence[Pair]
@@ -53,6 +55,8 @@ class Batch:
     """All that is known of the pictures, if they are scenes."""
     maps: Sequence[Mapping[str, Image.Image]] = ()
     """Of each pair the control maps that came with it, by kind."""
+    conditions: Sequence[Condition] = ()
+    condition_pixels: Tensor = field(default_factory=lambda: torch.empty(0, 3, 0, 0))
 
     known: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """What one column computed and another needs."""
@@ -85,6 +89,9 @@ def default_columns(variant: str) -> tuple[str, ...]:
         "base": ("image_embeds",),
         "plus": ("hidden_states",),
         "full": ("hidden_states",),
+        "instruct": ("condition_states", "instruction_ids"),
+        # With what the instructions ask for in words, which only ground truth knows.
+        "instruct-words": ("condition_states", "instruction_ids", "kept_ids", "task_ids"),
         "faceid": ("id_embeds",),
         "faceid-plus": ("id_embeds", "reference_hidden_states"),
         "identity": ("id_embeds", "landmarks"),
@@ -126,6 +133,27 @@ def image_embeds(base: Base, batch: Batch) -> Tensor:
 def hidden_states(base: Base, batch: Batch) -> Tensor:
     """The image encoder's penultimate states: float16 (batch, length, dim)."""
     return _encoder(base).hidden_states(batch.pixels).cpu().half()
+
+
+def condition_states(base: Base, batch: Batch) -> Tensor:
+    """The image encoder's penultimate states of the condition image: float16 (batch, length, dim)."""
+    return _encoder(base).hidden_states(batch.condition_pixels).cpu().half()
+
+
+def instruction_ids(base: Base, batch: Batch) -> Tensor:
+    """Token ids of the instructions: int64 (batch, length)."""
+    return base.tokenize([condition.instruction for condition in batch.conditions])
+
+
+def kept_ids(base: Base, batch: Batch) -> Tensor:
+    """Token ids of what the instructions ask for, in words: int64 (batch, length)."""
+    return base.tokenize([condition.kept for condition in batch.conditions])
+
+
+def task_ids(base: Base, batch: Batch) -> Tensor:
+    """Numbers of the tasks, -1 where none is named: int64 (batch,)."""
+    numbers = {task: number for number, task in enumerate(TASKS)}
+    return torch.tensor([numbers.get(condition.task, -1) for condition in batch.conditions])
 
 
 def text_ids(base: Base, batch: Batch) -> Tensor:
@@ -238,6 +266,10 @@ COLUMNS: dict[str, Callable[[Base, Batch], Tensor]] = {
     "latent_logvar": latent_logvar,
     "image_embeds": image_embeds,
     "hidden_states": hidden_states,
+    "condition_states": condition_states,
+    "instruction_ids": instruction_ids,
+    "kept_ids": kept_ids,
+    "task_ids": task_ids,
     "text_ids": text_ids,
     "latents": latents,
     "phrasing_ids": phrasing_ids,
@@ -248,6 +280,8 @@ COLUMNS: dict[str, Callable[[Base, Batch], Tensor]] = {
     "id_embeds": id_embeds,
     "reference_hidden_states": reference_hidden_states,
 }
+CONDITION_COLUMNS = frozenset({"condition_states", "instruction_ids", "kept_ids", "task_ids"})
+"""Those that can be had of pairs with a condition image only."""
 CONTROL = "control_"
 """Begins the names of the columns of control maps; the kind follows: control_depth, …"""
 

@@ -21,7 +21,7 @@ import torch
 
 from imprompt.bases import Base
 from imprompt.core.errors import ImpromptError
-from imprompt.data.columns import CONTROL, Batch, encoder_of, to_bytes
+from imprompt.data.columns import CONDITION_COLUMNS, CONTROL, Batch, encoder_of, to_bytes
 from imprompt.data.filters import Filters, Unusable
 from imprompt.data.pairs import Loaded, Pair, Part, draw, load
 from imprompt.data.store import GrowingColumn, check_room, told, write_json
@@ -45,6 +45,11 @@ class Work:
     batch_size: int
     filters: Filters
     face_encoder: str = "diorama"
+
+    @property
+    def with_condition(self) -> bool:
+        """Whether pairs without a condition image are of no use."""
+        return not CONDITION_COLUMNS.isdisjoint((*self.columns, *self.added_columns))
 
 
 @dataclass
@@ -292,7 +297,7 @@ def _load_ahead(
 
 def _try_load(pair: Pair, work: Work) -> Loaded | Unusable:
     try:
-        return load(pair, work.size_px, work.filters)
+        return load(pair, work.size_px, work.filters, with_condition=work.with_condition)
     except Unusable as fault:
         return fault
 
@@ -305,20 +310,30 @@ def _encode(
     kept: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """`kept` are the pictures as the column `pixels` has them, from which all else is then made."""
-    render = None
+    loaded = [one for _, one in accepted]
+    pictures = [one.picture for one in loaded]
+    conditions = [one.condition for one in loaded if one.condition is not None]
+    others = [one.condition_picture for one in loaded if one.condition is not None]
+    render, other_pixels = None, torch.empty(0, 3, work.size_px, work.size_px)
     if kept is None:
-        pixels, render = draw([loaded.picture for _, loaded in accepted], work.size_px)
+        # Drawn together: what a pair's two scenes have in common is traced once.
+        pixels, render = draw([*pictures, *others], work.size_px)
+        pixels, other_pixels = pixels[: len(pictures)], pixels[len(pictures) :]
         kept = to_bytes(pixels) if "pixels" in columns else None
+    elif others:
+        other_pixels, _ = draw(others, work.size_px)
     if kept is not None:
         pixels = kept.float() / 127.5 - 1
     batch = Batch(
         [pair for pair, _ in accepted],
         pixels,
-        [loaded.caption for _, loaded in accepted],
-        [loaded.reference for _, loaded in accepted],
+        [one.caption for one in loaded],
+        [one.reference for one in loaded],
         work.face_encoder,
-        render,
-        [loaded.maps for _, loaded in accepted],
+        None if others else render,
+        [one.maps for one in loaded],
+        conditions,
+        other_pixels,
     )
     return {name: encoder_of(name)(base, batch) for name in columns}
 

@@ -7,11 +7,17 @@ from pathlib import Path
 
 from imprompt.bases import load_base
 from imprompt.checkpoints import load_adapter, load_control, shipped_controls
-from imprompt.checkpoints.shipped import shipped_adapter, shipped_identity
+from imprompt.checkpoints.shipped import (
+    shipped_adapter,
+    shipped_identity,
+    shipped_instruct_adapter,
+)
 from imprompt.core.errors import ImpromptError
 from imprompt.evaluation.ablation import measure_ablation
 from imprompt.evaluation.control import measure_controls
 from imprompt.evaluation.identity import evaluate_identity
+from imprompt.evaluation.instruct import measure_instruct
+from imprompt.evaluation.instruct_table import measure_instruct_table
 from imprompt.evaluation.judge import load_judge
 from imprompt.evaluation.map_reader import load_map_reader
 from imprompt.evaluation.measure import (
@@ -40,7 +46,9 @@ def evaluate(
     output: Path,
     control_folders: Mapping[str, str | Path] | None = None,
 ) -> dict[str, float]:
-    """Named figures, shares in [0, 1]. `what` is judge, base, adapter, ablation, identity or control.
+    """Named figures, shares in [0, 1].
+
+    `what` is judge, base, adapter, ablation, identity, control, instruct or instruct-table.
 
     Raises:
         ImpromptError: a part is missing, or there is no control to measure.
@@ -65,6 +73,11 @@ def evaluate(
     if what == "identity":
         folder = adapter_file or shipped_identity()
         return evaluate_identity(base, folder, judge, sampling, output, count, scale)
+    if what == "instruct":
+        adapter = load_adapter(adapter_file or shipped_instruct_adapter())
+        return measure_instruct(base, adapter, judge, sampling, count, scale)
+    if what == "instruct-table":
+        return measure_instruct_table(base, judge, sampling, output, count, scale)
     adapter = load_adapter(adapter_file or shipped_adapter())
     kept = measure_adapter(base, adapter, judge, sampling, count, scale).kept
     figures = {f"{name} kept, image alone": share for name, share in kept.items()}

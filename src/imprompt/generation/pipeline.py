@@ -13,6 +13,7 @@ from imprompt.core.images import pixels_to_images
 from imprompt.generation.controls import Control, map_control
 from imprompt.generation.explanation import Explanation
 from imprompt.generation.identity import IdentityPrompt, controls_of
+from imprompt.generation.instructed import Words, one_row_if_equal
 from imprompt.generation.prompts import ImagePrompt, installed, token_prompt
 from imprompt.generation.sampler import default_batch_size, sample_latents
 
@@ -27,6 +28,7 @@ def generate(
     steps: int = 50,
     guidance_scale: Number = 7.5,
     image_guidance_scale: Number | None = None,
+    instruction_guidance_scale: Number | None = None,
     guidance_rescale: Number = 0.0,
     seed: int = 0,
     sampler: str = "ddim",
@@ -53,6 +55,8 @@ def generate(
             cost.
         image_guidance_scale: the same for the image prompts alone, if it shall differ; a third
             more cost.
+        instruction_guidance_scale: the same for what image prompts are told, if it shall differ; it
+            doubles the cost. `published_guidance` says what the authors take.
         guidance_rescale: in [0, 1], against the overexposure of strong guidance.
         seed: image k is a function of it, of k and of what is asked for, not of num_images or
             batch_size.
@@ -90,17 +94,19 @@ def generate(
     ):
         # In one go: equal texts are encoded once, and offloaded encoders fetched once.
         text_states = _encode_texts(base, [*prompts, *negative_prompts])
+        words = Words(base, one_row_if_equal(text_states[: len(prompts)], prompts))
         latents = sample_latents(
             base,
             text_states[: len(prompts)],
             text_states[len(prompts) :],
             [
-                token_prompt(image_prompt, handles[image_prompt.adapter], encoder)
+                token_prompt(image_prompt, handles[image_prompt.adapter], encoder, words)
                 for image_prompt in effective
             ],
             steps=steps,
             guidance_scale=guidance_scale,
             image_guidance_scale=image_guidance_scale,
+            instruction_guidance_scale=instruction_guidance_scale,
             guidance_rescale=guidance_rescale,
             seed=seed,
             sampler=sampler,

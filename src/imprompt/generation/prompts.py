@@ -32,6 +32,7 @@ from imprompt.generation.features import (
     is_features_file,
     merge_features,
 )
+from imprompt.generation.instructed import Words, instructed_tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +79,10 @@ class ImagePrompt:
     crop: str = field(default="center", kw_only=True)
     """What the encoder sees of an image that is not square: "center", "pad", "stretch", "tiles"."""
 
+    instruction: str | None = field(default=None, kw_only=True)
+    """What to take from the image ("use the style", "use the duck"), for Instruct adapters, which
+    take everything if they are not told."""
+
     negative: ImageLike | ImageFeatures | None = field(default=None, kw_only=True, repr=False)
     """A picture to get away from, where otherwise no picture stands in guidance."""
 
@@ -94,6 +99,11 @@ class ImagePrompt:
             raise ImpromptError(
                 f"An image prompt's adapter is a {type(self.adapter).__name__}; an adapter is "
                 "needed, as imprompt.load_adapter and imprompt.create_adapter return it."
+            )
+        if self.instruction is not None and self.adapter.variant != "instruct":
+            raise ImpromptError(
+                f"The {self.adapter.variant} adapter cannot be told {self.instruction!r}: only "
+                "Instruct adapters read instructions."
             )
         if self.site_preset is not None and not isinstance(self.scale, int | float):
             raise ImpromptError("With a site_preset the scale is one number, which it spreads.")
@@ -135,9 +145,12 @@ def installed(
 
 
 def token_prompt(
-    prompt: ImagePrompt, handle: Handle, encoder: ClipImageEncoder | None
+    prompt: ImagePrompt,
+    handle: Handle,
+    encoder: ClipImageEncoder | None,
+    words: Words | None = None,
 ) -> TokenPrompt:
-    """Encodes and projects a prompt's images.
+    """Encodes and projects a prompt's images; Instruct adapters need the `words` beside them.
 
     Raises:
         ImpromptError: an image cannot be read, or the adapter does not read what the encoder gives.
@@ -150,11 +163,26 @@ def token_prompt(
     if prompt.site_preset is not None and isinstance(scale, int | float):
         cross_sites = [site for site in handle.sites if site.is_cross]
         scale = preset_scales(prompt.site_preset, cross_sites, scale)
+    tokens: dict[str, Tensor]
+    if adapter.variant == "instruct":
+        if words is None:
+            raise ImpromptError("An Instruct adapter reads the text too: draw with generate().")
+        made = instructed_tokens(adapter, features[0], against[0], prompt.instruction, words)
+        tokens = {
+            "tokens": made.full,
+            "zero_tokens": made.nothing,
+            "image_only_tokens": made.image_only,
+            "uninstructed_tokens": made.uninstructed,
+        }
+    else:
+        # Several images are one prompt: the attention reads the tokens of all of them.
+        tokens = {
+            "tokens": adapter.tokens(*features).flatten(0, 1)[None],
+            "zero_tokens": adapter.tokens(*against).repeat(1, len(features[0]), 1),
+        }
     return TokenPrompt(
         handle=handle,
-        # Several images are one prompt: the attention reads the tokens of all of them.
-        tokens=adapter.tokens(*features).flatten(0, 1)[None],
-        zero_tokens=adapter.tokens(*against).repeat(1, len(features[0]), 1),
+        **tokens,
         scale=scale,
         mask=None if prompt.mask is None else mask_to_tensor(prompt.mask)[None],
         start=prompt.start,
@@ -194,10 +222,10 @@ def _read_faces(
 
 def _check_adapter_reads_images(adapter: ImagePromptAdapter) -> None:
     wanted = [feature.name for feature in adapter.projection.features]
-    if wanted not in (["image_embeds"], ["hidden_states"]):
+    if adapter.variant != "instruct" and wanted not in (["image_embeds"], ["hidden_states"]):
         raise ImpromptError(
             f"The {adapter.variant} adapter reads {', '.join(wanted)}; from an image alone only "
-            "image_embeds or hidden_states can be had (the variants base, plus and full)."
+            "image_embeds or hidden_states can be had (the variants base, plus, full and instruct)."
         )
 
 

@@ -21,6 +21,8 @@ from imprompt.training.processes import join_processes, leave_processes
 # Each module has `build(options, base, columns)`; the class of its options stands beside it.
 SYSTEMS: dict[str, tuple[str, str]] = {
     "image-prompt": ("imprompt.systems.image_prompt", "ImagePromptOptions"),
+    "instruct": ("imprompt.systems.instruct", "InstructOptions"),
+    "instruct-words": ("imprompt.systems.instruct_words", "InstructOptions"),
     "concatenation": ("imprompt.systems.concatenation", "ConcatenationOptions"),
     "controlnet": ("imprompt.systems.controlnet", "ControlNetOptions"),
     "t2i-adapter": ("imprompt.systems.t2i_adapter", "T2IAdapterOptions"),
@@ -36,6 +38,8 @@ SYSTEMS: dict[str, tuple[str, str]] = {
 PRESETS = Path(__file__).parent.parent / "presets"
 EXPORT_NAMES = {
     "image-prompt": "adapter.safetensors",
+    "instruct": "adapter.safetensors",
+    "instruct-words": "adapter.safetensors",
     "concatenation": "tokens.safetensors",
     "classifier": "judge.safetensors",
     "map-reader": "map-reader.safetensors",

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from imprompt.core.errors import ImpromptError
+from imprompt.diorama import gallery, portrait, render
 from imprompt.encoders.face import (
     CROP_PLACES,
     FaceEncoder,
@@ -16,6 +17,36 @@ from imprompt.encoders.face import (
     load_face_encoder,
 )
 from imprompt.encoders.landmarks import landmark_images, read_landmarks, write_landmarks
+
+
+@pytest.fixture(scope="module")
+def portraits():
+    people = [gallery()[i] for i in range(12)]
+    styles = ("clay", "cartoon", "watercolor", "crayon")
+    scenes = [
+        portrait(7_000_000 + 10 * i + k, people[i], style=styles[(i + k) % 4], setting="studio")
+        for i in range(12)
+        for k in range(2)
+    ]
+    return render(scenes)
+
+
+def test_the_shipped_encoder_knows_unseen_persons_again(portraits):
+    encoder = load_face_encoder()
+    assert isinstance(encoder, FaceEncoder)
+    embeds = encoder.embeds(portraits.pixels)
+    assert embeds.shape == (24, encoder.embed_dim)
+    torch.testing.assert_close(embeds.norm(dim=1), torch.ones(24))
+    nearest = (embeds[1::2] @ embeds[::2].T).argmax(1)
+    assert (nearest == torch.arange(12)).float().mean() >= 0.8
+
+
+def test_it_finds_landmarks_at_any_size(portraits):
+    encoder = load_face_encoder()
+    found = encoder.landmarks(portraits.pixels) * 64
+    assert (found - portraits.keypoints).norm(dim=2).mean() < 2.0
+    twice = torch.nn.functional.interpolate(portraits.pixels, scale_factor=2, mode="bilinear")
+    assert (encoder.landmarks(twice) * 64 - found).norm(dim=2).mean() < 0.5
 
 
 def test_an_encoder_that_is_none_is_told(tmp_path):
