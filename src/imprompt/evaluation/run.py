@@ -44,6 +44,7 @@ def evaluate(
     scale: float,
     seed: int,
     output: Path,
+    map_reader_file: Path | None = None,
     control_folders: Mapping[str, str | Path] | None = None,
 ) -> dict[str, float]:
     """Named figures, shares in [0, 1].
@@ -67,7 +68,7 @@ def evaluate(
         if not folders:
             raise ImpromptError("No control is shipped; name one with --control-model KIND=FOLDER.")
         controls = {kind: load_control(folder) for kind, folder in folders.items()}
-        reader = load_map_reader()
+        reader = load_map_reader(map_reader_file) if map_reader_file else load_map_reader()
         _, _, rows = measure_controls(base, controls, reader, judge, sampling, count=count)
         return {f"{row.name}: {k}": value for row in rows for k, value in row.figures.items()}
     if what == "identity":
