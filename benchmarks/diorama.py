@@ -150,11 +150,11 @@ def draw_variations(path: Path) -> None:
     from imprompt.evaluation.measure import unseen_scenes
 
     base, adapter = load_base("diorama"), load_adapter(shipped_adapter())
-    scenes = unseen_scenes(60, first=30_000)[::12]
+    scenes = unseen_scenes(65, first=30_000)[::13]
     columns = {
-        "λ = 1": ("", 1.0, 0),
-        "another noise": ("", 1.0, 1),
-        "and another": ("", 1.0, 2),
+        "a variation": ("", 1.0, 0),
+        "another": ("", 1.0, 1),
+        "a third": ("", 1.0, 2),
         "“as line art”": ("as line art", 0.5, 0),
         "“in neon light”": ("in neon light", 0.5, 0),
         "“in the snow”": ("in the snow", 0.5, 0),
