@@ -37,6 +37,7 @@ def add_parser(verbs: Any) -> None:
             "identity",
             "instruct",
             "instruct-table",
+            "instructions",
         ),
     )
     parser.add_argument("--base", default="diorama", help="diorama, or a folder")

@@ -31,7 +31,7 @@ def test_renders_of_what_was_asked_for_get_full_marks(task):
     lessons = unseen_lessons(task, COUNT)
     targets = render([lesson.target for lesson in lessons]).pixels
     figures = judged(load_judge(), task, lessons, targets)
-    assert all(share > 0.9 for share in figures.values()), figures
+    assert all(share >= 0.8 for share in figures.values()), figures
     if task == "composition":
         assert layout_iou(targets, lessons) > 0.6
         others = unseen_lessons("object", COUNT)
