@@ -8,7 +8,7 @@ would be 116 KiB and save 13, so of texts only the token ids are kept.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 
 import torch
@@ -53,6 +53,8 @@ class Batch:
     """All that is known of the pictures, if they are scenes."""
     maps: Sequence[Mapping[str, Image.Image]] = ()
     """Of each pair the control maps that came with it, by kind."""
+    moments: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    """What the autoencoder said of the pixels, once it was asked."""
 
     @cached_property
     def reference_pixels(self) -> Tensor:
@@ -93,14 +95,21 @@ def default_columns(variant: str) -> tuple[str, ...]:
 
 def latent_mean(base: Base, batch: Batch) -> Tensor:
     """Mean of the autoencoder's posterior, in its own scale: float16 (batch, channels, h, w)."""
-    mean, _ = base.latent_distribution(batch.pixels)
+    mean, _ = _moments(base, batch)
     return (mean / base.vae.config.scaling_factor).cpu().half()
 
 
 def latent_logvar(base: Base, batch: Batch) -> Tensor:
     """Logarithm of the posterior's variance: float16 (batch, channels, h, w)."""
-    _, deviation = base.latent_distribution(batch.pixels)
+    _, deviation = _moments(base, batch)
     return (2 * (deviation / base.vae.config.scaling_factor).log()).cpu().half()
+
+
+def _moments(base: Base, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Two columns want them, and the autoencoder need not work twice."""
+    if not batch.moments:
+        batch.moments.append(base.latent_distribution(batch.pixels))
+    return batch.moments[0]
 
 
 def latents(base: Base, batch: Batch) -> Tensor:

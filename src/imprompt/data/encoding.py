@@ -161,7 +161,7 @@ def _write_rows(
                     }
                 )
             if accepted:
-                encoded = _encode(accepted, work.columns, base, work)
+                encoded = encode_rows(accepted, work.columns, base, work)
                 if progress.num_rows == 0:
                     _check_room(folder, encoded, len(pairs) - start)
                 for name, values in encoded.items():
@@ -220,7 +220,7 @@ def _add_columns(
                     )
                 accepted.append((pair, loaded))
             if accepted:
-                encoded = _encode(accepted, names, base, work)
+                encoded = encode_rows(accepted, names, base, work)
                 if state["num_rows"] == 0:
                     _check_room(folder, encoded, len(rows))
                 for name, values in encoded.items():
@@ -266,7 +266,7 @@ def _load_ahead(
     """Batches of pairs, opened in the pool's threads while the batch before is encoded."""
 
     def begin(start: int) -> list[tuple[Pair, Future]]:
-        return [(pair, pool.submit(_try_load, pair, work)) for pair in pairs_from(start)]
+        return [(pair, pool.submit(try_load, pair, work)) for pair in pairs_from(start)]
 
     coming = begin(starts[0]) if starts else []
     for number in range(len(starts)):
@@ -276,16 +276,18 @@ def _load_ahead(
         yield [(pair, future.result()) for pair, future in batch]
 
 
-def _try_load(pair: Pair, work: Work) -> Loaded | Unusable:
+def try_load(pair: Pair, work: Work) -> Loaded | Unusable:
+    """A pair's picture and caption, or why it cannot be used."""
     try:
         return load(pair, work.size_px, work.filters)
     except Unusable as fault:
         return fault
 
 
-def _encode(
+def encode_rows(
     accepted: Sequence[tuple[Pair, Loaded]], columns: Sequence[str], base: Base, work: Work
 ) -> dict[str, torch.Tensor]:
+    """The columns of pairs that have been read."""
     pixels, drawn = draw([loaded.picture for _, loaded in accepted], work.size_px)
     batch = Batch(
         [pair for pair, _ in accepted],

@@ -143,8 +143,8 @@ class ImagePromptSystem:
         self.draw: Callable[[], Image.Image] | None = None
         """Makes the picture of a preview; set by whoever can generate."""
         self._join = join
-        self._features = features
-        self._dropped_features = dropped_features.float().to(base.device)
+        self.features = features
+        self.dropped_features = dropped_features.float().to(base.device)
         self._empty_ids = base.tokenize([""]).to(base.device)
         self._alphas = alphas_cumprod_of(base.scheduler.config).to(base.device)
         self._prediction = str(base.scheduler.config["prediction_type"])
@@ -173,7 +173,7 @@ class ImagePromptSystem:
         latents = sample_latents(batch, randomness, self.base)
         noise = randomness.normal("noise", tuple(latents.shape[1:]))
         alphas = self._alphas[timesteps]
-        features = replace_rows(batch[self._features].float(), self._dropped_features, no_image)
+        features = replace_rows(batch[self.features].float(), self.dropped_features, no_image)
         tokens = self.module.tokens(features)
         text_states = self.base.encode_text(
             replace_rows(batch["text_ids"], self._empty_ids, no_text)

@@ -157,6 +157,8 @@ def train(
                     named = {f"validation_{name}": value for name, value in figures.items()}
                     log.append(log_file, {"step": state.step, **named})
                     trackers.log(named, state.step)
+                if validation.picture is not None:
+                    trackers.picture("preview", validation.picture, state.step)
                 shown |= validation.headline(figures)
             if saves:
                 save_checkpoint(state, checkpoints, keep=config.keep_checkpoints)
