@@ -34,7 +34,9 @@ def check_control_data(columns: Rows, base: Base, kind: str) -> None:
     """Raise an ImpromptError unless the data are this base's and have maps of this kind."""
     check_same_base(columns, base)
     if not kind:
-        found = [n.removeprefix(CONTROL) for n in columns.names if n.startswith(CONTROL)]
+        found = [
+            n.removeprefix(CONTROL) for n in getattr(columns, "names", ()) if n.startswith(CONTROL)
+        ]
         raise ImpromptError(
             f"Say which maps to learn: --set system.kind=KIND. {columns.path} has "
             f"{', '.join(found) or 'none; prepare it with --columns control_KIND'}."
