@@ -18,8 +18,9 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "diorama.json"
 PARTS = ("judge", "base", "quickstart", "shipped", "ablation", "picture")
 QUICKSTART_ADAPTER = Path("imprompt-quickstart/run/adapter.safetensors")
-COUNTS = {"judge": 5000, "base": 500, "quickstart": 240, "shipped": 240, "ablation": 240}
-SAMPLING = {"steps": 25, "sampler": "dpm-solver++", "guidance_scale": 5.0, "scale": 1.0, "seed": 0}
+COUNTS = {"judge": 5000, "base": 500, "quickstart": 240, "shipped": 240, "ablation": 120}
+SAMPLING = {"steps": 25, "sampler": "dpm-solver++", "scale": 1.0, "seed": 0}
+BASE_GUIDANCE, GUIDANCE = 5.0, 4.0  # of texts alone, and of image prompts
 NAMES = {"kind": "object", "colour": "colour", "style": "style", "setting": "setting"}
 
 
@@ -32,6 +33,7 @@ def measure(part: str, adapter: Path, output: Path) -> dict[str, float]:
         base_name="diorama",
         count=COUNTS[part],
         output=output,
+        guidance_scale=BASE_GUIDANCE if part == "base" else GUIDANCE,
         **SAMPLING,
     )
 
@@ -63,12 +65,16 @@ def main_table(results: dict[str, dict[str, float]]) -> str:
     return lines
 
 
-def together_table(figures: dict[str, float]) -> str:
-    prefix = "image and text, λ="
+def together_table(figures: dict[str, float], by_preset: bool) -> str:
+    prefix, by = "image and text, λ=", " by preset"
     scales = list(
-        dict.fromkeys(key[len(prefix) :].split(":")[0] for key in figures if prefix in key)
+        dict.fromkeys(
+            key[len(prefix) :].split(":")[0]
+            for key in figures
+            if prefix in key and (by in key) == by_preset
+        )
     )
-    lines = header("λ", *scales)
+    lines = header("λ", *(scale.split(by)[0] for scale in scales))
     for what in ("object of the text", "look of the image", "both"):
         lines += row(what, *(f"{figures[f'{prefix}{scale}: {what}']:.0%}" for scale in scales))
     return lines
@@ -92,15 +98,15 @@ def document(results: dict[str, dict[str, float]]) -> str:
 
 Made by `python benchmarks/diorama.py`, which writes `benchmarks/results/diorama.json` and this page.
 Scenes come from seeds that no training sees; a classifier trained on renders (the judge) says what a
-picture shows. Images are drawn with DPM-Solver++ in {SAMPLING["steps"]} steps at guidance
-{SAMPLING["guidance_scale"]:g}.
+picture shows. Images are drawn with DPM-Solver++ in {SAMPLING["steps"]} steps, from texts alone at guidance
+{BASE_GUIDANCE:g}, with image prompts at {GUIDANCE:g}.
 
 {main_table(results)}
 ```sh
 imprompt evaluate --what judge --count {COUNTS["judge"]}
-imprompt evaluate --what base --count {COUNTS["base"]} --steps 25 --sampler dpm-solver++ --guidance-scale 5
-imprompt evaluate imprompt-quickstart/run/adapter.safetensors --count {COUNTS["quickstart"]} --steps 25 --sampler dpm-solver++ --guidance-scale 5
-imprompt evaluate --count {COUNTS["shipped"]} --steps 25 --sampler dpm-solver++ --guidance-scale 5
+imprompt evaluate --what base --count {COUNTS["base"]} --steps 25 --sampler dpm-solver++ --guidance-scale {BASE_GUIDANCE:g}
+imprompt evaluate imprompt-quickstart/run/adapter.safetensors --count {COUNTS["quickstart"]} --steps 25 --sampler dpm-solver++ --guidance-scale {GUIDANCE:g}
+imprompt evaluate --count {COUNTS["shipped"]} --steps 25 --sampler dpm-solver++ --guidance-scale {GUIDANCE:g}
 ```
 
 "Image alone" is an empty text and an unseen picture as the prompt: the share of generated images in
@@ -112,8 +118,12 @@ which the attribute of that picture is found again.
 
 The image gives style and colour, the text names another object ("a rocket"); {COUNTS["shipped"] // 2}
 pairs per λ, shipped adapter. "Look" is style and colour at once, "both" is look and object at once.
+The same λ at all sites:
 
-{together_table(results["shipped"])}"""
+{together_table(results["shipped"], by_preset=False)}
+With `site_preset="style"`: λ in the last block, which draws colour and style, and a fifth of it elsewhere:
+
+{together_table(results["shipped"], by_preset=True)}"""
     if "ablation" in results:
         text += f"""
 ## Decoupled or concatenated
@@ -125,7 +135,7 @@ empty text, λ = 1. The last row is ours: its projection began as the least-squa
 
 {ablation_table(results["ablation"])}
 ```sh
-imprompt evaluate --what ablation --output runs/ablation --count {COUNTS["ablation"]} --steps 25 --sampler dpm-solver++ --guidance-scale 5
+imprompt evaluate --what ablation --output runs/ablation --count {COUNTS["ablation"]} --steps 25 --sampler dpm-solver++ --guidance-scale {GUIDANCE:g}
 ```
 """
     return text
@@ -156,7 +166,7 @@ def draw_variations(path: Path) -> None:
         for label, (text, scale, seed) in columns.items():
             prompt = ImagePrompt(pixels, adapter=adapter, scale=scale)
             cells += generate(
-                base, text, prompt, seed=seed, guidance_scale=5.0, steps=50, progress=False
+                base, text, prompt, seed=seed, guidance_scale=GUIDANCE, steps=50, progress=False
             )
             labels.append(label)
     large = [cell.resize((128, 128), 0) for cell in cells]

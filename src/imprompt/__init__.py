@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from imprompt.adapters import ImagePromptAdapter, create_adapter
     from imprompt.bases import load_base
-    from imprompt.checkpoints import load_adapter, save_adapter
+    from imprompt.checkpoints import load_adapter, load_control, load_identity, save_adapter
     from imprompt.core.errors import ImpromptError
-    from imprompt.generation import ImagePrompt, generate
+    from imprompt.generation import Control, IdentityPrompt, ImagePrompt, generate
 
 __version__ = "0.1.0"
 __all__ = [
+    "Control",
+    "IdentityPrompt",
     "ImagePrompt",
     "ImagePromptAdapter",
     "ImpromptError",
@@ -24,10 +26,14 @@ __all__ = [
     "generate",
     "load_adapter",
     "load_base",
+    "load_control",
+    "load_identity",
     "save_adapter",
 ]
 
 _HOMES = {
+    "Control": "imprompt.generation",
+    "IdentityPrompt": "imprompt.generation",
     "ImagePrompt": "imprompt.generation",
     "ImagePromptAdapter": "imprompt.adapters",
     "ImpromptError": "imprompt.core.errors",
@@ -35,6 +41,8 @@ _HOMES = {
     "generate": "imprompt.generation",
     "load_adapter": "imprompt.checkpoints",
     "load_base": "imprompt.bases",
+    "load_control": "imprompt.checkpoints",
+    "load_identity": "imprompt.checkpoints",
     "save_adapter": "imprompt.checkpoints",
 }
 

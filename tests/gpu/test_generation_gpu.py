@@ -7,9 +7,12 @@ from collections import Counter
 
 import pytest
 import torch
+from PIL import Image
 from tiny_base import TEXT_DIM, build_parts
 
+import imprompt
 from imprompt.adapters import attention_sites, combine, create_adapter
+from imprompt.checkpoints.shipped import shipped_adapter
 
 pytestmark = [
     pytest.mark.gpu,
@@ -86,6 +89,14 @@ def test_a_step_never_waits_for_the_device(unet):
         unet(*inputs, cross_attention_kwargs=condition)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_an_adapter_follows_the_base_to_its_device():
+    base = imprompt.load_base("diorama", device=DEVICE)
+    adapter = imprompt.load_adapter(shipped_adapter())
+    prompt = imprompt.ImagePrompt(Image.new("RGB", (64, 64), "red"), adapter=adapter)
+    imprompt.generate(base, "", prompt, steps=2, progress=False)
+    assert next(adapter.parameters()).device.type == DEVICE
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 from torch.nn.functional import mse_loss
 
-from imprompt.checkpoints import load_adapter
+from imprompt.checkpoints import load_adapter, save_adapter
 
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = ["base", "plus", "full", "faceid", "faceid_plus", "faceid_plusv2", "instruct"]
@@ -83,3 +83,27 @@ def test_loss_and_gradients(unet, io, case):
         assert actual is not None, key
         deviation = (actual - gradient).norm() / gradient.norm()
         assert deviation < 1e-4, f"{key}: {deviation:.1e}"
+
+
+@pytest.mark.parametrize("layout", ["native", "official"])
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_written_is_what_was_published(name, layout, tmp_path):
+    path = tmp_path / f"{name}.safetensors"
+    save_adapter(load_adapter(GOLDEN / f"{name}.safetensors"), path, layout=layout)
+    published, written = load_file(GOLDEN / f"{name}.safetensors"), load_file(path)
+    assert written.keys() == published.keys()
+    for key, tensor in published.items():
+        assert torch.equal(written[key], tensor), key
+    again = load_adapter(path)
+    expected = load_file(GOLDEN / f"{name}.expected.safetensors")
+    inputs = [expected[key] for key in sorted(expected) if key.startswith("input_")]
+    tokens = again.tokens(*inputs, **SHORTCUT.get(name, {}))
+    torch.testing.assert_close(tokens, expected["tokens"], atol=1e-5, rtol=0)
+
+
+def test_the_second_generation_of_face_id_plus_is_known_again(tmp_path):
+    for name, is_second in (("faceid_plus", False), ("faceid_plusv2", True)):
+        adapter = load_adapter(GOLDEN / f"{name}.safetensors")
+        assert adapter.image_proj.shortcut is is_second
+        save_adapter(adapter, tmp_path / "renamed.safetensors")
+        assert load_adapter(tmp_path / "renamed.safetensors").image_proj.shortcut is is_second

@@ -5,7 +5,7 @@ the image prompt on in some of them only lets it give its style and not its cont
 
 Source: InstantStyle (2404.02733), section 3.2, for Stable Diffusion XL; for Stable Diffusion 1.x the
 split that ComfyUI's users know as "style transfer" and "composition"; the curves over depth have the
-same names there.
+same names there. For the embedded base: measured, see docs/results.md.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,6 +15,7 @@ from imprompt.core.errors import ImpromptError
 
 # Parts of the UNet and their factor; what is not listed is 0. By width of the text states.
 STYLE = {
+    128: {"down_blocks": 0.2, "mid_block": 0.2, "up_blocks": 0.2, "up_blocks.2": 1.0},
     768: {
         "down_blocks.0": 1.0,
         "down_blocks.1": 1.0,
@@ -56,8 +57,8 @@ SITE_PRESETS = (*BLOCK_PRESETS, *CURVES, *PART_FACTORS)
 def preset_scales(name: str, sites: Sequence[Site], scale: Number = 1.0) -> list[float]:
     """λ for each of the given cross-attention sites, in their order: a preset's factor times `scale`.
 
-    The presets of style and composition are known for Stable Diffusion 1.x and XL; the others fit
-    any UNet.
+    The presets of style and composition are known for Stable Diffusion 1.x and XL, that of style for
+    the embedded base, too; the others fit any UNet.
 
     Raises:
         ImpromptError: no such preset, or none for this UNet.
@@ -85,14 +86,15 @@ def execution_order(sites: Sequence[Site]) -> list[int]:
 
 def _block_factors(name: str, sites: Sequence[Site]) -> list[float]:
     width = sites[0].text_dim
+    tables = [table.get(width) for table in BLOCK_PRESETS[name]]
     by_part: dict[str, float] = {}
-    for table in BLOCK_PRESETS[name]:
-        by_part |= table.get(width, {})
+    for table in tables:
+        by_part |= table or {}
     factors = [
         max((f for part, f in by_part.items() if site.name.startswith(f"{part}.")), default=0.0)
         for site in sites
     ]
-    if not any(factors):
+    if None in tables or not any(factors):
         raise ImpromptError(
             f"The preset {name!r} is known for Stable Diffusion 1.x and XL, not for a UNet with text "
             f"states of width {width}: give `scale` a mapping from parts of the UNet to numbers."

@@ -18,7 +18,8 @@ def add_parser(verbs: Any) -> None:
         run,
         about="draw scenes of the embedded world",
         examples="  imprompt diorama --grid scenes.png\n"
-        '  imprompt diorama --grid houses.png --kind house --style "line art" --size-px 128',
+        '  imprompt diorama --grid houses.png --kind house --style "line art" --size-px 128\n'
+        "  imprompt diorama --grid depth.png --count 1 --seed 7 --map depth",
     )
     parser.add_argument(
         "--grid", type=Path, required=True, metavar="FILE", help="the sheet to write"
@@ -27,6 +28,11 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("--columns", type=int, default=12, help="scenes per row (default: 12)")
     parser.add_argument("--seed", type=int, default=0, help="the first scene's seed")
     parser.add_argument("--size-px", type=int, default=64, help="side of a scene (default: 64)")
+    parser.add_argument(
+        "--map",
+        metavar="KIND",
+        help="draw control maps instead: depth, edges, segmentation or keypoints",
+    )
     parser.add_argument("--captions", action="store_true", help="print each scene's caption")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
     for name in FILTERS:
@@ -37,7 +43,7 @@ def run(arguments: argparse.Namespace) -> None:
     from imprompt.core.errors import ImpromptError
     from imprompt.core.images import image_grid, pixels_to_images
     from imprompt.core.progress import progress
-    from imprompt.diorama import caption, render, sample_scene
+    from imprompt.diorama import caption, draw_maps, render, sample_scene
 
     if arguments.count < 1:
         raise ImpromptError(f"--count is {arguments.count}, but must be at least 1.")
@@ -48,7 +54,9 @@ def run(arguments: argparse.Namespace) -> None:
     with progress(len(scenes), "drawing", unit="scene") as bar:
         for start in range(0, len(scenes), 24):
             part = scenes[start : start + 24]
-            images += pixels_to_images(render(part, arguments.size_px).pixels)
+            drawn = render(part, arguments.size_px)
+            maps = None if arguments.map is None else draw_maps(drawn, arguments.map)
+            images += pixels_to_images(drawn.pixels if maps is None else maps * 2 - 1)
             bar.update(len(part))
     image_grid(images, min(arguments.columns, len(images))).save(output)
     if arguments.captions:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from imprompt.cli.verb import add_verb
+from imprompt.cli.verb import add_verb, name_and_value
 
 
 def add_parser(verbs: Any) -> None:
@@ -18,11 +18,28 @@ def add_parser(verbs: Any) -> None:
         examples="  imprompt evaluate runs/first/adapter.safetensors\n"
         "  imprompt evaluate --what base --count 500\n"
         "  imprompt evaluate --what judge --count 5000\n"
-        "  imprompt evaluate --what ablation --output runs/ablation",
+        "  imprompt evaluate --what ablation --output runs/ablation\n"
+        "  imprompt evaluate runs/person/identity --what identity --count 100\n"
+        "  imprompt evaluate --what control --control-model depth=runs/depth/control --count 48\n"
+        "  imprompt evaluate runs/instruct/adapter.safetensors --what instruct --count 48\n"
+        "  imprompt evaluate --what instruct-table --output runs/instruct-table",
     )
-    parser.add_argument("adapter", nargs="?", type=Path, help="default: the shipped adapter")
     parser.add_argument(
-        "--what", default="adapter", choices=("adapter", "base", "judge", "ablation")
+        "adapter", nargs="?", type=Path, help="file, or folder of an identity (the shipped one)"
+    )
+    parser.add_argument(
+        "--what",
+        default="adapter",
+        choices=(
+            "adapter",
+            "base",
+            "judge",
+            "ablation",
+            "identity",
+            "control",
+            "instruct",
+            "instruct-table",
+        ),
     )
     parser.add_argument("--base", default="diorama", help="diorama, or a folder")
     parser.add_argument("--count", type=int, default=96, help="how many images (96)")
@@ -32,7 +49,14 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="λ for image prompts alone (1.0)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--output", type=Path, default=Path("runs/ablation"), help="folder of the ablation's runs"
+        "--output", type=Path, help="folder of the ablation's runs, or of pictures (runs/WHAT)"
+    )
+    parser.add_argument(
+        "--control-model",
+        action="append",
+        default=[],
+        metavar="KIND=FOLDER",
+        help="a control to measure, alone and with the others (default: those that are shipped)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
@@ -52,7 +76,8 @@ def run(arguments: argparse.Namespace) -> None:
         guidance_scale=arguments.guidance_scale,
         scale=arguments.scale,
         seed=arguments.seed,
-        output=arguments.output,
+        output=arguments.output or Path("runs") / arguments.what,
+        control_folders=dict(name_and_value(t, "--control-model") for t in arguments.control_model),
     )
     if arguments.json:
         print(json.dumps(figures, indent=2))

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from imprompt.cli.verb import add_verb, new_file
+from imprompt.cli.verb import add_verb, name_and_value, new_file
 
 
 def add_parser(verbs: Any) -> None:
@@ -20,6 +20,10 @@ def add_parser(verbs: Any) -> None:
         '  imprompt generate "a boat" --image photo.png --scale 0.6 --output boats.png\n'
         "  imprompt generate --image photo.png --sweep 0 0.25 0.5 0.75 1\n"
         '  imprompt generate "a boat" --image a.png --image b.png --merge mean --explain where.png\n'
+        '  imprompt generate "a red car" --control depth=depth.png --control edges=edges.png:0.5 \\\n'
+        "      --control-model edges=runs/edges/control\n"
+        '  imprompt generate "a blue castle" --image photo.png --instruction "use the style"\n'
+        '  imprompt generate "a person in the snow" --identity face.png --landmarks pose.json\n'
         '  imprompt generate "a cat" --image art.png --site-preset style --base FOLDER --adapter FILE',
     )
     parser.add_argument("prompt", nargs="?", default="", help="the text; empty: the images decide")
@@ -37,6 +41,36 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument(
         "--sweep", type=float, nargs="+", metavar="λ", help="a row for each of these weights"
     )
+    parser.add_argument(
+        "--control",
+        action="append",
+        default=[],
+        metavar="KIND=FILE[:WEIGHT]",
+        help="a map that the images obey: depth=map.png, edges=map.png:0.7, …; may be repeated",
+    )
+    parser.add_argument(
+        "--control-model",
+        action="append",
+        default=[],
+        metavar="KIND=FOLDER",
+        help="the ControlNet or T2I-Adapter for a kind of map (default: what comes with the base)",
+    )
+    parser.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[:WEIGHT]",
+        help="a LoRA for the base, as diffusers and PEFT save them; may be repeated",
+    )
+    parser.add_argument(
+        "--textual-inversion",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a word that the prompt uses; may be repeated",
+    )
+    _add_identity_arguments(parser.add_argument_group("a person who shall be drawn"))
     _add_image_arguments(parser.add_argument_group("how images are read"))
     parser.add_argument("--negative-prompt", help="what to get away from")
     parser.add_argument("--num-images", type=int, default=4, help="how many images (4)")
@@ -44,6 +78,16 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("--guidance-scale", type=float, default=7.5, help="guidance (7.5)")
     parser.add_argument(
         "--image-guidance-scale", type=float, help="guidance towards the images, if it shall differ"
+    )
+    parser.add_argument(
+        "--instruction-guidance-scale",
+        type=float,
+        help="guidance towards the instructions, if it shall differ",
+    )
+    parser.add_argument(
+        "--published-guidance",
+        action="store_true",
+        help="all strengths as the authors of Instruct take them for the instruction",
     )
     parser.add_argument(
         "--sampler", default="ddim", help="ddim, dpm-solver++, pndm, euler or ddpm (ddim)"
@@ -58,7 +102,38 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace existing files")
 
 
+def _add_identity_arguments(group: Any) -> None:
+    group.add_argument("--identity", type=Path, metavar="FILE", help="a picture of the person")
+    group.add_argument(
+        "--landmarks",
+        type=Path,
+        metavar="FILE",
+        help="where the face shall be: JSON of five points (default: where it is in the picture)",
+    )
+    group.add_argument(
+        "--identity-model",
+        type=Path,
+        metavar="FOLDER",
+        help="InstantID's folder, or what `imprompt train identity` made (default: the base's)",
+    )
+    group.add_argument("--identity-scale", type=float, default=1.0, help="λ of the face (1.0)")
+    group.add_argument(
+        "--identity-net", type=float, default=1.0, metavar="W", help="weight of IdentityNet (1.0)"
+    )
+    group.add_argument(
+        "--face-encoder", help="diorama, insightface or a file (default: the adapter's own)"
+    )
+
+
 def _add_image_arguments(group: Any) -> None:
+    group.add_argument(
+        "--instruction",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help='what to take from the image, for Instruct adapters: "use the style"; one for all '
+        "images, or one for each",
+    )
     group.add_argument(
         "--merge",
         choices=("concat", "mean", "norm mean", "sum", "difference"),
@@ -103,12 +178,16 @@ def run(arguments: argparse.Namespace) -> None:
         path if path.suffix == ".safetensors" else open_image(path) for path in arguments.image
     ]
     base = load_base(arguments.base)
+    _extend(base, arguments)
     encoder = None
     if arguments.image_encoder is not None:
         from imprompt.encoders import load_clip
 
         encoder = load_clip(arguments.image_encoder)
     adapter = _adapter(arguments) if pictures else None
+    guidance = _guidance(arguments)
+    controls = _controls(arguments)
+    identities = _identities(arguments)
     images = []
     scales = arguments.sweep or [arguments.scale]
     explanation = Explanation() if arguments.explain is not None else None
@@ -120,13 +199,14 @@ def run(arguments: argparse.Namespace) -> None:
             negative_prompt=arguments.negative_prompt,
             num_images=arguments.num_images,
             steps=arguments.steps,
-            guidance_scale=arguments.guidance_scale,
+            **guidance,
             sampler=arguments.sampler,
             seed=arguments.seed,
             size_px=arguments.size_px,
             image_encoder=encoder,
-            image_guidance_scale=arguments.image_guidance_scale,
             explanation=explanation,
+            controls=controls,
+            identities=identities,
         )
     columns = arguments.num_images if len(scales) > 1 else min(len(images), 8)
     image_grid(images, columns).save(output)
@@ -150,10 +230,21 @@ def _image_prompts(
     if arguments.image_weights is not None and arguments.merge is None:
         raise ImpromptError("--image-weights are for merged images: add --merge.")
     groups = [pictures] if arguments.merge is not None else [[picture] for picture in pictures]
+    told: list[str | None] = list(arguments.instruction) or [None]
+    if len(told) not in (1, len(groups)):
+        raise ImpromptError(
+            f"{len(told)} instructions were given for {len(groups)} image prompts: give one for all, "
+            "or one for each."
+        )
+    if arguments.published_guidance:
+        from imprompt.generation import published_guidance
+
+        scale += float(published_guidance(told[0] or "").added_scale)
     return [
         ImagePrompt(
             group,
             adapter=adapter,
+            instruction=instruction,
             scale=scale,
             site_preset=arguments.site_preset,
             mask=arguments.mask,
@@ -164,18 +255,118 @@ def _image_prompts(
             image_weights=arguments.image_weights,
             crop=arguments.crop,
             negative=arguments.negative_image,
+            face_encoder=arguments.face_encoder,
         )
-        for group in groups
+        for group, instruction in zip(groups, told * (len(groups) // len(told)), strict=True)
     ]
+
+
+def _guidance(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The strengths of guidance, as `generate` takes them."""
+    from imprompt.core.errors import ImpromptError
+
+    if not arguments.published_guidance:
+        names = ("guidance_scale", "image_guidance_scale", "instruction_guidance_scale")
+        return {name: getattr(arguments, name) for name in names}
+    if not arguments.instruction:
+        raise ImpromptError("--published-guidance goes by the instruction: add --instruction.")
+    from imprompt.generation import published_guidance
+
+    published = published_guidance(arguments.instruction[0])
+    return {
+        "guidance_scale": published.text_scale,
+        "image_guidance_scale": published.image_scale,
+        "instruction_guidance_scale": published.instruction_scale,
+    }
 
 
 def _adapter(arguments: argparse.Namespace) -> Any:
     from imprompt.checkpoints import load_adapter
-    from imprompt.checkpoints.shipped import shipped_adapter
+    from imprompt.checkpoints.shipped import shipped_adapter, shipped_instruct_adapter
     from imprompt.core.errors import ImpromptError
 
     if arguments.adapter is not None:
         return load_adapter(arguments.adapter)
     if arguments.base != "diorama":
         raise ImpromptError(f"Name the --adapter to read images with on the base {arguments.base}.")
-    return load_adapter(shipped_adapter())
+    return load_adapter(shipped_instruct_adapter() if arguments.instruction else shipped_adapter())
+
+
+def _extend(base: Any, arguments: argparse.Namespace) -> None:
+    """Put what others trained on the base."""
+    from imprompt.bases.extensions import add_lora, add_textual_inversion
+
+    for number, text in enumerate(arguments.lora):
+        file, weight = file_and_weight(text)
+        add_lora(base, Path(file), weight, name=f"lora{number}")
+    for file in arguments.textual_inversion:
+        add_textual_inversion(base, file)
+
+
+def _controls(arguments: argparse.Namespace) -> list[Any]:
+    from imprompt.checkpoints import load_control, shipped_controls
+    from imprompt.core.errors import ImpromptError
+    from imprompt.core.images import open_image
+    from imprompt.generation import Control
+
+    folders = dict(name_and_value(text, "--control-model") for text in arguments.control_model)
+    shipped = shipped_controls() if arguments.base == "diorama" else {}
+    controls: list[Control] = []
+    used: set[str] = set()
+    for text in arguments.control:
+        kind, value = name_and_value(text, "--control")
+        file, weight = file_and_weight(value)
+        folder = folders.get(kind) or shipped.get(kind)
+        if folder is None:
+            raise ImpromptError(
+                f"There is no control for {kind} maps with the base {arguments.base} (there are: "
+                f"{', '.join(shipped) or 'none'}): name one with --control-model {kind}=FOLDER, as "
+                "`imprompt train controlnet` or `imprompt train t2i-adapter` makes them."
+            )
+        used.add(kind)
+        model = load_control(folder)
+        if model.kind not in ("", kind):
+            raise ImpromptError(f"{folder} reads {model.kind} maps, not {kind} maps.")
+        controls.append(Control(image=open_image(file), model=model, weight=weight))
+    if unused := set(folders) - used:
+        kind = sorted(unused)[0]
+        raise ImpromptError(
+            f"--control-model {kind}=… was given, but no --control {kind}=FILE for it to read."
+        )
+    return controls
+
+
+def _identities(arguments: argparse.Namespace) -> list[Any]:
+    from imprompt.checkpoints import load_identity
+    from imprompt.checkpoints.shipped import shipped_identity
+    from imprompt.core.errors import ImpromptError
+    from imprompt.core.images import open_image
+    from imprompt.generation import IdentityPrompt
+
+    if arguments.identity is None:
+        if arguments.landmarks is not None or arguments.identity_model is not None:
+            raise ImpromptError(
+                "--landmarks and --identity-model are about a person, but no --identity was given."
+            )
+        return []
+    if arguments.identity_model is None and arguments.base != "diorama":
+        raise ImpromptError(f"Name the --identity-model for the base {arguments.base}.")
+    return [
+        IdentityPrompt(
+            open_image(arguments.identity),
+            load_identity(arguments.identity_model or shipped_identity()),
+            landmarks=arguments.landmarks,
+            scale=arguments.identity_scale,
+            net_weight=arguments.identity_net,
+            face_encoder=arguments.face_encoder,
+        )
+    ]
+
+
+def file_and_weight(value: str) -> tuple[str, float]:
+    """FILE or FILE:WEIGHT apart; the weight is 1 if there is none."""
+    file, colon, weight = value.rpartition(":")
+    try:
+        return (file, float(weight)) if colon and file else (value, 1.0)
+    except ValueError:
+        return value, 1.0

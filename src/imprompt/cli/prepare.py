@@ -13,6 +13,8 @@ EXAMPLES = """\
   imprompt prepare laion/ data/             what img2dataset left: .tar archives or plain files
   imprompt prepare pairs.json data/         a list of image_file and text; also .jsonl .csv .parquet
   imprompt prepare diorama:3000 data/       scenes of the embedded world
+  imprompt prepare diorama-instruct:3000 data/ --variant instruct-words
+                                            pairs of scenes, and an instruction of what they share
   imprompt prepare diorama-people:8000 people/ --variant identity    its portraits, in twos
 only the good ones:
   imprompt prepare laion/ data/ --min-side-px 512 --max-aspect 2 --caption-characters 5 300 \\
@@ -49,8 +51,17 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument(
         "--variant",
         default="base",
-        choices=("base", "plus", "full", "faceid", "faceid-plus", "identity"),
-        help="which adapter it is for",
+        choices=(
+            "base",
+            "plus",
+            "full",
+            "instruct",
+            "instruct-words",
+            "faceid",
+            "faceid-plus",
+            "identity",
+        ),
+        help="which adapter it is for; instruct needs pairs with a condition image",
     )
     parser.add_argument("--size-px", type=int, help="side of the images (default: the base's)")
     parser.add_argument(

@@ -23,7 +23,7 @@ def add_parser(verbs: Any) -> None:
         default=Path("imprompt-quickstart"),
         help="folder for everything made",
     )
-    parser.add_argument("--num-pairs", type=int, default=4000, help="scenes to train on (4000)")
+    parser.add_argument("--num-pairs", type=int, default=3200, help="scenes to train on (3200)")
     parser.add_argument(
         "--set", action="append", default=[], metavar="a.b=value", help="as for `imprompt train`"
     )

@@ -9,6 +9,18 @@ from typing import Any
 from imprompt.cli.verb import add_verb
 
 
+class _ShowSettings(argparse.Action):
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        from imprompt.core.errors import ImpromptError
+        from imprompt.training.settings import describe_settings
+
+        try:
+            print(describe_settings(values))
+        except ImpromptError as error:
+            parser.exit(2, f"imprompt: error: {error}\n")
+        parser.exit()
+
+
 def add_parser(verbs: Any) -> None:
     parser = add_verb(
         verbs,
@@ -19,11 +31,21 @@ def add_parser(verbs: Any) -> None:
         "      --preset diorama-image-prompt --set train.steps=2000\n"
         "  imprompt train image-prompt --data sd15-data/ --base models/sd15 --output runs/sd15 \\\n"
         "      --preset image-prompt\n"
+        "  imprompt train controlnet --data data/ --output runs/depth --preset diorama-controlnet \\\n"
+        "      --set system.kind=depth\n"
+        "  imprompt train --settings controlnet\n"
         "  torchrun --nproc_per_node 8 -m imprompt train image-prompt … --engine zero2 --processes 8",
     )
     parser.add_argument(
         "system",
-        help="image-prompt, concatenation, text-to-image, autoencoder, contrastive or classifier",
+        help="image-prompt, instruct, instruct-words, face-id, identity, concatenation, controlnet, "
+        "t2i-adapter, text-to-image, autoencoder, contrastive, classifier, face-encoder, …",
+    )
+    parser.add_argument(
+        "--settings",
+        action=_ShowSettings,
+        metavar="SYSTEM",
+        help="list all that can be set of a system, and end",
     )
     parser.add_argument(
         "--data",

@@ -18,7 +18,8 @@ from torch import Tensor
 from imprompt.bases import Base, ClipImageEncoder
 from imprompt.core.errors import ImpromptError
 from imprompt.core.images import image_to_pixels
-from imprompt.data.pairs import Pair, to_pixels
+from imprompt.data.instructions import TASKS
+from imprompt.data.pairs import Condition, Pair, to_pixels
 from imprompt.diorama import (
     COLOURS,
     KINDS,
@@ -41,7 +42,8 @@ from imprompt.encoders.face import FaceEncoder, load_face_encoder
 class Batch:
     """Pairs that could be read: pixels (batch, 3, size, size) in [-1, 1], and captions.
 
-    `references` are the pictures that pairs bring besides, None where the image is its own.
+    `references` are the pictures that pairs bring besides, None where the image is its own. For
+    Instruct `conditions` says what each has as condition, and `condition_pixels` shows it.
     """
 
     pairs: Sequence[Pair]
@@ -53,8 +55,11 @@ class Batch:
     """All that is known of the pictures, if they are scenes."""
     maps: Sequence[Mapping[str, Image.Image]] = ()
     """Of each pair the control maps that came with it, by kind."""
-    moments: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    """What the autoencoder said of the pixels, once it was asked."""
+    conditions: Sequence[Condition] = ()
+    condition_pixels: Tensor = field(default_factory=lambda: torch.empty(0, 3, 0, 0))
+
+    known: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """What one column computed and another needs."""
 
     @cached_property
     def reference_pixels(self) -> Tensor:
@@ -84,6 +89,9 @@ def default_columns(variant: str) -> tuple[str, ...]:
         "base": ("image_embeds",),
         "plus": ("hidden_states",),
         "full": ("hidden_states",),
+        "instruct": ("condition_states", "instruction_ids"),
+        # With what the instructions ask for in words, which only ground truth knows.
+        "instruct-words": ("condition_states", "instruction_ids", "kept_ids", "task_ids"),
         "faceid": ("id_embeds",),
         "faceid-plus": ("id_embeds", "reference_hidden_states"),
         "identity": ("id_embeds", "landmarks"),
@@ -93,23 +101,23 @@ def default_columns(variant: str) -> tuple[str, ...]:
     return ("latent_mean", "latent_logvar", *features[variant], "text_ids")
 
 
+def _latent_distribution(base: Base, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation, computed once for the columns that are made of them."""
+    if "latents" not in batch.known:
+        batch.known["latents"] = base.latent_distribution(batch.pixels)
+    return batch.known["latents"]
+
+
 def latent_mean(base: Base, batch: Batch) -> Tensor:
     """Mean of the autoencoder's posterior, in its own scale: float16 (batch, channels, h, w)."""
-    mean, _ = _moments(base, batch)
+    mean, _ = _latent_distribution(base, batch)
     return (mean / base.vae.config.scaling_factor).cpu().half()
 
 
 def latent_logvar(base: Base, batch: Batch) -> Tensor:
     """Logarithm of the posterior's variance: float16 (batch, channels, h, w)."""
-    _, deviation = _moments(base, batch)
+    _, deviation = _latent_distribution(base, batch)
     return (2 * (deviation / base.vae.config.scaling_factor).log()).cpu().half()
-
-
-def _moments(base: Base, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Two columns want them, and the autoencoder need not work twice."""
-    if not batch.moments:
-        batch.moments.append(base.latent_distribution(batch.pixels))
-    return batch.moments[0]
 
 
 def latents(base: Base, batch: Batch) -> Tensor:
@@ -127,6 +135,27 @@ def hidden_states(base: Base, batch: Batch) -> Tensor:
     return _encoder(base).hidden_states(batch.pixels).cpu().half()
 
 
+def condition_states(base: Base, batch: Batch) -> Tensor:
+    """The image encoder's penultimate states of the condition image: float16 (batch, length, dim)."""
+    return _encoder(base).hidden_states(batch.condition_pixels).cpu().half()
+
+
+def instruction_ids(base: Base, batch: Batch) -> Tensor:
+    """Token ids of the instructions: int64 (batch, length)."""
+    return base.tokenize([condition.instruction for condition in batch.conditions])
+
+
+def kept_ids(base: Base, batch: Batch) -> Tensor:
+    """Token ids of what the instructions ask for, in words: int64 (batch, length)."""
+    return base.tokenize([condition.kept for condition in batch.conditions])
+
+
+def task_ids(base: Base, batch: Batch) -> Tensor:
+    """Numbers of the tasks, -1 where none is named: int64 (batch,)."""
+    numbers = {task: number for number, task in enumerate(TASKS)}
+    return torch.tensor([numbers.get(condition.task, -1) for condition in batch.conditions])
+
+
 def text_ids(base: Base, batch: Batch) -> Tensor:
     """Token ids of the captions: int64 (batch, length)."""
     return base.tokenize(batch.captions)
@@ -140,7 +169,12 @@ def phrasing_ids(base: Base, batch: Batch) -> Tensor:
 
 def pixels(base: Base, batch: Batch) -> Tensor:
     """The picture itself: uint8 (batch, 3, size, size)."""
-    return ((batch.pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return to_bytes(batch.pixels)
+
+
+def to_bytes(pixels: Tensor) -> Tensor:
+    """Pixels in [-1, 1] as uint8."""
+    return ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def labels(base: Base, batch: Batch) -> Tensor:
@@ -189,8 +223,9 @@ def id_embeds(base: Base, batch: Batch) -> Tensor:
 
 
 def reference_hidden_states(base: Base, batch: Batch) -> Tensor:
-    """The image encoder's penultimate states of the reference: float16 (batch, length, dim)."""
-    return _encoder(base).hidden_states(batch.reference_pixels).cpu().half()
+    """The image encoder's penultimate states of the reference's face: float16 (batch, length, dim)."""
+    crops = _faces(batch).crops(batch.reference_pixels)
+    return _encoder(base).hidden_states(crops).cpu().half()
 
 
 def _faces(batch: Batch) -> FaceEncoder:
@@ -231,6 +266,10 @@ COLUMNS: dict[str, Callable[[Base, Batch], Tensor]] = {
     "latent_logvar": latent_logvar,
     "image_embeds": image_embeds,
     "hidden_states": hidden_states,
+    "condition_states": condition_states,
+    "instruction_ids": instruction_ids,
+    "kept_ids": kept_ids,
+    "task_ids": task_ids,
     "text_ids": text_ids,
     "latents": latents,
     "phrasing_ids": phrasing_ids,
@@ -241,6 +280,8 @@ COLUMNS: dict[str, Callable[[Base, Batch], Tensor]] = {
     "id_embeds": id_embeds,
     "reference_hidden_states": reference_hidden_states,
 }
+CONDITION_COLUMNS = frozenset({"condition_states", "instruction_ids", "kept_ids", "task_ids"})
+"""Those that can be had of pairs with a condition image only."""
 CONTROL = "control_"
 """Begins the names of the columns of control maps; the kind follows: control_depth, …"""
 

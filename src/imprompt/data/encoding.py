@@ -16,14 +16,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 
 from imprompt.bases import Base
 from imprompt.core.errors import ImpromptError
-from imprompt.data.columns import Batch, encoder_of
+from imprompt.data.columns import CONDITION_COLUMNS, CONTROL, Batch, encoder_of, to_bytes
 from imprompt.data.filters import Filters, Unusable
 from imprompt.data.pairs import Loaded, Pair, Part, draw, load
 from imprompt.data.store import GrowingColumn, check_room, told, write_json
+from imprompt.diorama import Scene
 
 SAVE_EVERY_SECONDS = 5.0
 
@@ -43,6 +45,11 @@ class Work:
     batch_size: int
     filters: Filters
     face_encoder: str = "diorama"
+
+    @property
+    def with_condition(self) -> bool:
+        """Whether pairs without a condition image are of no use."""
+        return not CONDITION_COLUMNS.isdisjoint((*self.columns, *self.added_columns))
 
 
 @dataclass
@@ -191,7 +198,15 @@ def _add_columns(
     names: Sequence[str],
 ) -> None:
     """Columns for the rows a part has, from the same batches, so that they are what they would have
-    been if they had been asked for at the beginning."""
+    been if they had been asked for at the beginning.
+
+    Scenes whose pixels are kept are not drawn again, which is most of the work.
+    """
+    kept = None
+    needs_scenes = any(name.startswith(CONTROL) for name in names)
+    is_drawn = all(isinstance(pair.image, Scene) for pair in pairs)
+    if "pixels" in progress.columns and is_drawn and not needs_scenes:
+        kept = np.load(folder / "pixels.npy", mmap_mode="r")
     state_file = folder / "adding.json"
     state = {"columns": list(names), "next_pair": 0, "num_rows": 0}
     if state_file.exists():
@@ -220,7 +235,11 @@ def _add_columns(
                     )
                 accepted.append((pair, loaded))
             if accepted:
-                encoded = encode_rows(accepted, names, base, work)
+                first = state["num_rows"]
+                pixels = None
+                if kept is not None:
+                    pixels = torch.from_numpy(np.array(kept[first : first + len(accepted)]))
+                encoded = encode_rows(accepted, names, base, work, pixels)
                 if state["num_rows"] == 0:
                     _check_room(folder, encoded, len(rows))
                 for name, values in encoded.items():
@@ -279,24 +298,46 @@ def _load_ahead(
 def try_load(pair: Pair, work: Work) -> Loaded | Unusable:
     """A pair's picture and caption, or why it cannot be used."""
     try:
-        return load(pair, work.size_px, work.filters)
+        return load(pair, work.size_px, work.filters, with_condition=work.with_condition)
     except Unusable as fault:
         return fault
 
 
 def encode_rows(
-    accepted: Sequence[tuple[Pair, Loaded]], columns: Sequence[str], base: Base, work: Work
+    accepted: Sequence[tuple[Pair, Loaded]],
+    columns: Sequence[str],
+    base: Base,
+    work: Work,
+    kept: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
-    """The columns of pairs that have been read."""
-    pixels, drawn = draw([loaded.picture for _, loaded in accepted], work.size_px)
+    """The columns of pairs that have been read.
+
+    `kept` are the pictures as the column `pixels` has them, from which all else is then made.
+    """
+    loaded = [one for _, one in accepted]
+    pictures = [one.picture for one in loaded]
+    conditions = [one.condition for one in loaded if one.condition is not None]
+    others = [one.condition_picture for one in loaded if one.condition is not None]
+    render, other_pixels = None, torch.empty(0, 3, work.size_px, work.size_px)
+    if kept is None:
+        # Drawn together: what a pair's two scenes have in common is traced once.
+        pixels, render = draw([*pictures, *others], work.size_px)
+        pixels, other_pixels = pixels[: len(pictures)], pixels[len(pictures) :]
+        kept = to_bytes(pixels) if "pixels" in columns else None
+    elif others:
+        other_pixels, _ = draw(others, work.size_px)
+    if kept is not None:
+        pixels = kept.float() / 127.5 - 1
     batch = Batch(
         [pair for pair, _ in accepted],
         pixels,
-        [loaded.caption for _, loaded in accepted],
-        [loaded.reference for _, loaded in accepted],
+        [one.caption for one in loaded],
+        [one.reference for one in loaded],
         work.face_encoder,
-        drawn,
-        [loaded.maps for _, loaded in accepted],
+        None if others else render,
+        [one.maps for one in loaded],
+        conditions,
+        other_pixels,
     )
     return {name: encoder_of(name)(base, batch) for name in columns}
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -115,12 +116,13 @@ class PairsOnTheFly:
 
     def fetch(self, indices: np.ndarray, names: Sequence[str]) -> Fetched:
         """Read and decode these rows' images; what is returned encodes them."""
-        loaded = list(self._pool.map(self._usable_from, indices.tolist()))
+        work = replace(self._work, columns=tuple(names))
+        loaded = list(self._pool.map(lambda row: self._usable_from(row, work), indices.tolist()))
 
         def encode() -> dict[str, Tensor]:
             # Not in inference mode: what is encoded is trained on.
             with torch.no_grad():
-                return encode_rows(loaded, names, self._base, self._work)
+                return encode_rows(loaded, names, self._base, work)
 
         return encode
 
@@ -135,11 +137,11 @@ class PairsOnTheFly:
                     continue
         return found
 
-    def _usable_from(self, index: int) -> tuple[Pair, Loaded]:
+    def _usable_from(self, index: int, work: Work) -> tuple[Pair, Loaded]:
         for number in range(index, index + MAX_UNUSABLE_IN_A_ROW):
             row = number % len(self)
             pair = self._pair(row)
-            loaded = try_load(pair, self._work)
+            loaded = try_load(pair, work)
             if isinstance(loaded, Unusable):
                 self.unusable[row] = fault_entry(pair.name, loaded)
             else:

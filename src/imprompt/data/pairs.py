@@ -5,6 +5,7 @@
     pairs.json              [{"image_file": "a.jpg", "text": "a dog"}, …]; also .jsonl, .csv, .tsv, .parquet
     dataset/                a Hugging Face dataset as `save_to_disk` leaves it
     diorama:3000[:SEED]     scenes of the embedded world
+    diorama-instruct:3000   two scenes and an instruction that says what they share
     diorama-people:3000     its portraits, each with another one of the same person
 
 A source lists its pairs without opening an image. Nothing is ever unpacked or written there.
@@ -37,21 +38,40 @@ MAX_CAPTION_BYTES = 1_000_000
 CAPTION_KEYS = ("text", "caption", "captions", "prompt", "alt_text")
 
 
+ImageSource = Path | Scene | Callable[[], bytes]
+"""A file, a scene still to be drawn, or a function that gives the bytes of an image file."""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a pair of Instruct has besides: another image, and what is to be taken from it.
+
+    `task` is one of those in `data.instructions`, or empty; `kept` says in words what of the image
+    the instruction asks for, where someone knows it.
+    """
+
+    image: ImageSource
+    instruction: str
+    task: str = ""
+    kept: str = ""
+
+
 @dataclass(frozen=True)
 class Pair:
     """One pair before it is opened: a name to show, and how to read its caption and its image.
 
-    `image` is a file, a scene still to be drawn, or a function that gives the bytes of an image file.
-    `reference` is another picture, where what is learned is to go from that one to the image.
+    `reference` is another picture, where what is learned is to go from that one to the image;
+    `read_condition` tells what a pair of Instruct has.
     """
 
     name: str
     read_caption: Callable[[], str]
-    image: Path | Scene | Callable[[], bytes]
+    image: ImageSource
     read_scores: Callable[[], Mapping[str, Any]] = field(default=dict)
     reference: Path | Scene | None = None
     maps: Mapping[str, Path] = field(default_factory=dict)
     """Pictures that show the same as the image in another way, by kind; scenes need none."""
+    read_condition: Callable[[], Condition] | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +96,8 @@ class Loaded:
     content: int
     reference: object = None
     maps: Mapping[str, Image.Image] = field(default_factory=dict)
+    condition: Condition | None = None
+    condition_picture: object = None
 
 
 @dataclass(frozen=True)
@@ -177,8 +199,12 @@ def first_of(record: Mapping[str, Any], keys: Sequence[str]) -> Any:
     return next((lowered[key] for key in keys if lowered.get(key) is not None), None)
 
 
-def load(pair: Pair, size_px: int, filters: Filters | None = None) -> Loaded:
+def load(
+    pair: Pair, size_px: int, filters: Filters | None = None, *, with_condition: bool = False
+) -> Loaded:
     """A pair's picture at size_px (a PIL image, or the scene still to be drawn) and its caption.
+
+    With `with_condition`, also what it has for Instruct.
 
     Raises:
         Unusable: the reason why the pair cannot be used.
@@ -190,23 +216,20 @@ def load(pair: Pair, size_px: int, filters: Filters | None = None) -> Loaded:
             filters.check_scores(pair.read_scores())
         reference: object = pair.reference
         if isinstance(reference, Path):
-            seen = read_file(reference, MAX_IMAGE_BYTES, "reference missing")
-            reference = open_image(BytesIO(seen), name=shown(reference.name))
-            reference = resize_and_center_crop(reference, size_px)
-        if isinstance(pair.image, Scene):
-            content = _content(pair.name.encode(), caption, filters)
-            return Loaded(pair.image, caption, content, reference)
-        if isinstance(pair.image, Path):
-            content = read_file(pair.image, MAX_IMAGE_BYTES, "image missing")
-        else:
-            content = pair.image()
-        image = open_image(BytesIO(content), name=shown(pair.name))
-        filters.check_size(*image.size)
-        picture = resize_and_center_crop(image, size_px)
-        maps = {
-            kind: _read_map(file, kind, image.size, size_px) for kind, file in pair.maps.items()
-        }
-        return Loaded(picture, caption, _content(content, caption, filters), reference, maps)
+            reference = _open(reference, reference.name, size_px, None, "reference missing").picture
+        image = _open(pair.image, pair.name, size_px, filters)
+        maps = {k: _read_map(file, k, image.size, size_px) for k, file in pair.maps.items()}
+        if not with_condition:
+            number = _content(image.content, caption, filters)
+            return Loaded(image.picture, caption, number, reference, maps)
+        if pair.read_condition is None:
+            raise Unusable("condition missing", "it has no condition image and no instruction")
+        condition = pair.read_condition()
+        other = _open(condition.image, pair.name, size_px, filters)
+        # The same target may be asked for in several ways.
+        parts = (image.content, other.content, condition.instruction.encode())
+        number = _content(b"\0".join(parts), caption, filters)
+        return Loaded(image.picture, caption, number, reference, maps, condition, other.picture)
     except Unusable:
         raise
     except ImpromptError as error:
@@ -216,6 +239,32 @@ def load(pair: Pair, size_px: int, filters: Filters | None = None) -> Loaded:
         raise Unusable(
             "image damaged", f"reading failed: {type(error).__name__}: {error}"
         ) from error
+
+
+@dataclass(frozen=True)
+class _Opened:
+    picture: object
+    content: bytes
+    """Tells it from others: the bytes of its file, or a scene's name."""
+    size: tuple[int, int]
+    """Width and height in the file."""
+
+
+def _open(
+    image: ImageSource,
+    name: str,
+    size_px: int,
+    filters: Filters | None,
+    missing: str = "image missing",
+) -> _Opened:
+    if isinstance(image, Scene):
+        return _Opened(image, name.encode(), (size_px, size_px))
+    is_file = isinstance(image, Path)
+    content = read_file(image, MAX_IMAGE_BYTES, missing) if is_file else image()
+    opened = open_image(BytesIO(content), name=shown(name))
+    if filters is not None:
+        filters.check_size(*opened.size)
+    return _Opened(resize_and_center_crop(opened, size_px), content, opened.size)
 
 
 def _read_map(file: Path, kind: str, image_size: tuple[int, int], size_px: int) -> Image.Image:

@@ -13,8 +13,18 @@ from urllib.parse import unquote, urlsplit
 
 from imprompt.core.errors import ImpromptError
 from imprompt.data.filters import Unusable
-from imprompt.data.pairs import Pair, Part, caption_of, faulty, first_of, identity_of, shown
+from imprompt.data.pairs import (
+    Condition,
+    Pair,
+    Part,
+    caption_of,
+    faulty,
+    first_of,
+    identity_of,
+    shown,
+)
 
+CONDITION_KEYS = ("condition_image", "condition_file")
 IMAGE_KEYS = ("image_file", "file_name", "image_path", "filepath", "file", "path", "image")
 REFERENCE_KEY = "reference_file"  # another picture, such as one of the same person
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")
@@ -137,7 +147,10 @@ def check_keys(name: str, keys: set[str], reading: Reading) -> None:
 
 
 def record_pair(number: str, record: object, root: Path, reading: Reading) -> Pair:
-    """The pair of one entry: {"image_file": …, "text": …} under these or other usual keys."""
+    """The pair of one entry: {"image_file": …, "text": …} under these or other usual keys.
+
+    For Instruct also {"condition_image": …, "instruction": …}, and if known "task" and "kept".
+    """
     if not isinstance(record, Mapping):
         why = record if isinstance(record, str) else "it is no object"
         return faulty(number, "entry", f"{shown(str(why))[:200]}")
@@ -156,7 +169,15 @@ def record_pair(number: str, record: object, root: Path, reading: Reading) -> Pa
         return entry.read_caption()
 
     file = None if other is None else other.file
-    return Pair(shown(path), read_caption, entry.file, entry.read_scores, file)
+    has_condition = first_of(record, (*CONDITION_KEYS, "instruction")) is not None
+    return Pair(
+        shown(path),
+        read_caption,
+        entry.file,
+        entry.read_scores,
+        file,
+        read_condition=entry.read_condition if has_condition else None,
+    )
 
 
 @dataclass(frozen=True)
@@ -190,6 +211,17 @@ class _Entry:
             raise Unusable(
                 "image outside", f"the image lies outside {self.root}; --image-root moves the limit"
             )
+
+    def read_condition(self) -> Condition:
+        path = first_of(self.record, CONDITION_KEYS)
+        texts = {name: self.record.get(name) or "" for name in ("instruction", "task", "kept")}
+        if not isinstance(path, str) or not path or "\0" in path:
+            raise Unusable("condition missing", 'no condition image: "condition_image" is missing')
+        if not all(isinstance(text, str) for text in texts.values()) or not texts["instruction"]:
+            raise Unusable("condition missing", '"instruction" is missing, or no text')
+        other = _Entry(self.root, path, {}, None)
+        other.check_inside()
+        return Condition(other.file, **texts)
 
     def read_scores(self) -> Mapping[str, Any]:
         return self.record

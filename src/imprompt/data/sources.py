@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,14 @@ from imprompt.core.errors import ImpromptError
 from imprompt.core.randomness import generator
 from imprompt.data.archives import archive_part
 from imprompt.data.filters import Unusable
+from imprompt.data.instruct_scenes import instruct_example
+from imprompt.data.instructions import TASKS
 from imprompt.data.maps import with_maps
 from imprompt.data.pairs import (
     IMAGE_SUFFIXES,
     MAX_CAPTION_BYTES,
     MAX_IMAGE_BYTES,
+    Condition,
     Pair,
     Part,
     decode_caption,
@@ -70,7 +74,7 @@ def open_source(source: str, reading: Reading | None = None) -> list[Part]:
     raise ImpromptError(
         f"{source!r} is no source of pairs: give a folder of images with .txt captions, a .tar or a "
         "folder of them, a .json, .jsonl, .csv, .tsv or .parquet list, a dataset on disk, or "
-        "diorama:COUNT or diorama-people:COUNT."
+        "diorama:COUNT, diorama-people:COUNT or diorama-instruct:COUNT."
     )
 
 
@@ -114,6 +118,18 @@ def diorama_pair(seed: int) -> Pair:
     return Pair(f"diorama {seed}", lambda: text, scene)
 
 
+def instruct_pair(number: int, task: str | None = None) -> Pair:
+    """A lesson of Instruct on the embedded world; without a task they take turns."""
+    example = instruct_example(number, task)
+    condition = Condition(example.condition, example.instruction, example.task, example.kept)
+    return Pair(
+        f"diorama {example.task} {number}",
+        lambda: example.prompt,
+        example.target,
+        read_condition=lambda: condition,
+    )
+
+
 def portrait_pair(seed: int) -> Pair:
     """A portrait, whose reference is another portrait of the same person; the caption says not who."""
     scene = training_portrait(seed)
@@ -122,7 +138,12 @@ def portrait_pair(seed: int) -> Pair:
     return Pair(f"diorama person {seed}", lambda: text, scene, reference=reference)
 
 
-_DIORAMA = {"diorama": diorama_pair, "diorama-people": portrait_pair}
+_DIORAMA: dict[str, Callable[[int], Pair]] = {
+    "diorama": diorama_pair,
+    "diorama-people": portrait_pair,
+    "diorama-instruct": instruct_pair,
+    **{f"diorama-instruct/{task}": partial(instruct_pair, task=task) for task in TASKS},
+}
 
 
 def _folder(folder: Path, reading: Reading) -> list[Part]:

@@ -39,6 +39,28 @@ def guide_separately(
     return unconditional + towards_image + towards_text
 
 
+def guide_by_instruction(
+    unconditional: Float[Tensor, "batch *shape"],
+    image_only: Float[Tensor, "batch *shape"],
+    uninstructed: Float[Tensor, "batch *shape"],
+    conditional: Float[Tensor, "batch *shape"],
+    text_scale: float,
+    image_scale: float,
+    instruction_scale: float,
+) -> Float[Tensor, "batch *shape"]:
+    """Guidance with one strength each for the image, for the text, and for the instruction.
+
+    `image_only` has the image without text and instruction, `uninstructed` has image and text with
+    the instruction to use everything. With equal scales it is the same as `guide`.
+
+    Source: the published pipelines of IP-Adapter-Instruct (2408.03209).
+    """
+    towards_image = image_scale * (image_only - unconditional)
+    towards_text = text_scale * (uninstructed - image_only)
+    towards_instruction = instruction_scale * (conditional - uninstructed)
+    return unconditional + towards_image + towards_text + towards_instruction
+
+
 def rescale(
     guided: Float[Tensor, "batch *shape"],
     conditional: Float[Tensor, "batch *shape"],

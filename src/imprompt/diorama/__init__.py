@@ -1,6 +1,13 @@
 """The embedded world: small 3-D scenes whose every detail is known."""
 
-from imprompt.diorama.captions import NUM_PHRASINGS, caption, everyday_caption, portrait_caption
+from imprompt.diorama.captions import (
+    NUM_PHRASINGS,
+    Phrases,
+    caption,
+    everyday_caption,
+    phrases,
+    portrait_caption,
+)
 from imprompt.diorama.maps import MAP_KINDS, draw_maps
 from imprompt.diorama.people import (
     FACTORS,
@@ -26,6 +33,7 @@ __all__ = [
     "SETTINGS",
     "STYLES",
     "Character",
+    "Phrases",
     "Render",
     "Scene",
     "caption",
@@ -36,6 +44,7 @@ __all__ = [
     "everyday_caption",
     "gallery",
     "landmarks_of",
+    "phrases",
     "portrait",
     "portrait_caption",
     "reference_seed",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from numpy.random import Generator
 
 from imprompt.diorama.scene import Character, Scene
@@ -65,6 +67,37 @@ def everyday_caption(scene: Scene, draw: Generator) -> str:
     if said == "subject and setting":
         return f"{subject} {where}"
     return where if said == "setting" else _STYLE_PHRASES[scene.style][1]
+
+
+@dataclass(frozen=True)
+class Phrases:
+    """The parts of a scene's captions."""
+
+    subject: str
+    """such as: a red house"""
+    noun: str
+    """of the style, such as: cartoon"""
+    adverb: str
+    """of the style, such as: as a cartoon"""
+    where: str
+    """the setting, such as: in the snow"""
+    place: str
+    """in the picture, such as: on the left"""
+    looks: str
+    """of a person, such as: short brown hair and tan skin; empty for an object"""
+
+
+def phrases(scene: Scene) -> Phrases:
+    """What captions say of a scene, part by part, for texts that say some of it only."""
+    noun, adverb = _STYLE_PHRASES[scene.style]
+    return Phrases(
+        subject=_subject(scene),
+        noun=noun,
+        adverb=adverb,
+        where=_SETTING_PHRASES[scene.setting],
+        place=_PLACEMENT_PHRASES[scene.placement],
+        looks="" if scene.character is None else _looks(scene.character),
+    )
 
 
 def portrait_caption(scene: Scene, draw: Generator) -> str:

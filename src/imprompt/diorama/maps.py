@@ -11,7 +11,7 @@ Each kind has one meaning whatever the scene, so that two maps can be compared:
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from imprompt.core.errors import ImpromptError
@@ -98,3 +98,20 @@ def keypoint_map(
         cover = (radius + 0.5 - distance).clamp(0, 1)[:, None]
         maps = torch.lerp(maps, torch.tensor(colour)[None, :, None, None].expand_as(maps), cover)
     return maps
+
+
+def keypoints_of_map(
+    maps: Float[Tensor, "batch 3 size_px size_px"],
+) -> tuple[Float[Tensor, "batch 5 2"], Bool[Tensor, "batch 5"]]:
+    """Pixel coordinates of the dots of a keypoint map, and which of them can be seen (not hidden
+    under a later one)."""
+    size_px = maps.shape[-1]
+    axis = torch.arange(size_px, device=maps.device) + 0.5
+    table = torch.tensor(KEYPOINT_COLOURS).to(maps)
+    difference = (maps[:, None] - table[None, :, :, None, None]).square().sum(2).sqrt()
+    cover = (1 - difference / 0.35).clamp(min=0)
+    mass = cover.sum((2, 3))
+    x = (cover * axis).sum((2, 3)) / mass.clamp(min=1e-6)
+    y = (cover * axis[:, None]).sum((2, 3)) / mass.clamp(min=1e-6)
+    whole_dot = 3.14 * (size_px / 28) ** 2
+    return torch.stack([x, y], 2), mass > 0.6 * whole_dot

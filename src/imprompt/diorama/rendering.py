@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as functional
@@ -15,6 +16,16 @@ from imprompt.diorama.styles import STYLE_PAINTERS
 from imprompt.diorama.tracing import Surfaces, keypoints_of, trace
 
 _SUPERSAMPLING = 2
+# What of a scene decides nothing about its shapes and shadows; the same values for all.
+_PAINT: dict[str, Any] = {
+    "seed": 0,
+    "colour": "red",
+    "style": "clay",
+    "setting": "studio",
+    "placement": "center",
+    "size": "small",
+    "camera": "low",
+}
 
 
 @dataclass
@@ -54,7 +65,13 @@ def render(scenes: list[Scene], size_px: int = 64) -> Render:
     order: list[int] = []
     for indices in _groups([scene.kind for scene in scenes]):
         group = [scenes[i] for i in indices]
-        traced.append(trace(group, size_px * _SUPERSAMPLING))
+        # Scenes that differ in their paint only are traced once.
+        shapes = [replace(scene, **_PAINT) for scene in group]
+        rows = {shape: row for row, shape in enumerate(dict.fromkeys(shapes))}
+        surfaces = trace(list(rows), size_px * _SUPERSAMPLING)
+        if len(rows) < len(group):
+            surfaces = surfaces.at(torch.tensor([rows[shape] for shape in shapes]))
+        traced.append(surfaces)
         keypoints[indices] = keypoints_of(group, size_px)
         order.extend(indices)
     surfaces = Surfaces(

@@ -25,8 +25,10 @@ from imprompt.encoders.face_network import SIZE_PX, FaceNetwork, load_face_netwo
 
 DIORAMA_FILE = Path(__file__).parent.parent / "weights" / "diorama-face-encoder.safetensors"
 INSIGHTFACE = "insightface"
-# InstantID reads antelopev2; the face-id adapters were trained with buffalo_l, whose vectors it can read too.
-DEFAULT_PACK = "antelopev2"
+DEFAULT_PACK = "antelopev2"  # InstantID's; the face-id adapters were trained with buffalo_l
+CROP_SIZE_PX = 224
+CROP_PLACES_SIZE_PX = 112
+CROP_PLACES = ((38.29, 51.70), (73.53, 51.50), (56.03, 71.74), (41.55, 92.37), (70.73, 92.20))
 
 
 @runtime_checkable
@@ -43,8 +45,10 @@ class FaceEncoder(Protocol):
     @property
     def embed_dim(self) -> int: ...
 
-    def embeds(self, pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
-        """Identity vectors of length 1, of the largest face in each picture.
+    def embeds(
+        self, pixels: Float[Tensor, "batch 3 height width"], *, normalized: bool = True
+    ) -> Float[Tensor, "batch dim"]:
+        """Identity vectors of the largest face in each picture, of length 1 or as they come.
 
         Raises:
             ImpromptError: a picture shows no face.
@@ -55,6 +59,12 @@ class FaceEncoder(Protocol):
         self, pixels: Float[Tensor, "batch 3 height width"]
     ) -> Float[Tensor, "batch 5 2"]:
         """The five landmarks of the same face, fractions of width and height."""
+        ...
+
+    def crops(
+        self, pixels: Float[Tensor, "batch 3 height width"]
+    ) -> Float[Tensor, "batch 3 size size"]:
+        """The same face, upright and filling the picture, as face-id-plus shows it to an image encoder."""
         ...
 
     def fingerprint(self) -> str:
@@ -93,14 +103,22 @@ class DioramaFaceEncoder:
         return self.network.embed_dim
 
     @torch.no_grad()
-    def embeds(self, pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
-        return functional.normalize(self._read(pixels)[0], dim=1)
+    def embeds(
+        self, pixels: Float[Tensor, "batch 3 height width"], *, normalized: bool = True
+    ) -> Float[Tensor, "batch dim"]:
+        embeds = self._read(pixels)[0]
+        return functional.normalize(embeds, dim=1) if normalized else embeds
 
     @torch.no_grad()
     def landmarks(
         self, pixels: Float[Tensor, "batch 3 height width"]
     ) -> Float[Tensor, "batch 5 2"]:
         return self._read(pixels)[1]
+
+    def crops(
+        self, pixels: Float[Tensor, "batch 3 height width"]
+    ) -> Float[Tensor, "batch 3 height width"]:
+        return pixels
 
     def fingerprint(self) -> str:
         return fingerprint_of({"face_encoder": self.network})
@@ -135,9 +153,12 @@ class InsightFaceEncoder:
     def embed_dim(self) -> int:
         return 512
 
-    def embeds(self, pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
+    def embeds(
+        self, pixels: Float[Tensor, "batch 3 height width"], *, normalized: bool = True
+    ) -> Float[Tensor, "batch dim"]:
         rows = [torch.from_numpy(np.asarray(face.embedding)) for face in self._faces(pixels)]
-        return functional.normalize(torch.stack(rows).float(), dim=1)
+        embeds = torch.stack(rows).float()
+        return functional.normalize(embeds, dim=1) if normalized else embeds
 
     def landmarks(
         self, pixels: Float[Tensor, "batch 3 height width"]
@@ -145,6 +166,14 @@ class InsightFaceEncoder:
         height, width = pixels.shape[-2:]
         rows = [torch.from_numpy(np.asarray(face.kps)) for face in self._faces(pixels)]
         return torch.stack(rows).float() / torch.tensor([width, height])
+
+    def crops(
+        self, pixels: Float[Tensor, "batch 3 height width"]
+    ) -> Float[Tensor, "batch 3 size size"]:
+        places = self.landmarks(pixels) * torch.tensor(pixels.shape[:1:-1])
+        return torch.cat(
+            [aligned(one[None], where) for one, where in zip(pixels, places, strict=True)]
+        )
 
     def fingerprint(self) -> str:
         return hashlib.sha256(self.name.encode()).hexdigest()[:16]
@@ -162,6 +191,27 @@ class InsightFaceEncoder:
                 )
             chosen.append(max(found, key=_area))
         return chosen
+
+
+def aligned(
+    pixels: Float[Tensor, "1 3 height width"], places: Float[Tensor, "5 2"]
+) -> Float[Tensor, "1 3 size size"]:
+    """A face brought by turning, scaling and shifting to where ArcFace's crops have their landmarks.
+
+    Source: the similarity that fits best, Umeyama 1991; the places in the crop are ArcFace's (1801.07698).
+    """
+    wanted = torch.tensor(CROP_PLACES) / CROP_PLACES_SIZE_PX * CROP_SIZE_PX
+    # Unknowns of x' = a·x - b·y + c, y' = b·x + a·y + d that map the crop's places to the picture's.
+    x, y = wanted.T
+    one, zero = torch.ones(5), torch.zeros(5)
+    rows = torch.cat([torch.stack([x, -y, one, zero], 1), torch.stack([y, x, zero, one], 1)])
+    a, b, c, d = torch.linalg.lstsq(rows, places.float().T.reshape(-1, 1)).solution[:, 0]
+    axis = torch.arange(CROP_SIZE_PX) + 0.5
+    to_y, to_x = torch.meshgrid(axis, axis, indexing="ij")
+    from_x, from_y = a * to_x - b * to_y + c, b * to_x + a * to_y + d
+    height, width = pixels.shape[-2:]
+    grid = torch.stack([from_x / width, from_y / height], 2)[None] * 2 - 1
+    return functional.grid_sample(pixels.float(), grid.to(pixels.device), align_corners=False)
 
 
 def _area(face: Any) -> float:

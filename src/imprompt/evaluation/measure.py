@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from imprompt.adapters import ImagePromptAdapter
+from imprompt.adapters.site_presets import preset_scales
 from imprompt.bases import Base
 from imprompt.diorama import OBJECT_KINDS, Scene, caption, render, sample_scene
 from imprompt.evaluation.judge import read, shares, truth
 from imprompt.generation.conditions import TokenPrompt
+from imprompt.generation.controls import MapControl
 from imprompt.generation.sampler import sample_latents
 from imprompt.systems.classifier import ATTRIBUTES, Judge
 
@@ -47,8 +49,9 @@ def draw(
     sampling: Sampling,
     *,
     show_progress: bool = True,
+    controls: Sequence[MapControl] = (),
 ) -> Tensor:
-    """Pixels (images, 3, size, size) in [-1, 1] for texts and ready token prompts."""
+    """Pixels (images, 3, size, size) in [-1, 1] for texts, ready token prompts and controls."""
     with torch.inference_mode():
         latents = sample_latents(
             base,
@@ -60,6 +63,7 @@ def draw(
             sampler=sampling.sampler,
             seed=sampling.seed,
             show_progress=show_progress,
+            controls=controls,
         )
         decoded = torch.cat([base.decode_image(part) for part in latents.split(16)])
     return decoded.float().clamp(-1, 1).cpu()
@@ -147,9 +151,13 @@ def measure_text_and_image(
     judge: Judge,
     sampling: Sampling,
     count: int = 60,
-    scales: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25),
+    scales: Sequence[float] = (0.0, 0.5, 1.0),
+    site_preset: str | None = None,
 ) -> tuple[list[Scene], Tensor, list[SweepPoint]]:
-    """The image prompt gives style and colour, the text names another object; over λ."""
+    """The image prompt gives style and colour, the text names another object; over λ.
+
+    λ is the same at all sites, or spread over them by a preset.
+    """
     scenes = unseen_scenes(count, first=20_000)
     references = render(scenes, base.image_size_px).pixels
     others = [
@@ -161,8 +169,10 @@ def measure_text_and_image(
     with adapter.install(base.unet) as handle:
         features, nothing = image_features(base, adapter, references)
         tokens, zero = adapter.tokens(features).detach(), adapter.tokens(nothing).detach()
+        cross_sites = [site for site in handle.sites if site.is_cross]
         for scale in scales:
-            prompt = TokenPrompt(handle=handle, tokens=tokens, zero_tokens=zero, scale=scale)
+            spread = preset_scales(site_preset, cross_sites, scale) if site_preset else scale
+            prompt = TokenPrompt(handle=handle, tokens=tokens, zero_tokens=zero, scale=spread)
             texts = [f"a {scene.kind}" for scene in others]
             images = draw(base, texts, [prompt], sampling)
             found = read(judge, images)

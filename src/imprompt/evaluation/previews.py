@@ -44,11 +44,11 @@ def _drawer(
         if not held_out:
             rows = range(max(0, len(data) - num_images), len(data))
             held_out.update(data.rows(rows, system.columns))
-        adapter, name = system.module, system.features
-        count = len(held_out[name])
+        adapter, dropped = system.module, system.dropped_features
+        count = len(held_out["latent_mean"])
         with adapter.install(base.unet) as handle, torch.inference_mode():
-            tokens = adapter.tokens(held_out[name].to(base.device).float())
-            zero_tokens = adapter.tokens(system.dropped_features)
+            tokens = adapter.tokens(*(held_out[n].to(base.device).float() for n in dropped))
+            zero_tokens = adapter.tokens(*dropped.values())
             prompt = TokenPrompt(handle=handle, tokens=tokens, zero_tokens=zero_tokens, scale=1.0)
             drawn = draw(base, [""] * count, [prompt], PREVIEW, show_progress=False)
             scale = float(base.vae.config.scaling_factor)

@@ -27,7 +27,8 @@ section { background: var(--card); border: 1px solid var(--line); border-radius:
   padding: 22px 24px; margin-top: 20px; overflow-x: auto; }
 .numbers { display: flex; flex-wrap: wrap; gap: 14px; margin-top: 22px; }
 .number { background: var(--card); border: 1px solid var(--line); border-radius: 12px;
-  padding: 14px 20px; min-width: 170px; } .number b { display: block; font-size: 30px; line-height: 1.2; }
+  padding: 14px 18px; flex: 1 1 140px; } .number b { display: block; font-size: 28px; line-height: 1.2;
+  white-space: nowrap; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: 6px 18px 6px 0; border-bottom: 1px solid var(--line); }
 td.n, th.n { text-align: right; }

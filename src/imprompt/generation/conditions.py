@@ -15,8 +15,9 @@ from imprompt.adapters.sites import Number, Scale
 from imprompt.core.errors import ImpromptError
 from imprompt.generation.explanation import Explanation
 
-# What one part of a stacked batch shows the denoiser: nothing, the image alone, image and text.
-Branch = Literal["unconditional", "image_only", "conditional"]
+# What one part of a stacked batch shows the denoiser: nothing, the image alone, image and text with
+# the instruction to use everything, or all as asked.
+Branch = Literal["unconditional", "image_only", "uninstructed", "conditional"]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -24,7 +25,9 @@ class TokenPrompt:
     """An image prompt after encoder and projection: all that the denoising loop needs of it.
 
     `tokens` are one for all images of a generation, or one for each of them; `zero_tokens` are what
-    the adapter makes of no image, for the unconditional half.
+    the adapter makes of no image, for the unconditional half. Where tokens depend on the text or an
+    instruction, `image_only_tokens` are those of the image alone and `uninstructed_tokens` those of
+    image and text.
 
     Raises:
         ImpromptError: start and end are no time span, or the tensors do not fit each other.
@@ -38,6 +41,8 @@ class TokenPrompt:
     start: Number = 0.0
     end: Number = 1.0
     over_time: Sequence[Number] = (1.0,)
+    image_only_tokens: Float[Tensor, "some tokens dim"] | None = None
+    uninstructed_tokens: Float[Tensor, "others tokens dim"] | None = None
 
     def __post_init__(self) -> None:
         check_time_span(self.start, self.end)
@@ -156,14 +161,23 @@ def _condition(
     prompt: TokenPrompt, branches: Sequence[Branch], rows: slice, batch: int, num_images: int
 ) -> dict[str, Any]:
     tokens = _rows(prompt.tokens, rows, batch, num_images, "tokens")
-    zero_tokens = prompt.zero_tokens.expand(batch, -1, -1)
+    shown: dict[Branch, Tensor] = {
+        "unconditional": prompt.zero_tokens.expand(batch, -1, -1),
+        "image_only": tokens,
+        "uninstructed": tokens,
+        "conditional": tokens,
+    }
+    if prompt.image_only_tokens is not None:
+        shown["image_only"] = _rows(prompt.image_only_tokens, rows, batch, num_images, "tokens")
+    if prompt.uninstructed_tokens is not None:
+        shown["uninstructed"] = _rows(prompt.uninstructed_tokens, rows, batch, num_images, "tokens")
     mask, scale = prompt.mask, prompt.scale
     if mask is not None and len(mask) > 1:
         mask = _rows(mask, rows, batch, num_images, "mask").repeat(len(branches), 1, 1)
     if isinstance(scale, Tensor) and scale.ndim == 1:
         scale = _rows(scale, rows, batch, num_images, "scale").repeat(len(branches))
-    stacked = [zero_tokens if branch == "unconditional" else tokens for branch in branches]
-    return prompt.handle.condition(torch.cat(stacked), scale=scale, mask=mask)
+    stacked = torch.cat([shown[branch] for branch in branches])
+    return prompt.handle.condition(stacked, scale=scale, mask=mask)
 
 
 def _rows(values: Tensor, rows: slice, batch: int, num_images: int, what: str) -> Tensor:

@@ -10,7 +10,10 @@ from imprompt.adapters.sites import Number
 from imprompt.bases import Base, ClipImageEncoder, TextStates
 from imprompt.core.errors import ImpromptError
 from imprompt.core.images import pixels_to_images
+from imprompt.generation.controls import Control, map_control
 from imprompt.generation.explanation import Explanation
+from imprompt.generation.identity import IdentityPrompt, controls_of
+from imprompt.generation.instructed import Words, one_row_if_equal
 from imprompt.generation.prompts import ImagePrompt, installed, token_prompt
 from imprompt.generation.sampler import default_batch_size, sample_latents
 
@@ -25,6 +28,7 @@ def generate(
     steps: int = 50,
     guidance_scale: Number = 7.5,
     image_guidance_scale: Number | None = None,
+    instruction_guidance_scale: Number | None = None,
     guidance_rescale: Number = 0.0,
     seed: int = 0,
     sampler: str = "ddim",
@@ -33,13 +37,16 @@ def generate(
     image_encoder: ClipImageEncoder | None = None,
     progress: bool = True,
     explanation: Explanation | None = None,
+    controls: Sequence[Control] | Control = (),
+    identities: Sequence[IdentityPrompt] | IdentityPrompt = (),
 ) -> list[Image.Image]:
     """Draws images that follow a text, image prompts, or both.
 
     Args:
         base: a model from `load_base`. Adapters are installed on it for the duration of the call.
         prompt: a text, or one for each image. Empty, the image prompts alone decide.
-        image_prompts: any number, each with its adapter, weight, mask and time span.
+        image_prompts: any number, each with its adapter, weight, mask and time span. Adapters are
+            moved to the base's device, and stay there.
         negative_prompt: what to get away from: one text, or one for each image. None, what the
             base takes for no text, differs from the empty text for Stable Diffusion XL.
         num_images: how many images of one prompt. With several prompts it is their number.
@@ -48,6 +55,8 @@ def generate(
             cost.
         image_guidance_scale: the same for the image prompts alone, if it shall differ; a third
             more cost.
+        instruction_guidance_scale: the same for what image prompts are told, if it shall differ; it
+            doubles the cost. `published_guidance` says what the authors take.
         guidance_rescale: in [0, 1], against the overexposure of strong guidance.
         seed: image k is a function of it, of k and of what is asked for, not of num_images or
             batch_size.
@@ -57,6 +66,8 @@ def generate(
         image_encoder: by default the base's own.
         progress: whether to show a bar with the time left.
         explanation: is filled with where each image prompt acted.
+        controls: any number of maps that the images shall obey, each with its network and weight.
+        identities: persons who shall be drawn.
 
     Raises:
         ImpromptError: something given cannot be used; the message says what could.
@@ -66,25 +77,36 @@ def generate(
     prompts, negative_prompts = _texts(prompt, negative_prompt, num_images)
     if isinstance(image_prompts, ImagePrompt):
         image_prompts = [image_prompts]
+    if isinstance(controls, Control):
+        controls = [controls]
+    if isinstance(identities, IdentityPrompt):
+        identities = [identities]
+    map_controls = [map_control(control, base, size_px) for control in controls]
+    map_controls += controls_of(identities, base, size_px)
+    image_prompts = [*image_prompts, *(person.image_prompt for person in identities)]
     effective = [image_prompt for image_prompt in image_prompts if image_prompt.is_effective]
     encoder = base.image_encoder if image_encoder is None else image_encoder
+    for image_prompt in effective:
+        image_prompt.adapter.to(base.device)
     with (
         torch.inference_mode(),
         installed(base.unet, [image_prompt.adapter for image_prompt in effective]) as handles,
     ):
         # In one go: equal texts are encoded once, and offloaded encoders fetched once.
         text_states = _encode_texts(base, [*prompts, *negative_prompts])
+        words = Words(base, one_row_if_equal(text_states[: len(prompts)], prompts))
         latents = sample_latents(
             base,
             text_states[: len(prompts)],
             text_states[len(prompts) :],
             [
-                token_prompt(image_prompt, handles[image_prompt.adapter], encoder)
+                token_prompt(image_prompt, handles[image_prompt.adapter], encoder, words)
                 for image_prompt in effective
             ],
             steps=steps,
             guidance_scale=guidance_scale,
             image_guidance_scale=image_guidance_scale,
+            instruction_guidance_scale=instruction_guidance_scale,
             guidance_rescale=guidance_rescale,
             seed=seed,
             sampler=sampler,
@@ -92,6 +114,7 @@ def generate(
             batch_size=batch_size,
             show_progress=progress,
             explanation=explanation,
+            controls=map_controls,
         )
     return latents_to_images(base, latents, batch_size)
 

@@ -15,9 +15,16 @@ from imprompt.adapters import Handle, ImagePromptAdapter
 from imprompt.adapters.site_presets import preset_scales
 from imprompt.adapters.sites import Number, Scale
 from imprompt.bases import ClipImageEncoder
+from imprompt.checkpoints.identity import reads_faces
 from imprompt.core.errors import ImpromptError
 from imprompt.core.images import open_image
+from imprompt.encoders.face import FaceEncoder
 from imprompt.generation.conditions import TokenPrompt, check_over_time, check_time_span, is_zero
+from imprompt.generation.faces import (
+    face_encoder_of,
+    face_features,
+    face_features_of_nothing,
+)
 from imprompt.generation.features import (
     ImageFeatures,
     ImageLike,
@@ -25,6 +32,7 @@ from imprompt.generation.features import (
     is_features_file,
     merge_features,
 )
+from imprompt.generation.instructed import Words, instructed_tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,8 +79,16 @@ class ImagePrompt:
     crop: str = field(default="center", kw_only=True)
     """What the encoder sees of an image that is not square: "center", "pad", "stretch", "tiles"."""
 
+    instruction: str | None = field(default=None, kw_only=True)
+    """What to take from the image ("use the style", "use the duck"), for Instruct adapters, which
+    take everything if they are not told."""
+
     negative: ImageLike | ImageFeatures | None = field(default=None, kw_only=True, repr=False)
     """A picture to get away from, where otherwise no picture stands in guidance."""
+
+    face_encoder: FaceEncoder | str | None = field(default=None, kw_only=True, repr=False)
+    """Who reads the face, for adapters that read identity vectors: by default the encoder that the
+    adapter was trained with, if it is known here, or else insightface."""
 
     def __post_init__(self) -> None:
         check_time_span(self.start, self.end)
@@ -83,6 +99,11 @@ class ImagePrompt:
             raise ImpromptError(
                 f"An image prompt's adapter is a {type(self.adapter).__name__}; an adapter is "
                 "needed, as imprompt.load_adapter and imprompt.create_adapter return it."
+            )
+        if self.instruction is not None and self.adapter.variant != "instruct":
+            raise ImpromptError(
+                f"The {self.adapter.variant} adapter cannot be told {self.instruction!r}: only "
+                "Instruct adapters read instructions."
             )
         if self.site_preset is not None and not isinstance(self.scale, int | float):
             raise ImpromptError("With a site_preset the scale is one number, which it spreads.")
@@ -124,32 +145,44 @@ def installed(
 
 
 def token_prompt(
-    prompt: ImagePrompt, handle: Handle, encoder: ClipImageEncoder | None
+    prompt: ImagePrompt,
+    handle: Handle,
+    encoder: ClipImageEncoder | None,
+    words: Words | None = None,
 ) -> TokenPrompt:
-    """Encodes and projects a prompt's images.
+    """Encodes and projects a prompt's images; Instruct adapters need the `words` beside them.
 
     Raises:
         ImpromptError: an image cannot be read, or the adapter does not read what the encoder gives.
     """
     adapter = prompt.adapter
-    _check_adapter_reads_images(adapter)
-    given = prompt.image if isinstance(prompt.image, ImageFeatures) else prompt.images
-    features = merge_features(_features(given, prompt, encoder), prompt.merge, prompt.image_weights)
-    if prompt.negative is None:
-        against = _features_of_nothing(features, prompt, encoder)
-    else:
-        negative = prompt.negative
-        negative = negative if isinstance(negative, ImageFeatures) else (negative,)
-        against = _features(negative, prompt, encoder).mean(0, keepdim=True)
+    read = _read_faces if reads_faces(adapter) else _read_images
+    given, against = read(prompt, encoder)
+    features = [merge_features(v, prompt.merge, prompt.image_weights) for v in given]
     scale = prompt.scale
     if prompt.site_preset is not None and isinstance(scale, int | float):
         cross_sites = [site for site in handle.sites if site.is_cross]
         scale = preset_scales(prompt.site_preset, cross_sites, scale)
+    tokens: dict[str, Tensor]
+    if adapter.variant == "instruct":
+        if words is None:
+            raise ImpromptError("An Instruct adapter reads the text too: draw with generate().")
+        made = instructed_tokens(adapter, features[0], against[0], prompt.instruction, words)
+        tokens = {
+            "tokens": made.full,
+            "zero_tokens": made.nothing,
+            "image_only_tokens": made.image_only,
+            "uninstructed_tokens": made.uninstructed,
+        }
+    else:
+        # Several images are one prompt: the attention reads the tokens of all of them.
+        tokens = {
+            "tokens": adapter.tokens(*features).flatten(0, 1)[None],
+            "zero_tokens": adapter.tokens(*against).repeat(1, len(features[0]), 1),
+        }
     return TokenPrompt(
         handle=handle,
-        # Several images are one prompt: the attention reads the tokens of all of them.
-        tokens=adapter.tokens(features).flatten(0, 1)[None],
-        zero_tokens=adapter.tokens(against).repeat(1, len(features), 1),
+        **tokens,
         scale=scale,
         mask=None if prompt.mask is None else mask_to_tensor(prompt.mask)[None],
         start=prompt.start,
@@ -158,12 +191,41 @@ def token_prompt(
     )
 
 
+def _read_images(
+    prompt: ImagePrompt, encoder: ClipImageEncoder | None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """What the adapter reads of the pictures, and of what to get away from."""
+    _check_adapter_reads_images(prompt.adapter)
+    given = prompt.image if isinstance(prompt.image, ImageFeatures) else prompt.images
+    features = _features(given, prompt, encoder)
+    if prompt.negative is None:
+        return [features], [_features_of_nothing(features, prompt, encoder)]
+    negative = prompt.negative
+    negative = negative if isinstance(negative, ImageFeatures) else (negative,)
+    return [features], [_features(negative, prompt, encoder).mean(0, keepdim=True)]
+
+
+def _read_faces(
+    prompt: ImagePrompt, encoder: ClipImageEncoder | None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The same of an adapter that reads identity vectors."""
+    if prompt.merge != "concat" and prompt.adapter.variant == "faceid-plus":
+        raise ImpromptError("Faces for faceid-plus are merged by concat only.")
+    faces = face_encoder_of(prompt.adapter, prompt.face_encoder)
+    if isinstance(prompt.image, ImageFeatures) or isinstance(prompt.negative, ImageFeatures):
+        raise ImpromptError("A face is given as a picture: kept features are of image encoders.")
+    given = face_features(prompt.adapter, prompt.images, faces, encoder)
+    if prompt.negative is None:
+        return given, face_features_of_nothing(prompt.adapter, encoder)
+    return given, face_features(prompt.adapter, [prompt.negative], faces, encoder)
+
+
 def _check_adapter_reads_images(adapter: ImagePromptAdapter) -> None:
     wanted = [feature.name for feature in adapter.projection.features]
-    if wanted not in (["image_embeds"], ["hidden_states"]):
+    if adapter.variant != "instruct" and wanted not in (["image_embeds"], ["hidden_states"]):
         raise ImpromptError(
             f"The {adapter.variant} adapter reads {', '.join(wanted)}; from an image alone only "
-            "image_embeds or hidden_states can be had (the variants base, plus and full)."
+            "image_embeds or hidden_states can be had (the variants base, plus, full and instruct)."
         )
 
 

@@ -12,9 +12,15 @@ from imprompt.bases import Base, TextStates
 from imprompt.core.errors import ImpromptError
 from imprompt.core.progress import progress
 from imprompt.core.randomness import Randomness, generator
-from imprompt.diffusion.guidance import guide, guide_separately, rescale
+from imprompt.diffusion.guidance import (
+    guide,
+    guide_by_instruction,
+    guide_separately,
+    rescale,
+)
 from imprompt.diffusion.samplers import create_sampler, uses_noise
 from imprompt.generation.conditions import Branch, TokenPrompt, conditions_by_step
+from imprompt.generation.controls import ControlRun, MapControl
 from imprompt.generation.explanation import Explanation
 
 # So many pixels are denoised at once by default. Beyond, a CPU's caches overflow and a small GPU's
@@ -33,6 +39,7 @@ def sample_latents(
     steps: int = 50,
     guidance_scale: Number = 7.5,
     image_guidance_scale: Number | None = None,
+    instruction_guidance_scale: Number | None = None,
     guidance_rescale: Number = 0.0,
     seed: int = 0,
     indices: Sequence[int] | None = None,
@@ -41,6 +48,7 @@ def sample_latents(
     batch_size: int | None = None,
     show_progress: bool = False,
     explanation: Explanation | None = None,
+    controls: Sequence[MapControl] = (),
 ) -> Float[Tensor, "images channels h w"]:
     """Latents of one image for each of `text_states`, ready for `base.decode_image`.
 
@@ -49,8 +57,9 @@ def sample_latents(
 
     With `guidance_scale` 1 nothing unconditional is computed; otherwise `negative_text_states` (one
     for all images or one for each) are needed. `image_guidance_scale` guides towards the image
-    prompts by another strength than towards the text, at the cost of a third branch. `explanation`
-    is filled with where each prompt acted.
+    prompts by another strength than towards the text, at the cost of a third branch, and
+    `instruction_guidance_scale` towards what they are told, at the cost of a fourth. `explanation` is
+    filled with where each prompt acted. `controls` add what they make of their maps.
 
     Raises:
         ImpromptError: shapes do not fit each other, or sampler, steps or size are not possible.
@@ -66,7 +75,11 @@ def sample_latents(
         raise ImpromptError(f"batch_size is {batch_size}, but must be at least 1.")
     # Made once before any work, for a mistake is told here, and pndm takes a step more than asked.
     num_steps = len(create_sampler(sampler, base.scheduler.config, steps).timesteps)
-    branches = _branches(guidance_scale, image_guidance_scale, bool(prompts))
+    if not any(prompt.uninstructed_tokens is not None for prompt in prompts):
+        instruction_guidance_scale = None
+    branches = _branches(
+        guidance_scale, image_guidance_scale, instruction_guidance_scale, bool(prompts)
+    )
     if branches[0] == "unconditional":
         if negative_text_states is None:
             raise ImpromptError(
@@ -105,18 +118,27 @@ def sample_latents(
                 text_states=stacked_text.sequence,
                 latent_size=latent_shape[1:],
             )
+            control_run = ControlRun(
+                controls, base, branches, rows, num_images, num_steps, stacked_text
+            )
             latents = initial_noise(seed, indices[rows], latent_shape).to(base.device)
             latents = latents.to(base.dtype) * scheduler.init_noise_sigma
             extra = {}
             if uses_noise(sampler):
                 extra["generator"] = _step_generators(seed, indices[rows])
 
-            for timestep, condition in zip(scheduler.timesteps, conditions, strict=True):
+            for step, timestep in enumerate(scheduler.timesteps):
                 scaled = scheduler.scale_model_input(latents, timestep)
                 stacked = torch.cat([scaled] * len(branches)) if len(branches) > 1 else scaled
-                output = base.denoise(stacked, timestep, stacked_text, condition)
+                residuals = control_run.residuals(stacked, timestep, step)
+                output = base.denoise(stacked, timestep, stacked_text, conditions[step], residuals)
                 output = _guided(
-                    output, branches, guidance_scale, image_guidance_scale, guidance_rescale
+                    output,
+                    branches,
+                    guidance_scale,
+                    image_guidance_scale,
+                    instruction_guidance_scale,
+                    guidance_rescale,
                 )
                 latents = scheduler.step(output, timestep, latents, return_dict=False, **extra)[0]
                 if shown is not None:
@@ -150,8 +172,13 @@ def _step_generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]
 
 
 def _branches(
-    guidance_scale: Number, image_guidance_scale: Number | None, has_prompts: bool
+    guidance_scale: Number,
+    image_guidance_scale: Number | None,
+    instruction_guidance_scale: Number | None,
+    has_prompts: bool,
 ) -> list[Branch]:
+    if instruction_guidance_scale is not None:
+        return ["unconditional", "image_only", "uninstructed", "conditional"]
     image_scale = guidance_scale if image_guidance_scale is None else image_guidance_scale
     if image_scale != guidance_scale and has_prompts:
         return ["unconditional", "image_only", "conditional"]
@@ -177,12 +204,23 @@ def _guided(
     branches: Sequence[Branch],
     guidance_scale: Number,
     image_guidance_scale: Number | None,
+    instruction_guidance_scale: Number | None,
     guidance_rescale: Number,
 ) -> Tensor:
     if len(branches) == 1:
         return output
     unconditional, *image_only, conditional = output.chunk(len(branches))
-    if image_only and image_guidance_scale is not None:
+    if instruction_guidance_scale is not None:
+        guided = guide_by_instruction(
+            unconditional,
+            image_only[0],
+            image_only[1],
+            conditional,
+            float(guidance_scale),
+            float(guidance_scale if image_guidance_scale is None else image_guidance_scale),
+            float(instruction_guidance_scale),
+        )
+    elif image_only and image_guidance_scale is not None:
         guided = guide_separately(
             unconditional,
             image_only[0],

@@ -68,8 +68,7 @@ def build(options: ConcatenationOptions, base: Base, columns: Rows) -> ImageProm
         base,
         module.to(base.device),
         lambda text_states, tokens: (with_tokens(text_states, tokens), None),
-        features="image_embeds",
-        dropped_features=torch.zeros(1, embed_dim),
+        dropped_features={"image_embeds": torch.zeros(1, embed_dim)},
         options=options,
     )
 

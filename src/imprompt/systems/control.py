@@ -35,7 +35,9 @@ def check_control_data(columns: Rows, base: Base, kind: str) -> None:
     check_same_base(columns, base)
     if not kind:
         found = [
-            n.removeprefix(CONTROL) for n in getattr(columns, "names", ()) if n.startswith(CONTROL)
+            name.removeprefix(CONTROL)
+            for name in getattr(columns, "names", ())
+            if name.startswith(CONTROL)
         ]
         raise ImpromptError(
             f"Say which maps to learn: --set system.kind=KIND. {columns.path} has "

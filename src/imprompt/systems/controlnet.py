@@ -31,6 +31,8 @@ class ControlNetOptions:
     """Which maps it reads, a column control_KIND of the data: depth, edges, segmentation, keypoints, …"""
     drop_text: float = 0.5
     """Share of samples without their caption, so that the map is read for what it shows."""
+    early_steps: bool = False
+    """Draw timesteps of much noise more often (t = 1 - u³), as for a T2I-Adapter; not of the paper."""
     zero_entry: bool = True
     """Whether the map's own entry begins at zero, too. Without, a small model learns much sooner."""
     start_from: str = ""
@@ -62,6 +64,7 @@ def build(options: ControlNetOptions, base: Base, columns: Rows) -> ControlSyste
         ),
         kind=options.kind,
         drop_text=options.drop_text,
+        early_steps=options.early_steps,
     )
 
 

@@ -10,7 +10,7 @@ Source: ArcFace (Deng et al., 1801.07698), section 3.1, equation 3.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from imprompt.bases import Base
 from imprompt.core.errors import ImpromptError
 from imprompt.core.randomness import Randomness
 from imprompt.data.rows import Rows
-from imprompt.encoders.face_network import FaceNetwork
+from imprompt.encoders.face_network import FaceNetwork, load_face_network
 
 MIRRORED = (1, 0, 2, 4, 3)  # left and right change places
 MAX_SHIFT, MAX_ZOOM = 0.10, 0.18  # of the picture's half width; as a factor
@@ -45,6 +45,9 @@ class FaceEncoderOptions:
     """Factor on the cosines before the softmax."""
     landmark_weight: float = 0.3
     """Of the landmarks' error in pixels beside the loss of equation 3."""
+    start_from: str = ""
+    """A face encoder to go on from; empty starts anew. Each person's direction then begins as the
+    mean of what it says of the person's pictures."""
 
 
 def build(options: FaceEncoderOptions, base: Base, columns: Rows) -> FaceEncoderSystem:
@@ -54,7 +57,13 @@ def build(options: FaceEncoderOptions, base: Base, columns: Rows) -> FaceEncoder
     if len(numbers) < 2:
         raise ImpromptError(f"{columns.path} shows one person; to tell persons apart takes two.")
     network: Any = FaceNetwork(options.width, options.embed_dim)
-    return FaceEncoderSystem(network.to(memory_format=torch.channels_last), numbers, options)
+    if options.start_from:
+        network = load_face_network(Path(options.start_from)).requires_grad_(True)
+    network.to(memory_format=torch.channels_last)
+    system = FaceEncoderSystem(network, numbers, replace(options, embed_dim=network.embed_dim))
+    if options.start_from:
+        system.set_directions(columns)
+    return system
 
 
 class _WithDirections(nn.Module):
@@ -76,6 +85,19 @@ class FaceEncoderSystem:
         self.module = _WithDirections(network, len(characters), options.embed_dim)
         self.options = options
         self._characters = characters
+
+    @torch.no_grad()
+    def set_directions(self, columns: Rows) -> None:
+        """Let each person's direction be the mean of what the network says of the person's pictures."""
+        self.module.eval()
+        directions = torch.zeros_like(self.module.directions)
+        for start in range(0, len(columns), 128):
+            some = range(start, min(start + 128, len(columns)))
+            rows = columns.rows(some, ["pixels", "character"])
+            embeds, _ = self.module.network(rows["pixels"].float() / 127.5 - 1.0)
+            persons = torch.searchsorted(self._characters, rows["character"])
+            directions.index_add_(0, persons, functional.normalize(embeds, dim=1))
+        self.module.directions.copy_(functional.normalize(directions, dim=1))
 
     def loss(
         self, batch: dict[str, Tensor], randomness: Randomness

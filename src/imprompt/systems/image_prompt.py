@@ -8,7 +8,7 @@ Source: Ye et al. (2308.06721), section 3.2; Plus and Full: the authors' publish
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,8 +99,7 @@ def build(options: ImagePromptOptions, base: Base, columns: Rows) -> ImagePrompt
         base,
         adapter,
         lambda text_states, tokens: (text_states, handle.condition(tokens)),
-        features="image_embeds" if is_global else "hidden_states",
-        dropped_features=dropped,
+        dropped_features={"image_embeds" if is_global else "hidden_states": dropped},
         options=options,
     )
 
@@ -128,23 +127,23 @@ class ImagePromptSystem:
         module: Any,
         join: Join,
         *,
-        features: str,
-        dropped_features: Tensor,
+        dropped_features: Mapping[str, Tensor],
         options: ImagePromptOptions,
     ) -> None:
-        """`module.tokens(features)` makes tokens, `join` brings them to the denoiser.
+        """`module.tokens(*features)` makes tokens, `join` brings them to the denoiser.
 
-        `features` is the column that is read; `dropped_features` (1, …) stand for no image.
+        `dropped_features` are the columns that are read, each with what (1, …) stands for no image.
         """
         self.base = base
         self.module = module
         self.options = options
-        self.columns = ("latent_mean", "latent_logvar", features, "text_ids")
+        self.columns = ("latent_mean", "latent_logvar", *dropped_features, "text_ids")
         self.draw: Callable[[], Image.Image] | None = None
         """Makes the picture of a preview; set by whoever can generate."""
         self._join = join
-        self.features = features
-        self.dropped_features = dropped_features.float().to(base.device)
+        self.dropped_features = {
+            name: dropped.float().to(base.device) for name, dropped in dropped_features.items()
+        }
         self._empty_ids = base.tokenize([""]).to(base.device)
         self._alphas = alphas_cumprod_of(base.scheduler.config).to(base.device)
         self._prediction = str(base.scheduler.config["prediction_type"])
@@ -173,8 +172,11 @@ class ImagePromptSystem:
         latents = sample_latents(batch, randomness, self.base)
         noise = randomness.normal("noise", tuple(latents.shape[1:]))
         alphas = self._alphas[timesteps]
-        features = replace_rows(batch[self.features].float(), self.dropped_features, no_image)
-        tokens = self.module.tokens(features)
+        features = [
+            replace_rows(batch[name].float(), dropped, no_image)
+            for name, dropped in self.dropped_features.items()
+        ]
+        tokens = self.module.tokens(*features)
         text_states = self.base.encode_text(
             replace_rows(batch["text_ids"], self._empty_ids, no_text)
         )

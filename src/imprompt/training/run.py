@@ -27,23 +27,33 @@ from imprompt.training.processes import join_processes, leave_processes
 # Each module has `build(options, base, columns)`; the class of its options stands beside it.
 SYSTEMS: dict[str, tuple[str, str]] = {
     "image-prompt": ("imprompt.systems.image_prompt", "ImagePromptOptions"),
+    "instruct": ("imprompt.systems.instruct", "InstructOptions"),
+    "instruct-words": ("imprompt.systems.instruct_words", "InstructOptions"),
     "concatenation": ("imprompt.systems.concatenation", "ConcatenationOptions"),
     "controlnet": ("imprompt.systems.controlnet", "ControlNetOptions"),
     "t2i-adapter": ("imprompt.systems.t2i_adapter", "T2IAdapterOptions"),
+    "map-reader": ("imprompt.systems.map_reader", "MapReaderOptions"),
     "text-to-image": ("imprompt.systems.text_to_image", "TextToImageOptions"),
     "autoencoder": ("imprompt.systems.autoencoder", "AutoencoderOptions"),
     "contrastive": ("imprompt.systems.contrastive", "ContrastiveOptions"),
     "classifier": ("imprompt.systems.classifier", "ClassifierOptions"),
     "face-encoder": ("imprompt.systems.face_encoder", "FaceEncoderOptions"),
+    "face-id": ("imprompt.systems.face_id", "FaceIdOptions"),
+    "identity": ("imprompt.systems.identity", "IdentityOptions"),
 }
 PRESETS = Path(__file__).parent.parent / "presets"
 EXPORT_NAMES = {
     "image-prompt": "adapter.safetensors",
+    "instruct": "adapter.safetensors",
+    "instruct-words": "adapter.safetensors",
     "concatenation": "tokens.safetensors",
     "classifier": "judge.safetensors",
+    "map-reader": "map-reader.safetensors",
     "controlnet": "control",
     "t2i-adapter": "control",
     "face-encoder": "face-encoder.safetensors",
+    "face-id": "adapter.safetensors",
+    "identity": "identity",
 }
 
 

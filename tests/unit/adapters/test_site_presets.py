@@ -61,6 +61,20 @@ def test_style_and_composition_of_stable_diffusion_xl(sdxl):
     assert reached("style and composition") == reached("style") | reached("composition")
 
 
+def test_style_of_the_embedded_base():
+    sites = cross_sites(
+        cross_attention_dim=128,
+        block_out_channels=(32, 32, 32),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D",) * 3,
+    )
+    style = preset_scales("style", sites, 1.5)
+    in_last_block = [site.name.startswith("up_blocks.2.") for site in sites]
+    assert style == [pytest.approx(1.5 if last else 0.3) for last in in_last_block]
+    with pytest.raises(ImpromptError, match="width 128"):
+        preset_scales("style and composition", sites)
+
+
 def test_curves_follow_the_order_of_execution(sd15):
     order = execution_order(sd15)
     rising = [preset_scales("ease out", sd15)[i] for i in order]

@@ -106,3 +106,28 @@ def test_training_names_the_nearest_setting_and_system(base_folder, tmp_path, ca
     assert main([str(argument) for argument in arguments]) == 0
     assert (tmp_path / "run/adapter.safetensors").is_file()
     assert (tmp_path / "run/config.toml").is_file()
+
+
+@pytest.mark.parametrize("name", ["controlnet", "t2i-adapter", "image-prompt", "concatenation"])
+def test_all_settings_of_a_system_are_told(name, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["train", "--settings", name])
+    told = capsys.readouterr().out
+    assert exit_.value.code == 0
+    settings = [line for line in told.splitlines() if line.startswith(("system.", "train."))]
+    assert any(line.startswith("train.learning_rate = 0.0001") for line in settings)
+    lines = told.splitlines()
+    assert all(lines[lines.index(setting) + 1].startswith("    ") for setting in settings)
+
+
+def test_settings_of_no_system(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["train", "--settings", "controlnets"])
+    assert exit_.value.code == 2 and "choose one of" in capsys.readouterr().err
+
+
+def test_maps_are_drawn(tmp_path):
+    command = ["diorama", "--count", "2", "--columns", "2", "--grid"]
+    assert main([*command, str(tmp_path / "depth.png"), "--map", "depth"]) == 0
+    assert Image.open(tmp_path / "depth.png").size == (128, 64)
+    assert main([*command, str(tmp_path / "x.png"), "--map", "smell"]) == 2

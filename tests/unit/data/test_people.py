@@ -8,6 +8,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from imprompt.core.errors import ImpromptError
+from imprompt.data import encoding
 from imprompt.data.dataset import Columns
 from imprompt.data.prepare import prepare
 from imprompt.data.sources import open_pairs
@@ -39,7 +40,7 @@ def character_name_free(caption):
 
 
 def test_columns_of_portraits(base, faces, tmp_path):
-    columns = ("id_embeds", "landmarks", "character", "reference_hidden_states", "pixels")
+    columns = ("id_embeds", "landmarks", "character", "reference_hidden_states")
     data = Columns.open(
         prepare(
             "diorama-people:5",
@@ -107,3 +108,17 @@ def test_a_list_names_references(base, faces, tmp_path):
     assert torch.equal(rows["reference_hidden_states"][1], rows["hidden_states"][1])
     told = [json.loads(line) for line in (output / "quarantine.jsonl").read_text().splitlines()]
     assert [entry["kind"] for entry in told] == ["reference missing", "image outside"]
+
+
+def test_pictures_that_are_kept_are_not_drawn_again(base, faces, tmp_path, monkeypatch):
+    columns = ("pixels", "latent_mean", "id_embeds")
+    straight = prepare(
+        "diorama-people:8", tmp_path / "straight", base, columns=columns, size_px=32,
+        face_encoder=faces,
+    )  # fmt: skip
+    added = tmp_path / "added"
+    prepare("diorama-people:8", added, base, columns=("pixels",), size_px=32)
+    monkeypatch.setattr(encoding, "draw", None)
+    prepare("diorama-people:8", added, base, columns=columns, size_px=32, face_encoder=faces)
+    first, second = (Columns.open(f).rows(range(8), columns) for f in (straight, added))
+    assert all(torch.equal(first[name], second[name]) for name in columns)

@@ -8,8 +8,45 @@ import pytest
 import torch
 
 from imprompt.core.errors import ImpromptError
-from imprompt.encoders.face import FaceEncoder, InsightFaceEncoder, load_face_encoder
+from imprompt.diorama import gallery, portrait, render
+from imprompt.encoders.face import (
+    CROP_PLACES,
+    FaceEncoder,
+    InsightFaceEncoder,
+    aligned,
+    load_face_encoder,
+)
 from imprompt.encoders.landmarks import landmark_images, read_landmarks, write_landmarks
+
+
+@pytest.fixture(scope="module")
+def portraits():
+    people = [gallery()[i] for i in range(12)]
+    styles = ("clay", "cartoon", "watercolor", "crayon")
+    scenes = [
+        portrait(7_000_000 + 10 * i + k, people[i], style=styles[(i + k) % 4], setting="studio")
+        for i in range(12)
+        for k in range(2)
+    ]
+    return render(scenes)
+
+
+def test_the_shipped_encoder_knows_unseen_persons_again(portraits):
+    encoder = load_face_encoder()
+    assert isinstance(encoder, FaceEncoder)
+    embeds = encoder.embeds(portraits.pixels)
+    assert embeds.shape == (24, encoder.embed_dim)
+    torch.testing.assert_close(embeds.norm(dim=1), torch.ones(24))
+    nearest = (embeds[1::2] @ embeds[::2].T).argmax(1)
+    assert (nearest == torch.arange(12)).float().mean() >= 0.8
+
+
+def test_it_finds_landmarks_at_any_size(portraits):
+    encoder = load_face_encoder()
+    found = encoder.landmarks(portraits.pixels) * 64
+    assert (found - portraits.keypoints).norm(dim=2).mean() < 2.0
+    twice = torch.nn.functional.interpolate(portraits.pixels, scale_factor=2, mode="bilinear")
+    assert (encoder.landmarks(twice) * 64 - found).norm(dim=2).mean() < 0.5
 
 
 def test_an_encoder_that_is_none_is_told(tmp_path):
@@ -51,10 +88,26 @@ def test_insightface_is_asked_for_the_largest_face():
     pixels = torch.full((2, 3, 16, 32), -0.5)
     pixels[1, 0] = 1.0  # red
     torch.testing.assert_close(encoder.embeds(pixels), torch.eye(512)[:2])
+    assert encoder.embeds(pixels, normalized=False).norm(dim=1).tolist() == [20.0, 20.0]
     expected = torch.tensor([0.25, 0.5]).expand(2, 5, 2)
     torch.testing.assert_close(encoder.landmarks(pixels), expected)
     with pytest.raises(ImpromptError, match="no face in picture 2 of 2"):
         encoder.embeds(torch.stack([pixels[0], torch.full((3, 16, 32), -1.0)]))
+
+
+def test_a_crop_brings_the_landmarks_to_their_places():
+    turn = torch.tensor([[0.8, -0.6], [0.6, 0.8]])
+    places = (torch.tensor(CROP_PLACES) / 112) @ turn.T * 60 + torch.tensor([70.0, 20.0])
+    pixels = torch.full((1, 3, 120, 160), -1.0)
+    for channel, (x, y) in enumerate(places[:3].round().long().tolist()):
+        pixels[0, channel, y - 2 : y + 3, x - 2 : x + 3] = 1.0
+    crop = aligned(pixels, places)
+    assert crop.shape == (1, 3, 224, 224)
+    for channel in range(3):
+        weight = (crop[0, channel].clamp(min=0) > 0.2).float()
+        y, x = torch.nonzero(weight).float().mean(0).tolist()
+        wanted_x, wanted_y = (2 * v for v in CROP_PLACES[channel])
+        assert abs(x - wanted_x) < 3 and abs(y - wanted_y) < 3
 
 
 def test_a_drawing_of_landmarks():

@@ -96,6 +96,12 @@ def test_it_learns_and_writes_what_can_be_loaded(base, columns, tmp_path):
         expected, actual = system.module.network(pixels)[0], network(pixels)[0]
     torch.testing.assert_close(actual, expected, atol=0.05, rtol=0.05)
 
+    start = FaceEncoderOptions(start_from=str(tmp_path / "face.safetensors"))
+    again = build(start, base, columns)
+    again.module.eval()
+    _, figures = again.loss(batch, Randomness(2, range(24)))
+    assert figures["right"] > 0.9  # for it knows the persons' directions from the first step
+
 
 def test_one_person_cannot_be_told_apart(base, tmp_path):
     (tmp_path / "data").mkdir()

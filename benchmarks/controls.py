@@ -1,0 +1,67 @@
+"""Measure controls on the embedded world, and draw what they do.
+
+    python benchmarks/controls.py --control depth=runs/depth/control --control edges=runs/edges/control
+
+writes a table to benchmarks/results/controls.md and a picture to docs/images/controls.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from imprompt.bases import load_base
+from imprompt.checkpoints import load_adapter, load_control, shipped_controls
+from imprompt.checkpoints.shipped import shipped_adapter
+from imprompt.core.images import image_grid, pixels_to_images
+from imprompt.diorama import draw_maps
+from imprompt.evaluation.control import measure_controls, table
+from imprompt.evaluation.judge import load_judge
+from imprompt.evaluation.map_reader import load_map_reader
+from imprompt.evaluation.measure import Sampling
+
+ROOT = Path(__file__).parents[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--control", action="append", default=[], metavar="KIND=FOLDER")
+    parser.add_argument("--weights", type=float, nargs="+", default=[1.0, 2.0])
+    parser.add_argument("--count", type=int, default=48)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--sampler", default="dpm-solver++")
+    parser.add_argument("--guidance-scale", type=float, default=5.0)
+    parser.add_argument("--shown", type=int, default=10, help="scenes in the picture")
+    parser.add_argument("--table", type=Path, default=ROOT / "benchmarks/results/controls.md")
+    parser.add_argument("--picture", type=Path, default=ROOT / "docs/images/controls.png")
+    arguments = parser.parse_args()
+    folders = dict(text.split("=", 1) for text in arguments.control) or shipped_controls()
+    base = load_base("diorama")
+    _, asked, rows = measure_controls(
+        base,
+        {kind: load_control(folder) for kind, folder in folders.items()},
+        load_map_reader(),
+        load_judge(),
+        Sampling(
+            steps=arguments.steps,
+            sampler=arguments.sampler,
+            guidance_scale=arguments.guidance_scale,
+        ),
+        count=arguments.count,
+        weights=arguments.weights,
+        adapter=load_adapter(shipped_adapter()),
+    )
+    arguments.table.parent.mkdir(parents=True, exist_ok=True)
+    arguments.table.write_text(table(rows) + "\n", encoding="utf-8")
+    print(table(rows))
+    shown = arguments.shown
+    cells = []
+    for kind in folders:
+        cells += pixels_to_images(draw_maps(asked, kind)[:shown] * 2 - 1)
+    for row in rows:
+        cells += pixels_to_images(row.images[:shown])
+    image_grid(cells, shown).save(arguments.picture)
+
+
+if __name__ == "__main__":
+    main()

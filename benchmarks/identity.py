@@ -1,0 +1,127 @@
+"""The tables and pictures of docs/identity.md.
+
+    python benchmarks/identity.py factors        how far apart the characters are
+    python benchmarks/identity.py encoder        how well the face encoder tells unseen persons apart
+    python benchmarks/identity.py pictures       one person in several poses and styles
+
+What is drawn is measured by `imprompt evaluate --what identity`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from imprompt.core.images import image_grid, pixels_to_images
+from imprompt.diorama import FACTORS, STYLES, gallery, portrait, sample_character
+from imprompt.evaluation.portraits import drawn, templates, unseen_portraits
+
+IMAGES = Path(__file__).parent.parent / "docs" / "images"
+SEED = 8_000_000
+VISIBLE = 0.15  # of a channel's range in [-1, 1]
+
+
+def factors(count: int = 4) -> None:
+    """Pixels that change when one factor alone does, per style: the mean over `count` characters."""
+    print("| pixels of 4,096 that change |", " | ".join(STYLES), "|")
+    print("|---|" + "---:|" * len(STYLES))
+    for name, values in FACTORS.items():
+        cells = []
+        for style in STYLES:
+            scenes = []
+            for i in range(count):
+                character = sample_character(SEED + i)
+                others = [value for value in values if value != getattr(character, name)]
+                other = replace(character, **{name: others[i % len(others)]})
+                scenes += [portrait(SEED + i, one, style=style) for one in (character, other)]
+            pixels = drawn(scenes).unflatten(0, (-1, 2))
+            changed = ((pixels[:, 0] - pixels[:, 1]).abs().amax(1) > VISIBLE).flatten(1)
+            cells.append(f"{changed.sum(1).float().mean():.0f}")
+        print(f"| {name.replace('_', ' ')} |", " | ".join(cells), "|")
+
+
+def encoder(path: str, pictures: int = 2) -> None:
+    """Rank-1 among the hundred by templates, and by one reference picture; landmarks; per style."""
+    from imprompt.encoders.face import load_face_encoder
+
+    faces = load_face_encoder(path)
+    portraits = unseen_portraits(len(gallery()) * pictures)
+    pixels = drawn(portraits.targets)
+    embeds = faces.embeds(pixels)
+    wanted = torch.arange(len(embeds)) % len(gallery())
+    by_templates = (embeds @ templates(faces, portraits.characters).T).argmax(1) == wanted
+    references = faces.embeds(drawn(portraits.references[: len(gallery())]))
+    by_reference = (embeds @ references.T).argmax(1) == wanted
+    error = (faces.landmarks(pixels) - _places(portraits.targets)).norm(dim=2).mean(1) * 64
+    print("| style | rank-1, six pictures each | rank-1, one picture each | landmarks, px |")
+    print("|---|---:|---:|---:|")
+    styles = [scene.style for scene in portraits.targets]
+    for style in ("all", *STYLES):
+        of_style = torch.tensor([style in ("all", one) for one in styles])
+        print(
+            f"| {style} | {by_templates[of_style].float().mean():.1%} | "
+            f"{by_reference[of_style].float().mean():.1%} | {error[of_style].mean():.2f} |"
+        )
+
+
+def _places(scenes: list) -> torch.Tensor:
+    from imprompt.diorama import landmarks_of
+
+    return landmarks_of(scenes)
+
+
+def characters() -> None:
+    """Twelve of the gallery, each in the six styles."""
+    scenes = [
+        portrait(SEED + 10 * i + k, gallery()[i], style=style)
+        for k, style in enumerate(STYLES)
+        for i in range(12)
+    ]
+    image_grid(pixels_to_images(drawn(scenes)), 12).save(IMAGES / "characters.png")
+
+
+def pictures() -> None:
+    """Three persons: the reference, then each in poses, styles and settings that a text asks for."""
+    import imprompt
+    from imprompt.checkpoints.identity import load_identity
+    from imprompt.checkpoints.shipped import shipped_identity
+    from imprompt.diorama import landmarks_of
+    from imprompt.generation.identity import IdentityPrompt
+
+    characters()
+    base = imprompt.load_base("diorama")
+    identity = load_identity(shipped_identity())
+    texts = (
+        "a person in a red shirt in a meadow, made of clay",
+        "a person in a blue shirt in the desert, as a cartoon",
+        "a person in a green shirt in the snow, in crayon",
+        "a person in a yellow shirt in a studio, as line art",
+        "a person in a purple shirt in a meadow, as a watercolor",
+        "a person in a teal shirt at night, in neon light",
+    )
+    poses = [portrait(SEED + 500 + i, gallery()[0]) for i in range(len(texts))]
+    cells = []
+    for number in (3, 17, 42, 71):
+        reference = drawn([portrait(SEED + 700 + number, gallery()[number], style="clay")])
+        cells += pixels_to_images(reference)
+        prompt = IdentityPrompt(reference[0], identity, landmarks=landmarks_of(poses))
+        cells += imprompt.generate(base, list(texts), identities=[prompt], steps=25, seed=1,
+                                   guidance_scale=4.0, sampler="dpm-solver++")  # fmt: skip
+    enlarged = [cell.resize((128, 128), 0) for cell in cells]
+    image_grid(enlarged, 1 + len(texts)).save(IMAGES / "identity.png")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=("factors", "encoder", "pictures"))
+    parser.add_argument("--face-encoder", default="diorama")
+    arguments = parser.parse_args()
+    if arguments.what == "factors":
+        factors()
+    elif arguments.what == "encoder":
+        encoder(arguments.face_encoder)
+    else:
+        pictures()

@@ -1,0 +1,91 @@
+"""What others train for a base (LoRA, textual inversion), put on it through diffusers' own loaders.
+
+DreamBooth trains the base itself: its result is a base like any other and is loaded as one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from imprompt.bases.protocol import Base
+from imprompt.core.errors import ImpromptError
+
+
+def add_lora(base: Base, source: str | Path, weight: int | float = 1.0, name: str = "lora") -> None:
+    """Put a LoRA on a base: a file or folder as diffusers or PEFT's users save it. It stays there.
+
+    Several may be put on under several names; `weight` 0 silences this one.
+
+    Raises:
+        ImpromptError: it cannot be read, or does not fit the base.
+
+    Source: Hu et al. (2106.09685).
+    """
+    pipeline = pipeline_of(base)
+    try:
+        pipeline.load_lora_weights(_place(source), adapter_name=name)
+    except Exception as error:
+        raise ImpromptError(f"The LoRA {source} does not go on {base.name}: {_first(error)}") from (
+            error
+        )
+    found = base.unet.peft_config
+    names = list(found)
+    kept: dict[str, float] = getattr(base.unet, "imprompt_lora_weights", {})
+    kept[name] = float(weight)
+    base.unet.imprompt_lora_weights = kept
+    base.unet.set_adapters(names, [kept.get(one, 1.0) for one in names])
+    base.unet.requires_grad_(False)
+    base.text_encoder.requires_grad_(False)
+
+
+def add_textual_inversion(base: Base, source: str | Path, token: str | None = None) -> None:
+    """Teach a base's text encoder the word of a textual inversion; prompts may then use it.
+
+    `token` is the word, if the file shall not say it.
+
+    Raises:
+        ImpromptError: it cannot be read, or is made for another text encoder.
+
+    Source: Gal et al. (2208.01618).
+    """
+    pipeline = pipeline_of(base)
+    try:
+        pipeline.load_textual_inversion(_place(source), token=token)
+    except Exception as error:
+        raise ImpromptError(
+            f"The textual inversion {source} does not go on {base.name}: {_first(error)}"
+        ) from error
+    base.text_encoder.requires_grad_(False)
+
+
+def pipeline_of(base: Base) -> Any:
+    """A stock pipeline of a base's own networks: what is done to it is done to the base."""
+    import diffusers
+
+    parts: dict[str, Any] = {
+        "unet": base.unet,
+        "vae": base.vae,
+        "text_encoder": base.text_encoder,
+        "tokenizer": base.tokenizer,
+        "scheduler": base.scheduler,
+    }
+    if hasattr(base, "text_encoder_2"):
+        second: Any = base
+        return diffusers.StableDiffusionXLPipeline(
+            **parts, text_encoder_2=second.text_encoder_2, tokenizer_2=second.tokenizer_2
+        )
+    return diffusers.StableDiffusionPipeline(
+        **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    )
+
+
+def _place(source: str | Path) -> str:
+    if isinstance(source, Path) and not source.exists():
+        raise FileNotFoundError(f"there is no such file or folder as {source}.")
+    return str(source)
+
+
+def _first(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__

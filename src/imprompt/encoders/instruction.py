@@ -1,0 +1,45 @@
+"""What an Instruct adapter reads of an instruction: states of the base's own text encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from imprompt.bases import Base
+from imprompt.core.errors import ImpromptError
+
+EMBEDDINGS = ("tokens", "pooled")
+METADATA_KEY = "instruction_embedding"
+"""Under which an adapter's file says how its instructions are embedded; tokens where it does not."""
+
+
+def instruction_states(
+    base: Base, texts: Sequence[str] | Tensor, embedding: str = "tokens"
+) -> Float[Tensor, "batch length dim"]:
+    """States of instructions, or of their token ids, with the width of the base's text states.
+
+    Args:
+        embedding: "tokens" is a state for each token, as the published checkpoints read them;
+            "pooled" is the one at the text's end, which has read all of it.
+
+    Raises:
+        ImpromptError: there is no such embedding.
+
+    Source: IP-Adapter-Instruct (2408.03209), section 3.2.
+    """
+    if embedding not in EMBEDDINGS:
+        raise ImpromptError(
+            f"Instructions are embedded as {' or '.join(EMBEDDINGS)}, not as {embedding!r}."
+        )
+    ids = texts if isinstance(texts, Tensor) else base.tokenize(texts)
+    states = base.encode_text(ids.to(base.device)).sequence
+    if embedding == "tokens":
+        return states
+    # Of a base with two text encoders the first one's ids come first, and both end at the same place.
+    is_end = ids[:, : states.shape[1]] == base.tokenizer.eos_token_id
+    last = torch.full((len(ids),), states.shape[1] - 1)
+    ends = torch.where(is_end.any(1), is_end.int().argmax(1), last)
+    return states[torch.arange(len(states)), ends][:, None]

@@ -1,0 +1,151 @@
+"""Is the person kept, and is the face where it was asked for? With every part, and without each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from imprompt.bases import Base
+from imprompt.checkpoints.identity import Identity, load_identity
+from imprompt.core.images import image_grid, pixels_to_images
+from imprompt.diorama import landmarks_of
+from imprompt.encoders.face import FaceEncoder
+from imprompt.encoders.landmarks import landmark_images
+from imprompt.evaluation.judge import read, shares, truth
+from imprompt.evaluation.measure import Sampling, draw
+from imprompt.evaluation.portraits import (
+    IdentityResult,
+    Portraits,
+    drawn,
+    judge_identity,
+    templates,
+    unseen_portraits,
+)
+from imprompt.generation.conditions import TokenPrompt
+from imprompt.generation.faces import (
+    face_encoder_of,
+    face_features,
+    face_features_of_nothing,
+)
+from imprompt.generation.identity import net_control
+from imprompt.systems.classifier import Judge
+
+
+@dataclass(frozen=True, kw_only=True)
+class Without:
+    """Which part is left out of a measurement."""
+
+    adapter: bool = False
+    net: bool = False
+
+
+ABLATIONS: dict[str, Without] = {
+    "all": Without(),
+    "without IdentityNet": Without(net=True),
+    "without adapter": Without(adapter=True),
+    "text alone": Without(adapter=True, net=True),
+}
+
+
+def draw_identity(
+    base: Base,
+    identity: Identity,
+    faces: FaceEncoder,
+    portraits: Portraits,
+    sampling: Sampling,
+    *,
+    without: Without | None = None,
+    scale: float = 1.0,
+    net_weight: float = 1.0,
+) -> Tensor:
+    """Pixels of the portraits that are asked for, drawn from references, landmarks and captions."""
+    without = without or Without()
+    adapter = identity.adapter
+    pixels = drawn(portraits.references)
+    features = face_features(adapter, list(pixels), faces, base.image_encoder)
+    with torch.no_grad(), adapter.install(base.unet) as handle:
+        tokens = adapter.tokens(*features)
+        zero = adapter.tokens(*face_features_of_nothing(adapter, base.image_encoder))
+        prompts = [TokenPrompt(handle=handle, tokens=tokens, zero_tokens=zero, scale=scale)]
+        size_px = base.image_size_px
+        maps = landmark_images(landmarks_of(portraits.targets), size_px, size_px)
+        controls = [net_control(identity, base, tokens, zero, maps, weight=net_weight)]
+        return draw(
+            base,
+            portraits.texts,
+            [] if without.adapter else prompts,
+            sampling,
+            controls=[] if without.net else controls,
+        )
+
+
+def measure_identity(
+    base: Base,
+    identity: Identity,
+    faces: FaceEncoder,
+    sampling: Sampling,
+    count: int = 100,
+    *,
+    scale: float = 1.0,
+    ablations: Sequence[str] = tuple(ABLATIONS),
+    landmark_reader: FaceEncoder | None = None,
+) -> dict[str, IdentityResult]:
+    """Renders of what was asked for (the best that can be reached), then what is drawn, by ablation."""
+    portraits = unseen_portraits(count)
+    known_by = templates(faces, portraits.characters)
+    results = {
+        "renders": judge_identity(
+            drawn(portraits.targets), portraits, faces, known_by, landmark_reader
+        )
+    }
+    for name in ablations:
+        images = draw_identity(
+            base, identity, faces, portraits, sampling, without=ABLATIONS[name], scale=scale
+        )
+        results[name] = judge_identity(images, portraits, faces, known_by, landmark_reader)
+    return results
+
+
+def evaluate_identity(
+    base: Base,
+    folder: Path,
+    judge: Judge,
+    sampling: Sampling,
+    output: Path,
+    count: int,
+    scale: float,
+) -> dict[str, float]:
+    """All figures by name; a sheet of the pictures is written to `output / "identity.png"`."""
+    identity = load_identity(folder)
+    faces = face_encoder_of(identity.adapter)
+    results = measure_identity(base, identity, faces, sampling, count, scale=scale)
+    figures: dict[str, float] = {}
+    portraits = unseen_portraits(count)
+    wanted = truth(portraits.targets)
+    for name, result in results.items():
+        figures |= {f"{name}: {figure}": value for figure, value in result.figures().items()}
+        follows = shares(read(judge, result.images), wanted)
+        for attribute in ("style", "setting"):
+            figures[f"{name}: {attribute} of the text"] = follows[attribute]
+    output.mkdir(parents=True, exist_ok=True)
+    sheet(portraits, results).save(output / "identity.png")
+    return figures
+
+
+def sheet(
+    portraits: Portraits, results: Mapping[str, IdentityResult], count: int = 18
+) -> Image.Image:
+    """A row each: the reference, then the renders and what was drawn; those wrong are marked."""
+    count = min(count, len(portraits.targets))
+    cells: list[Image.Image] = pixels_to_images(drawn(portraits.references[:count]))
+    labels = ["reference"] * count
+    for name, result in results.items():
+        cells += pixels_to_images(result.images[:count])
+        labels += [name if right else f"({name})" for right in result.is_right[:count].tolist()]
+    cells = [cell.resize((96, 96), Image.Resampling.NEAREST) for cell in cells]
+    return image_grid(cells, count, [label[:15] for label in labels])

@@ -1,0 +1,134 @@
+"""Table 1 of IP-Adapter-Instruct in this world's terms: one model for five tasks, or five models.
+
+From the same first stage and with the same number of steps each are trained: the joint model; one model
+per task, which sees that task's lessons alone; and the joint model with one fixed instruction per task
+instead of many. Each is then asked for each task it was trained on.
+
+Source: IP-Adapter-Instruct (2408.03209), section 4, tables 1 and 2.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from imprompt.bases import Base, load_base
+from imprompt.checkpoints import load_adapter
+from imprompt.data.columns import default_columns
+from imprompt.data.dataset import Columns, ColumnsWriter
+from imprompt.data.instructions import TASKS, filled
+from imprompt.data.prepare import prepare
+from imprompt.diorama import OBJECT_KINDS
+from imprompt.evaluation.clip_scores import ClipScores
+from imprompt.evaluation.instruct import measure_task, unseen_lessons
+from imprompt.evaluation.measure import Sampling
+from imprompt.systems.classifier import Judge
+from imprompt.training.run import run_training
+
+WORDS_PRESET, PRESET = "diorama-instruct-words", "diorama-instruct"
+FIXED = {
+    "everything": "use everything",
+    "style": "use the style",
+    "object": "use the {object}",
+    "composition": "use the composition",
+    "face": "use the face",
+}
+
+
+def measure_instruct_table(
+    base: Base,
+    judge: Judge,
+    sampling: Sampling,
+    output: Path,
+    count: int,
+    scale: float = 1.0,
+    *,
+    num_pairs: int = 3000,
+    steps: int = 300,
+    words_settings: list[str] | None = None,
+    settings: list[str] | None = None,
+) -> dict[str, float]:
+    """Figures of each model for each task, by name. What `output` has already is not done again."""
+    data = prepare(
+        f"diorama-instruct:{num_pairs}",
+        output / "data",
+        base,
+        columns=default_columns("instruct-words"),
+        batch_size=250,
+    )
+    words = run_training(
+        "instruct-words",
+        data=data,
+        base=base.name,
+        output=output / "words",
+        preset=WORDS_PRESET,
+        settings=words_settings or [],
+    )
+    columns = Columns.open(data)
+    tasks_of_rows = columns.rows(range(len(columns)), ["task_ids"])["task_ids"].numpy()
+    sets = {"joint": data, "one fixed instruction": with_fixed_instructions(columns, base, output)}
+    for number, task in enumerate(TASKS):
+        sets[task] = some_rows(columns, np.flatnonzero(tasks_of_rows == number), output / task)
+    clip = ClipScores(base)
+    figures: dict[str, float] = {}
+    for name, folder in sets.items():
+        file = run_training(
+            "instruct",
+            data=folder,
+            base=base.name,
+            output=output / "runs" / name.replace(" ", "-"),
+            preset=PRESET,
+            settings=[
+                f'system.start_from="{words}"',
+                f"train.steps={steps}",
+                "train.validation_rows=40",
+                *(settings or []),
+            ],
+        )
+        # Anew: the one before has been trained on, and its processors stand in its UNet.
+        own_base, adapter = load_base(base.name), load_adapter(file)
+        label = f"{name} alone" if name in TASKS else name
+        for task in (name,) if name in TASKS else TASKS:
+            lessons = unseen_lessons(task, count)
+            result = measure_task(
+                own_base, adapter, judge, sampling, task, count, scale, clip, lessons
+            )
+            figures |= {f"{task}, {label}: {k}": value for k, value in result.figures.items()}
+    return figures
+
+
+def some_rows(columns: Columns, rows: np.ndarray, folder: Path) -> Path:
+    """A folder with some of the rows, if it is not there already."""
+    if not (folder / "meta.json").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        writer = ColumnsWriter(folder, len(rows))
+        writer.write(0, columns.rows(rows, columns.names))
+        writer.finish(len(rows), {k: v for k, v in columns.meta.items() if k != "num_parts"})
+    return folder
+
+
+def with_fixed_instructions(columns: Columns, base: Base, output: Path) -> Path:
+    """The same data with one instruction per task."""
+    folder = output / "fixed"
+    if not (folder / "meta.json").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = columns.rows(range(len(columns)), columns.names)
+        kinds = _object_kinds(rows["kept_ids"], base)
+        told = [
+            filled(FIXED[TASKS[task]], kind)
+            for task, kind in zip(rows["task_ids"].tolist(), kinds, strict=True)
+        ]
+        rows["instruction_ids"] = base.tokenize(told)
+        writer = ColumnsWriter(folder, len(columns))
+        writer.write(0, rows)
+        meta = {k: v for k, v in columns.meta.items() if k != "num_parts"}
+        writer.finish(len(columns), {**meta, "instructions": "one per task"})
+    return folder
+
+
+def _object_kinds(kept_ids: torch.Tensor, base: Base) -> list[str]:
+    """The kind of object that the words for what is kept name; empty where they name none."""
+    texts = [base.tokenizer.decode(ids, skip_special_tokens=True) for ids in kept_ids.tolist()]
+    return [next((kind for kind in OBJECT_KINDS if kind in text.split()), "") for text in texts]

@@ -1,0 +1,210 @@
+"""Controls: maps that a generated picture obeys, and what they add at each step of a generation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from imprompt.adapters.sites import Number
+from imprompt.bases import Base, Residuals, TextStates
+from imprompt.checkpoints import LoadedControl
+from imprompt.core.errors import ImpromptError
+from imprompt.generation.conditions import Branch, check_time_span
+from imprompt.generation.features import ImageLike
+from imprompt.generation.features import to_pixels as image_to_pixels
+from imprompt.systems.controlnet import control_residuals
+from imprompt.systems.t2i_adapter import adapter_residuals
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Control:
+    """A map that pictures shall obey, and the network that reads it.
+
+    Args:
+        image: a file, a PIL image or pixels (3, height, width) in [-1, 1]; one for each picture of
+            the generation may be given as a list. It is stretched to the picture's size.
+        model: what `load_control` reads: a ControlNet or a T2I-Adapter of any diffusers folder.
+        weight: ω, how much of what the network adds is added; 0 is nothing at no cost.
+        start, end: the fraction of the steps in which it acts.
+
+    Raises:
+        ImpromptError: start and end are no time span.
+
+    Source: ControlNet (2302.05543) section 3.4; T2I-Adapter (2302.08453) section 3.5, eq. 7 (ω).
+    """
+
+    image: ImageLike | Sequence[ImageLike]
+    model: LoadedControl
+    weight: Number = 1.0
+    start: Number = 0.0
+    end: Number = 1.0
+
+    def __post_init__(self) -> None:
+        check_time_span(self.start, self.end)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class MapControl:
+    """A control as the denoising loop needs it.
+
+    `maps` are one for all pictures of a generation or one for each, RGB in [0, 1]. A ControlNet reads
+    the text as the denoiser does, unless `tokens` (and `zero_tokens` for the unconditional half) stand
+    in its place, one for all pictures or one for each, as an IdentityNet wants.
+    """
+
+    module: Any
+    maps: Float[Tensor, "images 3 height width"]
+    weight: Number = 1.0
+    start: Number = 0.0
+    end: Number = 1.0
+    tokens: Float[Tensor, "images tokens dim"] | None = None
+    zero_tokens: Float[Tensor, "one tokens dim"] | None = None
+
+    def is_active(self, step: int, num_steps: int) -> bool:
+        """Whether it acts at this step, counted from 0."""
+        return self.weight != 0 and self.start <= step / num_steps < self.end
+
+    @property
+    def is_controlnet(self) -> bool:
+        """Whether it reads the noisy latents, too, and must be run at every step."""
+        return hasattr(self.module, "controlnet_cond_embedding")
+
+
+def map_control(control: Control, base: Base, size_px: int | tuple[int, int] | None) -> MapControl:
+    """A control whose maps are read and stretched to the size of the pictures.
+
+    Raises:
+        ImpromptError: a map cannot be read, or the network does not fit the base.
+    """
+    check_fits(control.model, base)
+    size = base.image_size_px if size_px is None else size_px
+    height_width = (size, size) if isinstance(size, int) else size
+    is_list = isinstance(control.image, Sequence) and not isinstance(control.image, str)
+    images: Sequence[Any] = control.image if is_list else [control.image]  # type: ignore[assignment]
+    pixels = [
+        torch.nn.functional.interpolate(
+            image_to_pixels(image)[None], height_width, mode="bilinear", antialias=True
+        )
+        for image in images
+    ]
+    nn.Module.to(control.model.module, device=base.device, dtype=base.dtype)
+    return MapControl(
+        module=control.model.module,
+        maps=((torch.cat(pixels) + 1) / 2).clamp(0, 1),
+        weight=control.weight,
+        start=control.start,
+        end=control.end,
+    )
+
+
+def check_fits(model: LoadedControl, base: Base) -> None:
+    """Raise an ImpromptError if a network's shape is another than the base's denoiser's."""
+    own, its = base.unet.config, model.module.config
+    channels = tuple(getattr(its, "block_out_channels", None) or its.channels)
+    wanted = tuple(own.block_out_channels)
+    fits = channels[: len(wanted)] == wanted
+    if fits and hasattr(its, "cross_attention_dim"):
+        fits = its.cross_attention_dim == own.cross_attention_dim
+    if not fits:
+        raise ImpromptError(
+            f"The control was made for another base: its channels are {channels}, those of "
+            f"{base.name} are {wanted}."
+        )
+
+
+class ControlRun:
+    """The controls of one batch: what they add, step by step."""
+
+    def __init__(
+        self,
+        controls: Sequence[MapControl],
+        base: Base,
+        branches: Sequence[Branch],
+        rows: slice,
+        num_images: int,
+        num_steps: int,
+        text_states: TextStates,
+    ) -> None:
+        """`rows` says which pictures of the generation the batch has; `text_states` are stacked for
+        the `branches`.
+
+        Raises:
+            ImpromptError: a control has maps for another number of pictures.
+        """
+        self._base, self._num_steps = base, num_steps
+        self._controls = [
+            control
+            for control in controls
+            if any(control.is_active(step, num_steps) for step in range(num_steps))
+        ]
+        batch = len(range(*rows.indices(num_images)))
+        self._maps = [
+            _rows(control.maps, rows, batch, num_images)
+            .to(base.device, base.dtype)
+            .repeat(len(branches), 1, 1, 1)
+            for control in self._controls
+        ]
+        self._states = [
+            _states(control, branches, rows, batch, num_images, text_states)
+            for control in self._controls
+        ]
+        # What does not depend on the noise is computed here, once.
+        self._constant: dict[int, Residuals] = {
+            number: adapter_residuals(control.module, maps) * control.weight
+            for number, (control, maps) in enumerate(zip(self._controls, self._maps, strict=True))
+            if not control.is_controlnet
+        }
+
+    def residuals(self, latents: Tensor, timestep: Tensor, step: int) -> Residuals | None:
+        """What all controls that act at this step add for latents as the denoiser sees them."""
+        parts: list[Residuals] = []
+        for number, control in enumerate(self._controls):
+            if not control.is_active(step, self._num_steps):
+                continue
+            parts.append(
+                self._constant[number]
+                if number in self._constant
+                else control_residuals(
+                    control.module,
+                    self._base,
+                    latents,
+                    timestep,
+                    self._states[number],
+                    self._maps[number],
+                    control.weight,
+                )
+            )
+        return Residuals.sum(parts) if parts else None
+
+
+def _states(
+    control: MapControl,
+    branches: Sequence[Branch],
+    rows: slice,
+    batch: int,
+    num_images: int,
+    text_states: TextStates,
+) -> TextStates:
+    if control.tokens is None:
+        return text_states
+    tokens = _rows(control.tokens, rows, batch, num_images)
+    zero = tokens if control.zero_tokens is None else control.zero_tokens.expand_as(tokens)
+    stacked = [zero if branch == "unconditional" else tokens for branch in branches]
+    sequence = torch.cat(stacked).to(text_states.sequence)
+    return TextStates(sequence, text_states.pooled, text_states.framing)
+
+
+def _rows(values: Tensor, rows: slice, batch: int, num_images: int) -> Tensor:
+    if len(values) == num_images:
+        return values[rows]
+    if len(values) == 1:
+        return values.expand(batch, *values.shape[1:])
+    raise ImpromptError(
+        f"A control has {len(values)} maps, but {num_images} images are generated: give 1 or "
+        f"{num_images}."
+    )

@@ -1,0 +1,184 @@
+"""InstantID: a person is kept, from one picture, in any pose that five landmarks ask for.
+
+What a face encoder says of the picture becomes tokens. The denoiser reads them beside the text, as an
+image prompt; and IdentityNet, a ControlNet, reads them instead of the text, with the landmarks as its
+picture, so that it knows nothing but who and where. Both learn together.
+
+Source: Wang et al. (2401.07519), section 3; no weights of the base change and no condition is dropped.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as functional
+from PIL import Image
+from torch import Tensor, nn
+
+from imprompt.adapters import Handle, ImagePromptAdapter, create_adapter
+from imprompt.bases import Base
+from imprompt.bases.latent_space import pixels_per_latent
+from imprompt.checkpoints import load_adapter, save_adapter
+from imprompt.checkpoints.identity import ADAPTER_FILE, CONTROLNET_FOLDER, load_identity_net
+from imprompt.core.randomness import Randomness
+from imprompt.data.rows import Rows
+from imprompt.diffusion.objectives import add_noise, alphas_cumprod_of, prediction_target
+from imprompt.encoders.landmarks import landmark_images
+from imprompt.systems.controlnet import control_residuals, create_controlnet
+from imprompt.systems.image_prompt import check_same_base, sample_latents
+
+
+@dataclass(frozen=True, kw_only=True)
+class IdentityOptions:
+    """What is trained. The defaults are the paper's."""
+
+    num_tokens: int = 16
+    """Tokens per face."""
+    depth: int = 4
+    """Layers of the resampler."""
+    zero_entry: bool = True
+    """Whether the landmarks' own entry begins at zero, too. Without, a small model learns sooner."""
+    start_from: str = ""
+    """A folder that an earlier training exported, to go on from; empty starts anew."""
+
+
+def build(options: IdentityOptions, base: Base, columns: Rows) -> IdentitySystem:
+    """The system for prepared data: `imprompt prepare … --variant identity`.
+
+    Raises:
+        ImpromptError: data of another base, or without faces; a start that does not fit.
+    """
+    check_same_base(columns, base)
+    columns.require(IdentitySystem.columns)
+    if options.start_from:
+        folder = Path(options.start_from)
+        adapter = load_adapter(folder / ADAPTER_FILE)
+        net = load_identity_net(folder / CONTROLNET_FOLDER)
+    else:
+        id_dim = columns.rows([0], ["id_embeds"])["id_embeds"].shape[1]
+        adapter = create_adapter(
+            base.unet,
+            "plus",
+            feature_dim=id_dim,
+            num_tokens=options.num_tokens,
+            depth=options.depth,
+        )
+        net = create_controlnet(base, zero_entry=options.zero_entry)
+    net.float().to(base.device, memory_format=torch.channels_last).requires_grad_(True)
+    system = IdentitySystem(base, adapter.to(base.device), net)
+    adapter.metadata["face_encoder"] = str(columns.meta.get("face_encoder", ""))
+    return system
+
+
+class _Together(nn.Module):
+    def __init__(self, adapter: ImagePromptAdapter, identity_net: nn.Module) -> None:
+        super().__init__()
+        self.adapter = adapter
+        self.identity_net = identity_net
+
+
+class IdentitySystem:
+    """Trains adapter and IdentityNet on identity vectors and landmarks, with captions beside."""
+
+    columns = ("latent_mean", "latent_logvar", "id_embeds", "landmarks", "text_ids")
+
+    def __init__(self, base: Base, adapter: ImagePromptAdapter, identity_net: Any) -> None:
+        self.base = base
+        self.module = _Together(adapter, identity_net)
+        self.draw: Callable[[], Image.Image] | None = None
+        """Makes the picture of a preview; set by whoever can generate."""
+        self._adapter = adapter
+        self._handle: Handle = adapter.install(base.unet)
+        self._net = identity_net
+        self._alphas = alphas_cumprod_of(base.scheduler.config).to(base.device)
+        self._prediction = str(base.scheduler.config["prediction_type"])
+
+    def loss(
+        self, batch: dict[str, Tensor], randomness: Randomness
+    ) -> tuple[Tensor, dict[str, float | Tensor]]:
+        """The base's own loss, given the text, the face and the landmarks."""
+        timesteps = (randomness.uniform("timestep") * len(self._alphas)).long()
+        return self._errors(batch, randomness, timesteps).mean(), {}
+
+    def _errors(
+        self,
+        batch: dict[str, Tensor],
+        randomness: Randomness,
+        timesteps: Tensor,
+        *,
+        has_adapter: bool = True,
+        has_net: bool = True,
+    ) -> Tensor:
+        """The squared error of each sample's prediction, (batch,)."""
+        latents = sample_latents(batch, randomness, self.base)
+        noise = randomness.normal("noise", tuple(latents.shape[1:]))
+        alphas = self._alphas[timesteps]
+        noisy = add_noise(latents, noise, alphas).contiguous(memory_format=torch.channels_last)
+        text_states = self.base.encode_text(batch["text_ids"])
+        tokens = self._adapter.tokens(batch["id_embeds"].float()[:, None])
+        residuals = None
+        if has_net:
+            height, width = (side * pixels_per_latent(self.base.vae) for side in latents.shape[-2:])
+            residuals = control_residuals(
+                self._net,
+                self.base,
+                noisy,
+                timesteps,
+                replace(text_states, sequence=tokens),
+                landmark_images(batch["landmarks"], height, width),
+            )
+        condition = self._handle.condition(tokens) if has_adapter else None
+        prediction = self.base.denoise(noisy, timesteps, text_states, condition, residuals)
+        target = prediction_target(self._prediction, latents, noise, alphas)
+        errors = functional.mse_loss(prediction.float(), target.float(), reduction="none")
+        return errors.mean(dim=(1, 2, 3))
+
+    @torch.no_grad()
+    def validate(self, batch: dict[str, Tensor], randomness: Randomness) -> dict[str, float]:
+        """The loss at evenly spread timesteps on fixed noise: with both, with either, with neither;
+        and with another person's face."""
+        count = len(batch["text_ids"])
+        spread = (torch.arange(count, device=self._alphas.device) + 0.5) / count
+        timesteps = (spread * len(self._alphas)).long()
+        figures: dict[str, float] = {}
+        for name, has_adapter, has_net in (
+            ("loss", True, True),
+            ("loss_without_adapter", False, True),
+            ("loss_without_identity_net", True, False),
+            ("loss_with_text", False, False),
+        ):
+            errors = self._errors(
+                batch, randomness, timesteps, has_adapter=has_adapter, has_net=has_net
+            )
+            figures[name] = errors.mean().item()
+        strangers = {**batch, "id_embeds": batch["id_embeds"].roll(count // 2, 0)}
+        figures["loss_with_a_stranger"] = (
+            self._errors(strangers, randomness, timesteps).mean().item()
+        )
+        return figures
+
+    def preview(self) -> Image.Image | None:
+        """What `draw` makes, if it was given."""
+        return None if self.draw is None else self.draw()
+
+    def export(self, path: Path) -> None:
+        """Write a folder as InstantID's: the adapter's file, and a ControlNet that diffusers loads."""
+        path.mkdir(parents=True, exist_ok=True)
+        metadata = {
+            "base": self.base.name,
+            "base_fingerprint": self.base.fingerprint(),
+            "reads": "id_embeds",
+        }
+        save_adapter(self._adapter, path / ADAPTER_FILE, metadata, dtype=torch.float16)
+        net = deepcopy(self._net).half().to(memory_format=torch.contiguous_format)
+        net.save_pretrained(path / CONTROLNET_FOLDER)
+        described = {"kind": "identity", **metadata, **self._adapter.metadata}
+        (path / "identity.json").write_text(
+            json.dumps(described, indent=2) + "\n", encoding="utf-8"
+        )

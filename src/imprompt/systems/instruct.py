@@ -1,0 +1,273 @@
+"""IP-Adapter-Instruct: an instruction says what of the image is meant: its style, its object, all of it.
+
+Shown a condition image, told what to take from it and what else to draw, the frozen base predicts the
+noise on a target that has just this of the image and the rest of the text. The resampler, which reads
+image, prompt and instruction, and K', V' at each cross-attention site learn; all tasks at once.
+
+Source: IP-Adapter-Instruct (2408.03209), section 3. No training code was published.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as functional
+from PIL import Image
+from torch import Tensor, nn
+
+from imprompt.adapters import ImagePromptAdapter, create_adapter
+from imprompt.bases import Base
+from imprompt.checkpoints import load_adapter, save_adapter
+from imprompt.core.errors import ImpromptError
+from imprompt.core.randomness import Randomness
+from imprompt.data.rows import Rows
+from imprompt.diffusion.objectives import (
+    add_noise,
+    alphas_cumprod_of,
+    min_snr_weights,
+    prediction_target,
+)
+from imprompt.encoders.instruction import EMBEDDINGS, METADATA_KEY, instruction_states
+from imprompt.systems.image_prompt import check_same_base, replace_rows, sample_latents
+
+NEARLY_NOTHING = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class InstructOptions:
+    """What is trained. The defaults are the paper's where it tells them."""
+
+    num_tokens: int = 16
+    """Tokens per image."""
+    resampler_dim: int = 0
+    """Inner width of the resampler, a multiple of 64; 0 takes the text's width."""
+    depth: int = 4
+    """Layers of the resampler."""
+    instruction_embedding: str = "tokens"
+    """`tokens` (a state for each token, as published) or `pooled` (one for the whole instruction)."""
+    drop_image: float = 0.05
+    """Share of samples that do not see the image."""
+    drop_text: float = 0.05
+    """Share of samples that see no text."""
+    drop_instruction: float = 0.05
+    """Share of samples that are not told what to take from the image."""
+    drop_all: float = 0.05
+    """Share of samples that see nothing, for classifier-free guidance."""
+    snr_gamma: float = 0.0
+    """γ of min-SNR weighting (2303.09556); 0 weighs all timesteps alike."""
+    start_from: str = ""
+    """An Instruct adapter to go on from, or a Plus adapter to begin as; empty starts anew."""
+
+
+def build(options: InstructOptions, base: Base, columns: Rows) -> InstructSystem:
+    """The system for prepared data: an Instruct adapter of the right shape, new or from a file.
+
+    Raises:
+        ImpromptError: data of another base, a base without image encoder, a file of another variant.
+    """
+    check_same_base(columns, base)
+    return InstructSystem(base, instruct_adapter(options, base), options)
+
+
+def instruct_adapter(options: InstructOptions, base: Base) -> ImagePromptAdapter:
+    """The adapter that the options ask for: new, read from a file, or begun as a Plus adapter.
+
+    Raises:
+        ImpromptError: a base without image encoder, or a file that does not fit.
+    """
+    if options.instruction_embedding not in EMBEDDINGS:
+        raise ImpromptError(
+            f"instruction_embedding is {options.instruction_embedding!r}; choose "
+            f"{' or '.join(EMBEDDINGS)}."
+        )
+    encoder = base.image_encoder
+    if encoder is None:
+        raise ImpromptError(f"{base.name} has no image encoder, which image prompts need.")
+    if options.start_from:
+        adapter = load_adapter(options.start_from)
+        if adapter.variant == "plus":
+            adapter = begun_as_plus(adapter, base)
+        elif adapter.variant != "instruct":
+            raise ImpromptError(
+                f"{options.start_from} is a {adapter.variant} adapter; Instruct goes on from "
+                "instruct or begins as plus."
+            )
+        told = adapter.metadata.get(METADATA_KEY, options.instruction_embedding)
+        if told != options.instruction_embedding:
+            raise ImpromptError(
+                f"{options.start_from} reads instructions as {told}; set "
+                f"system.instruction_embedding={told}."
+            )
+    else:
+        adapter = create_adapter(
+            base.unet,
+            "instruct",
+            feature_dim=encoder.hidden_dim,
+            num_tokens=options.num_tokens,
+            resampler_dim=options.resampler_dim or None,
+            depth=options.depth,
+        )
+    adapter.metadata[METADATA_KEY] = options.instruction_embedding
+    return adapter.to(base.device)
+
+
+@torch.no_grad()
+def begun_as_plus(plus: ImagePromptAdapter, base: Base) -> ImagePromptAdapter:
+    """An Instruct adapter whose tokens are at first, but for nearly nothing, those of a Plus adapter."""
+    weights = plus.state_dict()
+    latents, query = weights["image_proj.latents"], weights["image_proj.layers.0.0.to_q.weight"]
+    depth = len(plus.image_proj.get_submodule("layers")._modules)
+    adapter = create_adapter(
+        base.unet,
+        "instruct",
+        feature_dim=plus.projection.features[0].dim,
+        num_tokens=latents.shape[1],
+        resampler_dim=latents.shape[2],
+        depth=depth,
+    )
+    own = adapter.state_dict()
+    if query.shape != own["image_proj.layers.0.0.to_q.weight"].shape:
+        raise ImpromptError(
+            "This Plus adapter has other heads than its width has, so it cannot grow."
+        )
+    adapter.load_state_dict({**own, **weights})
+    generator = torch.Generator().manual_seed(0)
+    for name in ("prompt_layers", "new_input_layers"):
+        for layer in adapter.image_proj.get_submodule(name).children():
+            leaving = layer.get_submodule("0.to_out")
+            assert isinstance(leaving, nn.Linear)
+            noise = torch.randn(leaving.weight.shape, generator=generator)
+            leaving.weight.copy_(NEARLY_NOTHING * noise)
+    return adapter
+
+
+class InstructSystem:
+    """Trains an Instruct adapter on pairs with a condition image and an instruction."""
+
+    def __init__(self, base: Base, adapter: ImagePromptAdapter, options: InstructOptions) -> None:
+        assert base.image_encoder is not None
+        self.base = base
+        self.module = adapter
+        self.options = options
+        self.columns = (
+            "latent_mean",
+            "latent_logvar",
+            "condition_states",
+            "instruction_ids",
+            "text_ids",
+        )
+        self.draw: Callable[[], Image.Image] | None = None
+        """Makes the picture of a preview; set by whoever can generate."""
+        self._handle = adapter.install(base.unet)
+        self._no_image = base.image_encoder.zero_hidden_states().float().to(base.device)
+        self._empty_ids = base.tokenize([""]).to(base.device)
+        self._alphas = alphas_cumprod_of(base.scheduler.config).to(base.device)
+        self._prediction = str(base.scheduler.config["prediction_type"])
+
+    def loss(
+        self, batch: dict[str, Tensor], randomness: Randomness
+    ) -> tuple[Tensor, dict[str, float | Tensor]]:
+        """The squared error of the prediction, with conditions dropped per sample."""
+        no_image, no_text, no_instruction = drops(randomness, self.options)
+        batch = without(batch, no_image, no_text, no_instruction, self._no_image, self._empty_ids)
+        timesteps = (randomness.uniform("timestep") * len(self._alphas)).long()
+        errors = self._errors(batch, randomness, timesteps)
+        if self.options.snr_gamma:
+            alphas = self._alphas[timesteps]
+            errors = errors * min_snr_weights(self._prediction, alphas, self.options.snr_gamma)
+        return errors.mean(), {}
+
+    def _errors(
+        self, batch: dict[str, Tensor], randomness: Randomness, timesteps: Tensor
+    ) -> Tensor:
+        """The squared error of each sample's prediction, (batch,)."""
+        latents = sample_latents(batch, randomness, self.base)
+        noise = randomness.normal("noise", tuple(latents.shape[1:]))
+        alphas = self._alphas[timesteps]
+        text_states = self.base.encode_text(batch["text_ids"])
+        instructions = instruction_states(
+            self.base, batch["instruction_ids"], self.options.instruction_embedding
+        )
+        tokens = self.module.tokens(
+            batch["condition_states"].float(), instructions, text_states.sequence
+        )
+        noisy = add_noise(latents, noise, alphas).contiguous(memory_format=torch.channels_last)
+        condition = self._handle.condition(tokens)
+        prediction = self.base.denoise(noisy, timesteps, text_states, condition)
+        target = prediction_target(self._prediction, latents, noise, alphas)
+        errors = functional.mse_loss(prediction.float(), target.float(), reduction="none")
+        return errors.mean(dim=(1, 2, 3))
+
+    @torch.no_grad()
+    def validate(self, batch: dict[str, Tensor], randomness: Randomness) -> dict[str, float]:
+        """The loss at evenly spread timesteps on fixed noise: as asked, asked for another thing, …
+
+        An adapter that listens to instructions loses when it is told its neighbour's.
+        """
+        count = len(batch["text_ids"])
+        spread = (torch.arange(count, device=self._alphas.device) + 0.5) / count
+        timesteps = (spread * len(self._alphas)).long()
+        never = torch.zeros(count, dtype=torch.bool, device=self._alphas.device)
+        always = ~never
+        nothing = (self._no_image, self._empty_ids)
+        other = {**batch, "instruction_ids": batch["instruction_ids"].roll(1, 0)}
+        figures: dict[str, float] = {}
+        for name, given in (
+            ("loss_with_image", batch),
+            ("loss_with_another_instruction", other),
+            ("loss_with_image_alone", without(batch, never, always, never, *nothing)),
+            ("loss_without_image", without(batch, always, never, always, *nothing)),
+        ):
+            figures[name] = self._errors(given, randomness, timesteps).mean().item()
+        return figures
+
+    def preview(self) -> Image.Image | None:
+        """What `draw` makes, if it was given."""
+        return None if self.draw is None else self.draw()
+
+    def export(self, path: Path) -> None:
+        """Write the adapter with the official keys."""
+        metadata = {"base": self.base.name, "base_fingerprint": self.base.fingerprint()}
+        save_adapter(self.module, path, metadata)
+
+
+def drops(randomness: Randomness, options: InstructOptions) -> tuple[Tensor, Tensor, Tensor]:
+    """Which samples lose their image, which their text, which their instruction: masks (batch,).
+
+    One draw decides, so that the shares add up. A sample without an image keeps its instruction,
+    unless it loses everything.
+    """
+    draw = randomness.uniform("drop")
+    shares = (
+        options.drop_image,
+        options.drop_text,
+        options.drop_instruction,
+        options.drop_all,
+    )
+    masks: list[Tensor] = []
+    begin = 0.0
+    for share in shares:
+        masks.append((draw >= begin) & (draw < begin + share))
+        begin += share
+    image, text, instruction, everything = masks
+    return image | everything, text | everything, instruction | everything
+
+
+def without(
+    batch: dict[str, Tensor],
+    no_image: Tensor,
+    no_text: Tensor,
+    no_instruction: Tensor,
+    nothing: Tensor,
+    empty_ids: Tensor,
+) -> dict[str, Tensor]:
+    """The batch with the marked rows' image, text or instruction replaced by none."""
+    return {
+        **batch,
+        "condition_states": replace_rows(batch["condition_states"].float(), nothing, no_image),
+        "text_ids": replace_rows(batch["text_ids"], empty_ids, no_text),
+        "instruction_ids": replace_rows(batch["instruction_ids"], empty_ids, no_instruction),
+    }

@@ -1,0 +1,170 @@
+"""The map reader: a small network that reads depth, edges, segmentation and keypoints off a picture.
+
+It learns on renders and is used in evaluation only, to see whether a generated picture obeys the map
+that was asked for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as functional
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from imprompt.bases import Base
+from imprompt.core.randomness import Randomness
+from imprompt.data.rows import Rows
+from imprompt.diorama.maps import KEYPOINT_COLOURS, PART_COLOURS, keypoints_of_map, parts_of_map
+
+_NUM_PARTS, _NUM_KEYPOINTS = len(PART_COLOURS), len(KEYPOINT_COLOURS)
+
+
+def _convolution(channels_in: int, channels_out: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(channels_in, channels_out, 3, stride, 1, bias=False),
+        nn.BatchNorm2d(channels_out),
+        nn.SiLU(),
+    )
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a picture shows.
+
+    depth, edges: (batch, height, width), as in a control map, in [0, 1].
+    parts: (batch, parts, height, width), logits. keypoints: (batch, 5, 2), pixel coordinates.
+    """
+
+    depth: Tensor
+    edges: Tensor
+    parts: Tensor
+    keypoints: Tensor
+
+
+class MapReader(nn.Module):
+    """Pixels (batch, 3, 64, 64) in [-1, 1] to a `Reading`, by a small U-shaped network."""
+
+    def __init__(self, width: int = 16):
+        super().__init__()
+        self.at_full = _convolution(3, width)
+        self.at_half = nn.Sequential(
+            _convolution(width, 2 * width, 2), _convolution(2 * width, 2 * width)
+        )
+        self.at_quarter = nn.Sequential(
+            _convolution(2 * width, 4 * width, 2), _convolution(4 * width, 4 * width)
+        )
+        self.at_eighth = nn.Sequential(
+            _convolution(4 * width, 6 * width, 2), _convolution(6 * width, 6 * width)
+        )
+        self.whole = nn.Linear(6 * width, 6 * width)
+        self.to_quarter = _convolution(10 * width, 4 * width)
+        self.to_half = _convolution(6 * width, 2 * width)
+        self.narrow = nn.Conv2d(2 * width, width, 1)
+        self.to_full = _convolution(2 * width, width)
+        self.maps = nn.Conv2d(width, 2 + _NUM_PARTS, 1)
+        self.heat = nn.Conv2d(2 * width, _NUM_KEYPOINTS, 1)
+
+    def forward(self, pixels: Tensor) -> Reading:
+        full = self.at_full(pixels)
+        half = self.at_half(full)
+        quarter = self.at_quarter(half)
+        eighth = self.at_eighth(quarter)
+        eighth = eighth + self.whole(eighth.mean((2, 3)))[:, :, None, None]
+        quarter = self.to_quarter(torch.cat([_twice(eighth), quarter], 1))
+        half = self.to_half(torch.cat([_twice(quarter), half], 1))
+        full = self.to_full(torch.cat([_twice(self.narrow(half)), full], 1))
+        maps = self.maps(full).float()
+        heat = self.heat(half).float().flatten(2).softmax(2).unflatten(2, half.shape[2:])
+        return Reading(
+            maps[:, 0].sigmoid(), maps[:, 1].sigmoid(), maps[:, 2:], 2 * _centre_of(heat)
+        )
+
+
+def _twice(features: Tensor) -> Tensor:
+    return functional.interpolate(features, scale_factor=2.0, mode="nearest")
+
+
+def _centre_of(heat: Tensor) -> Tensor:
+    """Means (batch, points, 2) of heat maps (batch, points, h, w) that each sum to one."""
+    axis = torch.arange(heat.shape[-1], device=heat.device) + 0.5
+    x = (heat.sum(2) * axis).sum(2)
+    y = (heat.sum(3) * axis).sum(2)
+    return torch.stack([x, y], 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MapReaderOptions:
+    """What is trained."""
+
+    width: int = 16
+    """Channels of the first layer."""
+
+
+def build(options: MapReaderOptions, base: Base, columns: Rows) -> MapReaderSystem:
+    """The system for columns of pixels and of all four control maps; the base has no part in it."""
+    reader: Any = MapReader(options.width)
+    return MapReaderSystem(reader.to(memory_format=torch.channels_last))
+
+
+class MapReaderSystem:
+    """Trains the reader on `pixels` (uint8) and the control maps of the same scenes."""
+
+    columns = (
+        "pixels",
+        "control_depth",
+        "control_edges",
+        "control_segmentation",
+        "control_keypoints",
+    )
+
+    def __init__(self, module: MapReader):
+        self.module = module
+
+    def loss(
+        self, batch: dict[str, Tensor], randomness: Randomness
+    ) -> tuple[Tensor, dict[str, float | Tensor]]:
+        pixels = batch["pixels"].float() / 127.5 - 1.0
+        # What a decoder does to a picture: some softness and a little noise.
+        soft = functional.avg_pool2d(pixels, 3, 1, 1, count_include_pad=False)
+        softness = 0.9 * randomness.uniform("softness")[:, None, None, None]
+        noise = randomness.normal("noise", tuple(pixels.shape[1:]))
+        noise = noise * (0.08 * randomness.uniform("noise level")[:, None, None, None])
+        pixels = torch.lerp(pixels, soft, softness) + noise
+        reading = self.module(pixels.contiguous(memory_format=torch.channels_last))
+        losses = _losses(reading, batch)
+        return torch.stack(list(losses.values())).sum(), {k: v.detach() for k, v in losses.items()}
+
+    @torch.no_grad()
+    def validate(self, batch: dict[str, Tensor], randomness: Randomness) -> dict[str, float]:
+        reading = self.module(batch["pixels"].float() / 127.5 - 1.0)
+        return {name: value.item() for name, value in _losses(reading, batch).items()}
+
+    def preview(self) -> Image.Image | None:
+        return None
+
+    def export(self, path: Path) -> None:
+        """Write one safetensors file in half precision."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        weights = self.module.state_dict()
+        half = {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
+        save_file({k: v.contiguous() for k, v in half.items()}, path, {"model": "map-reader"})
+
+
+def _losses(reading: Reading, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    depth = batch["control_depth"][:, 0].float() / 255
+    edges = batch["control_edges"][:, 0].float() / 255
+    parts = parts_of_map(batch["control_segmentation"].float() / 255)
+    keypoints, seen = keypoints_of_map(batch["control_keypoints"].float() / 255)
+    distance = (reading.keypoints - keypoints).square().sum(2).add(1e-3).sqrt()
+    line_weight = 1 + 3 * edges
+    return {
+        "depth": 5 * (reading.depth - depth).abs().mean(),
+        "edges": (line_weight * (reading.edges - edges).abs()).mean(),
+        "parts": functional.cross_entropy(reading.parts, parts, label_smoothing=0.01),
+        "keypoints": 0.1 * (distance * seen).sum() / seen.sum().clamp(min=1),
+    }

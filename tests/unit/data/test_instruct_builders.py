@@ -1,0 +1,126 @@
+"""Lessons of Instruct from a user's own pictures, and the list of pairs they become."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from imprompt.core.errors import ImpromptError
+from imprompt.data.dataset import Columns
+from imprompt.data.instruct_builders import (
+    composition_lesson,
+    edges,
+    everything_lesson,
+    face_lessons,
+    object_lesson,
+    style_lesson,
+    write_lessons,
+)
+from imprompt.data.instructions import fault_of
+from imprompt.data.prepare import prepare
+
+
+def photo(number, size=(60, 40)):
+    values = np.random.default_rng(number).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+def square_on_black():
+    image = Image.new("RGB", (64, 64))
+    image.paste((250, 250, 250), (20, 24, 44, 48))
+    return image
+
+
+def test_an_object_is_cut_out_by_a_box():
+    lesson = object_lesson(square_on_black(), "a square at night", "square", box=(20, 24, 44, 44))
+    assert lesson.condition.size == (24, 24)
+    assert lesson.condition.getpixel((12, 12)) == (250, 250, 250)
+    assert lesson.condition.getpixel((12, 0)) == lesson.condition.getpixel((12, 23))
+    assert lesson.condition.getpixel((12, 0)) != (0, 0, 0)
+    assert "square" in lesson.instruction and lesson.target.size == (64, 64)
+
+
+def test_an_object_is_cut_out_by_a_mask_on_a_coloured_ground():
+    image, mask = square_on_black(), Image.new("L", (64, 64))
+    mask.paste(255, (20, 24, 44, 48))
+    mask.paste(0, (20, 24, 30, 30))
+    lesson = object_lesson(image, "a square", "square", mask=mask)
+    assert lesson.condition.getpixel((20, 20)) == (250, 250, 250)
+    assert lesson.condition.getpixel((2, 2)) not in ((0, 0, 0), (250, 250, 250))
+    others = {
+        object_lesson(image, "", "square", mask=mask, seed=i).condition.getpixel((2, 2))
+        for i in range(5)
+    }
+    assert len(others) == 5
+
+
+def test_mistakes_with_objects_are_told():
+    image = square_on_black()
+    with pytest.raises(ImpromptError, match="give one of them"):
+        object_lesson(image, "", "square")
+    with pytest.raises(ImpromptError, match="not in the picture"):
+        object_lesson(image, "", "square", box=(40, 40, 90, 90))
+    with pytest.raises(ImpromptError, match="Nothing is white"):
+        object_lesson(image, "", "square", mask=Image.new("L", (64, 64)))
+    with pytest.raises(ImpromptError, match="The mask is of"):
+        object_lesson(image, "", "square", mask=Image.new("L", (6, 6)))
+
+
+def test_a_layout_is_shown_by_its_edges_or_drawn_anew():
+    found = np.asarray(edges(square_on_black()).convert("L"))
+    assert found[24, 30] == 255 and found[34, 30] == 0 and found[0].max() == 0
+    asked = []
+
+    def redraw(outlines, text):
+        asked.append((outlines, text))
+        return photo(1)
+
+    plain = composition_lesson(square_on_black(), "a box")
+    drawn = composition_lesson(
+        square_on_black(), "a box", redraw=redraw, other_caption="a red tower"
+    )
+    assert np.array_equal(np.asarray(plain.condition), np.asarray(asked[0][0]))
+    assert asked[0][1] == "a red tower" and drawn.condition.size == (60, 40)
+
+
+def test_faces_are_shown_by_another_photo_half_of_them_zoomed():
+    photos = [(photo(i), f"caption {i}") for i in range(20)]
+    lessons = list(face_lessons(photos))
+    assert [lesson.prompt for lesson in lessons] == [caption for _, caption in photos]
+    zoomed = [lesson for lesson in lessons if lesson.condition.size != (60, 40)]
+    assert 5 <= len(zoomed) <= 15
+    assert all(lesson.condition.width == lesson.condition.height for lesson in zoomed)
+    for number, lesson in enumerate(lessons):
+        if lesson not in zoomed:
+            assert lesson.condition is photos[(number + 1) % 20][0]
+    with pytest.raises(ImpromptError, match="two photos"):
+        list(face_lessons(photos[:1]))
+
+
+def test_lessons_become_data(base, tmp_path):
+    styled = style_lesson(photo(2), lambda image, text: photo(3), "a boat", kept="in oil")
+    lessons = [
+        everything_lesson(photo(0), "a beach"),
+        object_lesson(square_on_black(), "a square", "square", box=(20, 24, 44, 48)),
+        composition_lesson(photo(1), "a tower"),
+        styled,
+    ]
+    for lesson in lessons:
+        if lesson.task != "object":
+            assert fault_of(lesson.instruction, lesson.task) is None
+    write_lessons(lessons, tmp_path / "own")
+    listed = write_lessons(face_lessons([(photo(4), "he"), (photo(5), "him")]), tmp_path / "own")
+    records = [json.loads(line) for line in listed.read_text().splitlines()]
+    assert [r["task"] for r in records] == [
+        "everything",
+        "object",
+        "composition",
+        "style",
+        "face",
+        "face",
+    ]
+    data = Columns.open(prepare(str(listed), tmp_path / "data", base, variant="instruct-words"))
+    rows = data.rows(range(6), ["task_ids", "kept_ids"])
+    assert rows["task_ids"].tolist() == [0, 2, 3, 1, 4, 4]
+    assert rows["kept_ids"][3].tolist() == base.tokenize(["in oil"])[0].tolist()

@@ -1,0 +1,81 @@
+"""The measurement of Instruct: what is asked, what is read off renders, silhouettes, CLIP scores."""
+
+import pytest
+import torch
+
+from imprompt.adapters import create_adapter
+from imprompt.bases import load_base
+from imprompt.data.instructions import TASKS
+from imprompt.diorama import phrases, render
+from imprompt.evaluation.clip_scores import ClipScores, mean_cosine
+from imprompt.evaluation.instruct import (
+    judged,
+    layout_iou,
+    measure_task,
+    object_masks,
+    unseen_lessons,
+)
+from imprompt.evaluation.judge import load_judge
+from imprompt.evaluation.measure import Sampling
+
+COUNT = 16
+
+
+@pytest.fixture(scope="module")
+def base():
+    return load_base("diorama")
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_renders_of_what_was_asked_for_get_full_marks(task):
+    lessons = unseen_lessons(task, COUNT)
+    targets = render([lesson.target for lesson in lessons]).pixels
+    figures = judged(load_judge(), task, lessons, targets)
+    assert all(share > 0.9 for share in figures.values()), figures
+    if task == "composition":
+        assert layout_iou(targets, lessons) > 0.6
+        others = unseen_lessons("object", COUNT)
+        strange = render([lesson.target for lesson in others]).pixels
+        assert layout_iou(strange, lessons) < layout_iou(targets, lessons) - 0.1
+
+
+def test_the_text_says_what_is_measured_as_following_it():
+    for lesson in unseen_lessons("object", 4):
+        said = phrases(lesson.target)
+        assert said.where in lesson.prompt and said.adverb in lesson.prompt
+        assert lesson.condition.kind in lesson.instruction
+    for lesson in unseen_lessons("style", 4):
+        assert phrases(lesson.target).subject in lesson.prompt
+    assert {lesson.prompt for lesson in unseen_lessons("everything", 4)} == {""}
+    for lesson in unseen_lessons("face", 4):
+        assert lesson.condition.character == lesson.target.character
+
+
+def test_silhouettes_stand_out_from_rows():
+    picture = torch.linspace(-1, 1, 32)[None, None, :, None].expand(1, 3, 32, 32).clone()
+    picture[0, 0, 10:20, 12:22] += 0.5
+    mask = object_masks(picture)
+    assert mask[0, 10:20, 12:22].all() and mask.sum() == 100
+
+
+def test_clip_scores_know_captions_of_renders(base):
+    clip = ClipScores(base, num_scenes=48)
+    lessons = unseen_lessons("style", 12)
+    pictures = clip.of_images(render([lesson.target for lesson in lessons]).pixels)
+    texts = clip.of_texts([lesson.prompt for lesson in lessons])
+    assert mean_cosine(pictures, texts) > mean_cosine(pictures, texts.roll(1, 0)) + 0.1
+
+
+def test_a_task_is_drawn_and_measured(base):
+    adapter = create_adapter(base.unet, "instruct", feature_dim=160, resampler_dim=64, depth=1)
+    sampling = Sampling(steps=2, guidance_scale=2.0)
+    result = measure_task(base, adapter, load_judge(), sampling, "object", count=2)
+    assert result.images.shape == (2, 3, 64, 64)
+    assert set(result.figures) == {
+        "kept: kind",
+        "kept: colour",
+        "kept: all at once",
+        "text: style",
+        "text: setting",
+        "text: all at once",
+    }

@@ -1,0 +1,220 @@
+"""Controls in generation: alone as diffusers does it, several at once, with image prompts."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    ControlNetModel,
+    StableDiffusionAdapterPipeline,
+    StableDiffusionControlNetPipeline,
+)
+from PIL import Image
+from tiny_base import write_tiny_base
+
+from imprompt.adapters import create_adapter
+from imprompt.bases import load_base
+from imprompt.checkpoints import LoadedControl, load_control
+from imprompt.cli.main import main
+from imprompt.core.errors import ImpromptError
+from imprompt.core.images import pixels_to_images
+from imprompt.generation import Control, ImagePrompt, MapControl, generate, sample_latents
+from imprompt.generation.sampler import initial_noise
+from imprompt.systems.controlnet import create_controlnet
+from imprompt.systems.t2i_adapter import create_t2i_adapter
+
+SIZE = 32
+OPTIONS = {"steps": 3, "progress": False, "seed": 3}
+
+
+@pytest.fixture(scope="module")
+def base_folder(tmp_path_factory):
+    return write_tiny_base(tmp_path_factory.mktemp("base") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def base(base_folder):
+    return load_base(base_folder)
+
+
+@pytest.fixture(scope="module")
+def controls(base):
+    """A ControlNet and a T2I-Adapter that add something everywhere."""
+    controlnet = create_controlnet(base, zero_entry=False).eval()
+    with torch.no_grad():
+        for layer in (*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block):
+            torch.nn.init.normal_(layer.weight, std=0.3)
+        torch.nn.init.normal_(controlnet.controlnet_cond_embedding.conv_out.weight, std=3.0)
+    return {
+        "controlnet": LoadedControl(controlnet, "edges"),
+        "t2i-adapter": LoadedControl(create_t2i_adapter(base).eval(), "depth"),
+    }
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    noise = torch.rand(3, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    return pixels_to_images(noise * 2 - 1)
+
+
+def difference(a: Image.Image, b: Image.Image) -> float:
+    return float(np.abs(np.asarray(a, dtype=float) - np.asarray(b, dtype=float)).max())
+
+
+@pytest.mark.parametrize("name", ["controlnet", "t2i-adapter"])
+def test_a_control_acts_as_in_diffusers(base, controls, pictures, name):
+    module = controls[name].module
+    parts = {
+        "vae": base.vae,
+        "text_encoder": base.text_encoder,
+        "tokenizer": base.tokenizer,
+        "unet": base.unet,
+        "scheduler": base.scheduler,
+        "safety_checker": None,
+        "feature_extractor": None,
+        "requires_safety_checker": False,
+    }
+    if name == "controlnet":
+        pipeline = StableDiffusionControlNetPipeline(controlnet=module, **parts)
+        weight = {"controlnet_conditioning_scale": 0.7}
+    else:
+        pipeline = StableDiffusionAdapterPipeline(adapter=module, **parts)
+        weight = {"adapter_conditioning_scale": 0.7}
+    pipeline.set_progress_bar_config(disable=True)
+    control = Control(image=pictures[0], model=controls[name], weight=0.7)
+    bare = generate(base, "a cat", **OPTIONS)[0]
+    own = generate(base, "a cat", controls=control, **OPTIONS)[0]
+    stock = pipeline(
+        "a cat",
+        image=pictures[0],
+        latents=initial_noise(3, [0], base.latent_shape()),
+        num_inference_steps=3,
+        **weight,
+    ).images[0]
+    assert difference(own, bare) > 8
+    assert difference(own, stock) <= 1
+
+
+def test_weight_zero_and_an_empty_span_are_the_bare_base(base, controls, pictures):
+    bare = generate(base, "a cat", **OPTIONS)[0]
+    for options in ({"weight": 0}, {"start": 0.5, "end": 0.5}):
+        control = Control(image=pictures[0], model=controls["controlnet"], **options)
+        assert difference(generate(base, "a cat", controls=[control], **OPTIONS)[0], bare) == 0
+
+
+def test_a_span_is_kept(base, controls, pictures):
+    calls = []
+    module = controls["controlnet"].module
+    hook = module.register_forward_hook(lambda *a: calls.append(1))
+    control = Control(image=pictures[0], model=controls["controlnet"], start=0.3, end=0.9)
+    generate(base, "a cat", controls=[control], **{**OPTIONS, "steps": 10})
+    hook.remove()
+    assert len(calls) == 6
+
+
+def test_a_t2i_adapter_is_read_once(base, controls, pictures):
+    calls = []
+    hook = controls["t2i-adapter"].module.register_forward_hook(lambda *a: calls.append(1))
+    control = Control(image=pictures[0], model=controls["t2i-adapter"])
+    generate(base, "a cat", controls=[control], **OPTIONS)
+    hook.remove()
+    assert len(calls) == 1
+
+
+def test_several_controls_add_up_with_their_weights(base, controls, pictures):
+    both = [
+        Control(image=pictures[0], model=controls["controlnet"], weight=0.5),
+        Control(image=pictures[1], model=controls["t2i-adapter"], weight=0.8),
+    ]
+    together = generate(base, "a cat", controls=both, **OPTIONS)[0]
+    for one in both:
+        assert difference(generate(base, "a cat", controls=one, **OPTIONS)[0], together) > 2
+    halves = [
+        Control(image=pictures[0], model=controls["controlnet"], weight=w) for w in (0.2, 0.3)
+    ]
+    split = generate(base, "a cat", controls=[*halves, both[1]], **OPTIONS)[0]
+    assert difference(split, together) <= 1
+
+
+def test_each_image_may_have_its_map(base, controls, pictures):
+    def draw(image, **options):
+        control = Control(image=image, model=controls["controlnet"])
+        return generate(base, "a cat", controls=control, **{**OPTIONS, **options})
+
+    one_each = draw(pictures, num_images=3, batch_size=2)
+    assert difference(one_each[1], draw(pictures[1], num_images=3)[1]) <= 1
+    assert difference(one_each[1], draw(pictures[0], num_images=3)[1]) > 2
+    with pytest.raises(ImpromptError, match="3 maps, but 2 images"):
+        draw(pictures, num_images=2)
+
+
+def test_with_an_image_prompt_both_act(base, controls, pictures):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        adapter = create_adapter(base.unet, feature_dim=base.image_encoder.embed_dim)
+    prompt = ImagePrompt(pictures[2], adapter=adapter)
+    control = Control(image=pictures[0], model=controls["controlnet"])
+    images = [
+        generate(base, "", prompts, controls=some, **OPTIONS)[0]
+        for prompts, some in (((), ()), (prompt, ()), ((), control), (prompt, control))
+    ]
+    for i in range(3):
+        assert difference(images[i], images[3]) > 0
+    assert not hasattr(base.unet, "imprompt_handle")
+
+
+def test_tokens_may_stand_in_the_place_of_the_text(base, controls):
+    module = controls["controlnet"].module
+    maps = torch.rand(1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
+    text = base.encode_text(["a cat"])
+    nothing = base.encode_text([""])
+    width = text.sequence.shape[-1]
+    tokens = torch.randn(1, 5, width, generator=torch.Generator().manual_seed(2))
+
+    def draw(**given):
+        control = MapControl(module=module, maps=maps, **given)
+        return sample_latents(base, text, nothing, steps=2, controls=[control])
+
+    plain = draw()
+    as_text = draw(tokens=text.sequence, zero_tokens=nothing.sequence)
+    torch.testing.assert_close(as_text, plain)
+    assert not torch.allclose(draw(tokens=tokens, zero_tokens=0 * tokens), plain, atol=1e-3)
+
+
+def test_a_control_of_another_base_is_refused(base, controls, tmp_path):
+    wide = ControlNetModel(
+        block_out_channels=(16, 32),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        conditioning_embedding_out_channels=(8, 8, 8),
+        cross_attention_dim=16,
+        norm_num_groups=4,
+        attention_head_dim=2,
+        layers_per_block=1,
+    )
+    control = Control(image=Image.new("RGB", (8, 8)), model=LoadedControl(wide))
+    with pytest.raises(ImpromptError, match="another base"):
+        generate(base, "", controls=control, **OPTIONS)
+    with pytest.raises(ImpromptError, match="no time span"):
+        Control(image="a.png", model=controls["controlnet"], start=0.9, end=0.1)
+    base.vae.save_pretrained(tmp_path / "vae")
+    with pytest.raises(ImpromptError, match="AutoencoderKL"):
+        load_control(tmp_path / "vae")
+
+
+def test_the_command_line(base_folder, controls, pictures, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, control in controls.items():
+        control.module.save_pretrained(tmp_path / name)
+    pictures[0].save("map.png")
+    command = ["generate", "a cat", "--base", str(base_folder), "--steps", "2", "--num-images", "1"]
+    models = ["--control-model", "edges=controlnet", "--control-model", "depth=t2i-adapter"]
+    both = ["--control", "edges=map.png:0.5", "--control", "depth=map.png"]
+    assert main([*command, *both, *models]) == 0
+    assert Image.open("images.png").size == (SIZE, SIZE)
+    for options, message in (
+        (["--control", "edges=map.png"], "no control for edges"),
+        (["--control", "map.png"], "NAME=VALUE"),
+        (["--control", "edges=none.png", *models[:2]], "no image file none.png"),
+        (models[:2], "no --control edges=FILE"),
+    ):
+        assert main([*command, "--output", "other.png", *options]) == 2
+        assert message in capsys.readouterr().err

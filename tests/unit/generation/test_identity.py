@@ -1,0 +1,161 @@
+"""Persons in generation: face adapters as image prompts, and identities with their IdentityNet."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from imprompt.adapters import create_adapter
+from imprompt.checkpoints.identity import Identity
+from imprompt.core.errors import ImpromptError
+from imprompt.encoders.face import DioramaFaceEncoder, load_face_encoder
+from imprompt.encoders.face_network import FaceNetwork
+from imprompt.generation import IdentityPrompt, ImagePrompt, generate
+from imprompt.generation.faces import face_encoder_of, face_features
+from imprompt.systems.controlnet import create_controlnet
+
+ID_DIM = 8
+FAST = {"steps": 2, "progress": False, "seed": 3}
+
+
+@pytest.fixture(scope="module")
+def faces():
+    torch.manual_seed(0)
+    return DioramaFaceEncoder(FaceNetwork(width=4, embed_dim=ID_DIM), "tiny")
+
+
+@pytest.fixture
+def pictures():
+    generator = torch.Generator().manual_seed(1)
+    return [torch.rand(3, 40, 40, generator=generator) * 2 - 1 for _ in range(2)]
+
+
+def shaken(module):
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return module
+
+
+@pytest.fixture
+def identity(base):
+    adapter = shaken(create_adapter(base.unet, "plus", feature_dim=ID_DIM, num_tokens=2, depth=1))
+    adapter.metadata["reads"] = "id_embeds"
+    return Identity(adapter, shaken(create_controlnet(base)).eval())
+
+
+def same(first, second):
+    return all(
+        np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(first, second, strict=True)
+    )
+
+
+@pytest.mark.parametrize("variant", ["faceid", "faceid-plus"])
+def test_a_face_is_an_image_prompt(base, faces, pictures, variant):
+    feature_dim = ID_DIM if variant == "faceid" else base.image_encoder.hidden_dim
+    adapter = shaken(
+        create_adapter(base.unet, variant, feature_dim=feature_dim, id_dim=ID_DIM, lora_rank=2)
+    )
+    prompts = [ImagePrompt(one, adapter=adapter, face_encoder=faces) for one in pictures]
+    first, second = (generate(base, "a house", prompt, **FAST) for prompt in prompts)
+    assert not same(first, second)
+    assert not same(first, generate(base, "a house", **FAST))
+    assert same(first, generate(base, "a house", prompts[0], **FAST))
+    both = ImagePrompt(pictures, adapter=adapter, face_encoder=faces)
+    assert not same(first, generate(base, "a house", both, **FAST))
+
+
+def test_what_face_adapters_read(base, faces, pictures, identity):
+    pixels = torch.stack(pictures)
+    plain = create_adapter(base.unet, "faceid", feature_dim=ID_DIM, lora_rank=2)
+    (embeds,) = face_features(plain, pictures, faces, None)
+    torch.testing.assert_close(embeds, faces.embeds(pixels))
+    (sequence,) = face_features(identity.adapter, pictures, faces, None)
+    torch.testing.assert_close(sequence, faces.embeds(pixels)[:, None])
+    del identity.adapter.metadata["reads"]  # as the published file
+    (as_they_come,) = face_features(identity.adapter, pictures, faces, None)
+    torch.testing.assert_close(as_they_come[:, 0], faces.embeds(pixels, normalized=False))
+    dim = base.image_encoder.hidden_dim
+    plus = create_adapter(base.unet, "faceid-plus", feature_dim=dim, id_dim=ID_DIM, lora_rank=2)
+    embeds, states = face_features(plus, pictures, faces, base.image_encoder)
+    torch.testing.assert_close(states, base.image_encoder.hidden_states(pixels))
+    with pytest.raises(ImpromptError, match="image_encoder=load_clip"):
+        face_features(plus, pictures, faces, None)
+
+
+def test_an_identity_acts_by_its_adapter_and_by_its_net(base, faces, pictures, identity):
+    def drawn(**options):
+        prompt = IdentityPrompt(pictures[0], identity, face_encoder=faces, **options)
+        return generate(base, "a house", identities=[prompt], **FAST)
+
+    bare = generate(base, "a house", **FAST)
+    whole, no_net, no_adapter = drawn(), drawn(net_weight=0), drawn(scale=0.0)
+    assert same(bare, drawn(scale=0.0, net_weight=0))
+    for first, second in ((whole, no_net), (whole, no_adapter), (no_net, bare), (no_adapter, bare)):
+        assert not same(first, second)
+    alone = ImagePrompt(pictures[0], adapter=identity.adapter, face_encoder=faces)
+    assert same(no_net, generate(base, "a house", alone, **FAST))
+    assert same(whole, drawn())
+    assert all(
+        type(p).__module__.startswith("diffusers") for p in base.unet.attn_processors.values()
+    )
+
+
+def test_identity_net_reads_face_and_landmarks_not_the_text(
+    base, faces, pictures, identity, tmp_path
+):
+    places = torch.rand(1, 5, 2)
+    (tmp_path / "pose.json").write_text(json.dumps(places[0].tolist()))
+    seen = []
+    hook = identity.net.register_forward_pre_hook(
+        lambda _, __, given: seen.append(given), with_kwargs=True
+    )
+    for text in ("a house", "a red boat"):
+        for landmarks in (places, str(tmp_path / "pose.json")):
+            prompt = IdentityPrompt(pictures[0], identity, landmarks=landmarks, face_encoder=faces)
+            generate(base, text, identities=[prompt], **FAST)
+    hook.remove()
+    assert len(seen) == 8
+    tokens = seen[0]["encoder_hidden_states"]
+    # The unconditional half reads the tokens of no face.
+    zero = identity.adapter.tokens(torch.zeros(1, 1, ID_DIM))
+    torch.testing.assert_close(tokens[:1], zero)
+    assert not torch.allclose(tokens[1:], zero)
+    for given in seen:
+        assert torch.equal(given["encoder_hidden_states"], tokens)
+        torch.testing.assert_close(
+            given["controlnet_cond"], seen[0]["controlnet_cond"], atol=1e-3, rtol=0
+        )
+
+
+def test_identities_stand_beside_image_prompts(base, faces, pictures, identity):
+    style = create_adapter(base.unet, feature_dim=base.image_encoder.embed_dim)
+    person = IdentityPrompt(pictures[0], identity, face_encoder=faces)
+    image = ImagePrompt(pictures[1], adapter=style)
+    both = generate(base, "a house", image, identities=[person], **FAST)
+    assert not same(both, generate(base, "a house", image, **FAST))
+    assert not same(both, generate(base, "a house", identities=[person], **FAST))
+
+
+def test_the_encoder_is_the_one_that_an_adapter_was_trained_with(base, faces, tmp_path):
+    adapter = create_adapter(base.unet, "faceid", feature_dim=ID_DIM, lora_rank=2)
+    adapter.metadata["face_encoder"] = faces.fingerprint()
+    path = tmp_path / "tiny.safetensors"
+    save_file({k: v.contiguous() for k, v in faces.network.state_dict().items()}, path)
+    assert face_encoder_of(adapter, str(path)).fingerprint() == faces.fingerprint()
+    assert load_face_encoder(path).embed_dim == ID_DIM
+    adapter.metadata["face_encoder"] = "another"
+    with pytest.raises(ImpromptError, match="another face encoder"):
+        face_encoder_of(adapter, faces)
+    with pytest.raises(ImpromptError, match="not installed"):
+        face_encoder_of(adapter)
+
+
+def test_mistakes_are_told(faces, pictures, identity):
+    with pytest.raises(ImpromptError, match="landmarks have shape"):
+        IdentityPrompt(pictures[0], identity, landmarks=torch.rand(5, 2))
+    with pytest.raises(ImpromptError, match="time span"):
+        IdentityPrompt(pictures[0], identity, start=0.8, end=0.2)

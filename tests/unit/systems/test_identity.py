@@ -1,0 +1,211 @@
+"""InstantID and face-id as systems: what trains, from what, and what is written."""
+
+import json
+
+import pytest
+import torch
+from tiny_base import write_tiny_base
+
+from imprompt.bases import load_base
+from imprompt.checkpoints import load_adapter
+from imprompt.checkpoints.identity import load_identity, reads_faces
+from imprompt.core.errors import ImpromptError
+from imprompt.core.randomness import Randomness
+from imprompt.data.dataset import Columns, ColumnsWriter
+from imprompt.systems import face_id, identity
+from imprompt.systems.protocol import System
+
+COUNT, ID_DIM = 6, 12
+
+
+@pytest.fixture
+def base(tmp_path):
+    return load_base(write_tiny_base(tmp_path / "base"))
+
+
+@pytest.fixture
+def columns(base, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(COUNT, *shape, generator=generator)
+
+    (tmp_path / "data").mkdir()
+    writer = ColumnsWriter(tmp_path / "data", COUNT)
+    latents = base.latent_shape()
+    states = base.image_encoder.zero_hidden_states().shape[1:]
+    writer.write(
+        0,
+        {
+            "latent_mean": normal(*latents),
+            "latent_logvar": torch.full((COUNT, *latents), -9.0),
+            "id_embeds": torch.nn.functional.normalize(normal(ID_DIM), dim=1),
+            "reference_hidden_states": normal(*states),
+            "landmarks": torch.rand(COUNT, 5, 2, generator=generator),
+            "text_ids": base.tokenize(["a red house"] * COUNT),
+        },
+    )
+    meta = {"base_fingerprint": base.fingerprint(), "face_encoder": "abc"}
+    writer.finish(COUNT, meta)
+    return Columns.open(tmp_path / "data")
+
+
+def trained(system, columns, steps=3):
+    batch = columns.rows(range(COUNT), system.columns)
+    parameters = [p for p in system.module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2)
+    for step in range(steps):
+        loss, _ = system.loss(batch, Randomness(0, range(step * COUNT, (step + 1) * COUNT)))
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(p.grad is not None for p in parameters)
+        optimizer.step()
+    return batch
+
+
+def test_adapter_and_identity_net_train_together_and_nothing_else(base, columns):
+    before = {k: v.clone() for k, v in base.unet.state_dict().items()}
+    options = identity.IdentityOptions(num_tokens=3, depth=1, zero_entry=False)
+    system = identity.build(options, base, columns)
+    assert isinstance(system, System)
+    parts = {name.split(".")[0] for name, _ in system.module.named_parameters()}
+    assert parts == {"adapter", "identity_net"}
+    trained(system, columns)
+    assert all(torch.equal(v, before[k]) for k, v in base.unet.state_dict().items())
+
+
+def test_identity_net_reads_the_face_and_the_landmarks_but_not_the_text(base, columns):
+    options = identity.IdentityOptions(num_tokens=3, depth=1, zero_entry=False)
+    system = identity.build(options, base, columns)
+    batch = trained(system, columns)
+    seen = []
+
+    def keep(_, arguments, keywords):
+        seen.append((keywords["encoder_hidden_states"], keywords["controlnet_cond"]))
+
+    system.module.identity_net.register_forward_pre_hook(keep, with_kwargs=True)
+    randomness = Randomness(0, range(COUNT))
+    system.loss(batch, randomness)
+    system.loss({**batch, "text_ids": base.tokenize(["in snow"] * COUNT)}, randomness)
+    system.loss({**batch, "id_embeds": batch["id_embeds"].flip(0)}, randomness)
+    assert seen[0][0].shape == (COUNT, 3, base.unet.config.cross_attention_dim)
+    assert seen[0][1].shape == (COUNT, 3, base.image_size_px, base.image_size_px)
+    assert torch.equal(seen[0][0], seen[1][0])
+    assert not torch.allclose(seen[0][0], seen[2][0])
+
+
+def test_nothing_is_dropped(base, columns):
+    """The same noise, step and posterior draw, whatever "drop" would draw: the loss is a function of them."""
+    options = identity.IdentityOptions(num_tokens=3, depth=1)
+    system = identity.build(options, base, columns)
+    zeros = []
+    tokens = system.module.adapter.image_proj.register_forward_pre_hook(
+        lambda _, given: zeros.append((given[0] == 0).all(dim=(1, 2)).any().item())
+    )
+    for start in range(0, 60, COUNT):
+        batch = columns.rows(range(COUNT), system.columns)
+        system.loss(batch, Randomness(0, range(start, start + COUNT)))
+    tokens.remove()
+    assert len(zeros) == 10 and not any(zeros)
+
+
+def test_validation_tells_what_each_part_is_worth(base, columns):
+    options = identity.IdentityOptions(num_tokens=3, depth=1)
+    system = identity.build(options, base, columns)
+    batch = columns.rows(range(COUNT), system.columns)
+    figures = system.validate(batch, Randomness(1, range(COUNT)))
+    # A new IdentityNet adds nothing yet.
+    assert figures["loss"] == pytest.approx(figures["loss_without_identity_net"], rel=1e-5)
+    assert figures["loss_without_adapter"] == pytest.approx(figures["loss_with_text"], rel=1e-5)
+    assert figures["loss"] != pytest.approx(figures["loss_with_text"], rel=1e-5)
+
+
+def test_what_is_exported_is_read_again_and_gone_on_with(base, columns, tmp_path):
+    options = identity.IdentityOptions(num_tokens=3, depth=1, zero_entry=False)
+    system = identity.build(options, base, columns)
+    trained(system, columns)
+    system.export(tmp_path / "out")
+    loaded = load_identity(tmp_path / "out")
+    assert reads_faces(loaded.adapter) and loaded.adapter.metadata["face_encoder"] == "abc"
+    for mine, other in (
+        (system.module.adapter, loaded.adapter),
+        (system.module.identity_net, loaded.net),
+    ):
+        for key, value in mine.state_dict().items():
+            torch.testing.assert_close(other.state_dict()[key], value, atol=2e-3, rtol=2e-3)
+    again = identity.build(
+        identity.IdentityOptions(start_from=str(tmp_path / "out")), base, columns
+    )
+    assert all(p.requires_grad for p in again.module.parameters())
+    trained(again, columns, steps=1)
+
+
+def test_a_published_folder_is_read(base, columns, tmp_path):
+    """As the authors publish it: ip-adapter.bin of two dicts, ControlNetModel/ beside it."""
+    options = identity.IdentityOptions(num_tokens=3, depth=1)
+    system = identity.build(options, base, columns)
+    system.export(tmp_path / "out")
+    state = system.module.adapter.state_dict()
+    two_dicts = {
+        part: {k.removeprefix(f"{part}."): v for k, v in state.items() if k.startswith(part)}
+        for part in ("image_proj", "ip_adapter")
+    }
+    (tmp_path / "out/ip-adapter.safetensors").unlink()
+    torch.save(two_dicts, tmp_path / "out/ip-adapter.bin")
+    with pytest.raises(ImpromptError, match="reads no faces"):  # for it reads 12 numbers, not 512
+        load_identity(tmp_path / "out")
+
+
+def test_what_is_missing_is_told(base, columns, tmp_path):
+    with pytest.raises(ImpromptError, match="holds no identity adapter"):
+        load_identity(tmp_path)
+    system = identity.build(identity.IdentityOptions(num_tokens=3, depth=1), base, columns)
+    system.export(tmp_path / "out")
+    (tmp_path / "out/ControlNetModel/config.json").unlink()
+    with pytest.raises(ImpromptError, match="holds no IdentityNet"):
+        load_identity(tmp_path / "out")
+
+
+@pytest.mark.parametrize(("variant", "shortcut"), [("faceid", False), ("faceid-plus", True)])
+def test_face_id_trains_with_its_lora(base, columns, tmp_path, variant, shortcut):
+    options = face_id.FaceIdOptions(variant=variant, lora_rank=2, shortcut=shortcut, num_tokens=2)
+    system = face_id.build(options, base, columns)
+    up = "ip_adapter.0.to_q_lora.up.weight"
+    assert not system.module.state_dict()[up].any()
+    trained(system, columns)
+    assert system.module.state_dict()[up].any()
+    system.export(tmp_path / "face.safetensors")
+    loaded = load_adapter(tmp_path / "face.safetensors")
+    assert loaded.variant == variant and loaded.lora_rank == 2 and reads_faces(loaded)
+    assert loaded.metadata["face_encoder"] == "abc"
+    if shortcut:
+        assert loaded.image_proj.shortcut
+    for key, value in system.module.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value)
+
+
+def test_face_id_drops_by_zero_identity(base, columns):
+    options = face_id.FaceIdOptions(lora_rank=2, drop_image=1.0, drop_text=0.0, drop_both=0.0)
+    system = face_id.build(options, base, columns)
+    batch = columns.rows(range(COUNT), system.columns)
+    randomness = Randomness(0, range(COUNT))
+    loss, _ = system.loss(batch, randomness)
+    other, _ = system.loss({**batch, "id_embeds": -batch["id_embeds"]}, randomness)
+    assert loss.item() == other.item()
+
+
+def test_mistakes_are_told(base, columns):
+    with pytest.raises(ImpromptError, match="reads no faces"):
+        face_id.build(face_id.FaceIdOptions(variant="plus"), base, columns)
+    with pytest.raises(ImpromptError, match="lora_rank"):
+        face_id.build(face_id.FaceIdOptions(lora_rank=0), base, columns)
+    with pytest.raises(ImpromptError, match="fit_to_captions"):
+        face_id.build(face_id.FaceIdOptions(fit_to_captions=True), base, columns)
+
+
+def test_an_identity_folder_describes_itself(base, columns, tmp_path):
+    system = identity.build(identity.IdentityOptions(num_tokens=3, depth=1), base, columns)
+    system.export(tmp_path / "out")
+    described = json.loads((tmp_path / "out/identity.json").read_text())
+    assert described["base_fingerprint"] == base.fingerprint()
+    assert described["kind"] == "identity"

@@ -1,0 +1,210 @@
+"""IP-Adapter-Instruct as a system, and its beginning in words."""
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_base import write_tiny_base
+
+from imprompt.adapters import create_adapter
+from imprompt.bases import load_base
+from imprompt.checkpoints import load_adapter, save_adapter
+from imprompt.core.errors import ImpromptError
+from imprompt.core.randomness import Randomness
+from imprompt.data.dataset import Columns
+from imprompt.data.prepare import prepare
+from imprompt.encoders.instruction import instruction_states
+from imprompt.systems import instruct, instruct_words
+from imprompt.systems.instruct import InstructOptions, InstructSystem, drops
+from imprompt.training.run import run_training
+
+SMALL = InstructOptions(num_tokens=3, resampler_dim=64, depth=1)
+KEEP_ALL = replace(SMALL, drop_image=0.0, drop_text=0.0, drop_instruction=0.0, drop_all=0.0)
+SETTINGS = ["system.num_tokens=3", "system.resampler_dim=64", "system.depth=1"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("instruct")
+    write_tiny_base(folder / "base", image_encoder=True)
+    base = load_base(folder / "base")
+    prepare("diorama-instruct:20", folder / "data", base, variant="instruct-words")
+    return folder
+
+
+@pytest.fixture
+def base(folder):
+    return load_base(folder / "base")
+
+
+@pytest.fixture
+def columns(folder):
+    return Columns.open(folder / "data")
+
+
+def test_drops_come_at_their_rates():
+    image, text, instruction = drops(Randomness(0, range(40_000)), InstructOptions())
+    everything = image & text & instruction
+    for share in (
+        image & ~everything,
+        text & ~everything,
+        instruction & ~everything,
+        everything,
+    ):
+        assert share.float().mean().item() == pytest.approx(0.05, abs=0.004)
+
+
+def test_exactly_the_adapter_receives_gradients(base, columns):
+    system = instruct.build(KEEP_ALL, base, columns)
+    loss, _ = system.loss(columns.rows(range(6), system.columns), Randomness(0, range(6)))
+    loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in system.module.parameters())
+    assert all(p.grad is None for part in base.parts().values() for p in part.parameters())
+
+
+@pytest.mark.parametrize("embedding", ["tokens", "pooled"])
+@pytest.mark.parametrize("column", ["condition_states", "instruction_ids", "text_ids"])
+def test_tokens_depend_on_each_condition(base, columns, column, embedding, monkeypatch):
+    options = replace(KEEP_ALL, instruction_embedding=embedding)
+    system = instruct.build(options, base, columns)
+    read = []
+    condition = system._handle.condition
+    monkeypatch.setattr(
+        system._handle, "condition", lambda tokens: read.append(tokens) or condition(tokens)
+    )
+    batch = columns.rows(range(5), system.columns)
+    for given in (batch, {**batch, column: batch[column].roll(1, 0)}, batch):
+        system.loss(given, Randomness(0, range(5)))
+    assert torch.equal(read[0], read[2])
+    assert not torch.equal(read[0], read[1])
+
+
+def test_dropped_conditions_are_what_generation_brings_for_none(base, columns):
+    dropped = replace(KEEP_ALL, drop_all=1.0)
+    system = instruct.build(dropped, base, columns)
+    batch = columns.rows(range(3), system.columns)
+    loss, _ = system.loss(batch, Randomness(0, range(3)))
+    empty = base.tokenize([""]).expand(3, -1)
+    states = base.image_encoder.zero_hidden_states().expand(3, -1, -1)
+    replaced = {**batch, "condition_states": states, "text_ids": empty, "instruction_ids": empty}
+    expected, _ = instruct.build(KEEP_ALL, base, columns).loss(replaced, Randomness(0, range(3)))
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_begun_as_plus_it_is_that_plus_adapter(base, columns, tmp_path):
+    plus = create_adapter(
+        base.unet, "plus", feature_dim=24, num_tokens=3, resampler_dim=64, depth=2, seed=3
+    )
+    save_adapter(plus, tmp_path / "plus.safetensors")
+    system = instruct.build(
+        replace(KEEP_ALL, start_from=str(tmp_path / "plus.safetensors")), base, columns
+    )
+    states = torch.randn(2, 5, 24)
+    text = torch.randn(2, 12, 16)
+    tokens = system.module.tokens(states, text, torch.randn(2, 12, 16))
+    torch.testing.assert_close(tokens, plus.tokens(states), atol=5e-3, rtol=1e-2)
+    assert not torch.equal(tokens, plus.tokens(states))
+    for index, site in plus.site_weights.items():
+        own = system.module.site_weights[index]
+        assert torch.equal(own.to_k_ip.weight, site.to_k_ip.weight)
+
+
+def test_pooled_is_the_state_at_the_end(base):
+    states = instruction_states(base, ["use the style", "a"])
+    pooled = instruction_states(base, ["use the style", "a"], "pooled")
+    ends = (base.tokenize(["use the style", "a"]) == base.tokenizer.eos_token_id).int().argmax(1)
+    assert pooled.shape == (2, 1, states.shape[2])
+    for row, end in enumerate(ends.tolist()):
+        assert torch.equal(pooled[row, 0], states[row, end])
+    with pytest.raises(ImpromptError, match="tokens or pooled"):
+        instruction_states(base, ["a"], "mean")
+
+
+def test_words_teach_the_resampler_alone(base, columns):
+    system = instruct_words.build(SMALL, base, columns)
+    sites = {i: w.to_k_ip.weight.clone() for i, w in system.adapter.site_weights.items()}
+    batch = columns.rows(range(10), system.columns)
+    optimizer = torch.optim.Adam(system.module.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(30):
+        loss, _ = system.loss(batch, Randomness(0, range(10)))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.6 * losses[0]
+    assert all(
+        torch.equal(w.to_k_ip.weight, sites[i]) for i, w in system.adapter.site_weights.items()
+    )
+
+
+def test_from_words_to_images_by_the_products_own_command(folder, tmp_path):
+    train = ["train.steps=3", "train.batch_size=4", "train.validation_rows=5"]
+
+    def run(system, name, more):
+        return run_training(
+            system,
+            data=folder / "data",
+            base=str(folder / "base"),
+            output=tmp_path / name,
+            settings=[*SETTINGS, *train, *more],
+        )
+
+    words = run("instruct-words", "words", [])
+    begun = load_adapter(words)
+    assert begun.variant == "instruct" and begun.metadata["instruction_embedding"] == "tokens"
+    joint = run("instruct", "joint", [f'system.start_from="{words}"', "train.learning_rate=0.01"])
+    trained = load_adapter(joint)
+    assert trained.metadata["base_fingerprint"] == begun.metadata["base_fingerprint"]
+    assert not torch.equal(
+        trained.state_dict()["ip_adapter.1.to_k_ip.weight"],
+        begun.state_dict()["ip_adapter.1.to_k_ip.weight"],
+    )
+    log = (tmp_path / "joint" / "log.jsonl").read_text()
+    assert "validation_loss_with_another_instruction" in log
+
+
+def test_stopped_and_resumed_it_is_the_same(folder, tmp_path, monkeypatch):
+    import signal
+
+    from imprompt.training.loop import Interrupted
+
+    def run(output):
+        return run_training(
+            "instruct",
+            data=folder / "data",
+            base=str(folder / "base"),
+            output=output,
+            settings=[*SETTINGS, "train.steps=6", "train.batch_size=4", "train.validation_rows=5"],
+        )
+
+    straight = load_adapter(run(tmp_path / "straight")).state_dict()
+    original, calls = InstructSystem.loss, 0
+
+    def interrupting(self, batch, randomness):
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, batch, randomness)
+
+    monkeypatch.setattr(InstructSystem, "loss", interrupting)
+    with pytest.raises(Interrupted):
+        run(tmp_path / "stopped")
+    resumed = load_adapter(run(tmp_path / "stopped")).state_dict()
+    assert all(torch.equal(resumed[name], values) for name, values in straight.items())
+
+
+def test_mistakes_are_told(base, columns, folder, tmp_path):
+    full = create_adapter(base.unet, "base", feature_dim=20)
+    save_adapter(full, tmp_path / "base.safetensors")
+    with pytest.raises(ImpromptError, match="is a base adapter"):
+        instruct.build(
+            InstructOptions(start_from=str(tmp_path / "base.safetensors")), base, columns
+        )
+    with pytest.raises(ImpromptError, match="choose tokens or pooled"):
+        instruct.build(InstructOptions(instruction_embedding="mean"), base, columns)
+    base.image_encoder = None
+    with pytest.raises(ImpromptError, match="no image encoder"):
+        instruct.instruct_adapter(InstructOptions(), base)
