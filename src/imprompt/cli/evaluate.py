@@ -58,6 +58,12 @@ def add_parser(verbs: Any) -> None:
         metavar="KIND=FOLDER",
         help="a control to measure, alone and with the others (default: those that are shipped)",
     )
+    parser.add_argument(
+        "--map-reader",
+        type=Path,
+        metavar="FILE",
+        help="what `imprompt train map-reader` made, for --what control",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
@@ -77,6 +83,7 @@ def run(arguments: argparse.Namespace) -> None:
         scale=arguments.scale,
         seed=arguments.seed,
         output=arguments.output or Path("runs") / arguments.what,
+        map_reader_file=arguments.map_reader,
         control_folders=dict(name_and_value(t, "--control-model") for t in arguments.control_model),
     )
     if arguments.json:

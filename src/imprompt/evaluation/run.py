@@ -28,8 +28,8 @@ from imprompt.evaluation.measure import (
     measure_text_and_image,
 )
 
-SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
-STYLE_SCALES = (1.0, 1.25, 1.5, 1.75, 2.0)
+SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
+STYLE_SCALES = (1.0, 1.5, 2.0)
 
 
 def evaluate(
@@ -44,6 +44,7 @@ def evaluate(
     scale: float,
     seed: int,
     output: Path,
+    map_reader_file: Path | None = None,
     control_folders: Mapping[str, str | Path] | None = None,
 ) -> dict[str, float]:
     """Named figures, shares in [0, 1].
@@ -67,7 +68,7 @@ def evaluate(
         if not folders:
             raise ImpromptError("No control is shipped; name one with --control-model KIND=FOLDER.")
         controls = {kind: load_control(folder) for kind, folder in folders.items()}
-        reader = load_map_reader()
+        reader = load_map_reader(map_reader_file) if map_reader_file else load_map_reader()
         _, _, rows = measure_controls(base, controls, reader, judge, sampling, count=count)
         return {f"{row.name}: {k}": value for row in rows for k, value in row.figures.items()}
     if what == "identity":
