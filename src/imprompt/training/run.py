@@ -116,7 +116,10 @@ def open_data(
     is_prepared = any((Path(name) / file).exists() for file in ("meta.json", "begun.json"))
     if is_prepared or "://" in name or (":" not in name and not Path(name).exists()):
         return Columns.open(data)
-    return PairsOnTheFly(name, base, size_px=size_px, reading=reading)
+    try:
+        return PairsOnTheFly(name, base, size_px=size_px, reading=reading)
+    except ImpromptError as error:
+        raise ImpromptError(f"{name} is no prepared data, and no source either: {error}") from error
 
 
 def run_training(
