@@ -17,7 +17,7 @@ from imprompt.core.images import image_grid, pixels_to_images
 from imprompt.diorama import draw_maps
 from imprompt.evaluation.control import measure_controls, table
 from imprompt.evaluation.judge import load_judge
-from imprompt.evaluation.map_reader import load_map_reader
+from imprompt.evaluation.map_reader import FILE, load_map_reader
 from imprompt.evaluation.measure import Sampling
 
 ROOT = Path(__file__).parents[1]
@@ -26,6 +26,7 @@ ROOT = Path(__file__).parents[1]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--control", action="append", default=[], metavar="KIND=FOLDER")
+    parser.add_argument("--map-reader", type=Path, default=FILE)
     parser.add_argument("--weights", type=float, nargs="+", default=[1.0, 2.0])
     parser.add_argument("--count", type=int, default=48)
     parser.add_argument("--steps", type=int, default=20)
@@ -40,7 +41,7 @@ def main() -> None:
     _, asked, rows = measure_controls(
         base,
         {kind: load_control(folder) for kind, folder in folders.items()},
-        load_map_reader(),
+        load_map_reader(arguments.map_reader),
         load_judge(),
         Sampling(
             steps=arguments.steps,

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from imprompt.cli.verb import add_verb
+from imprompt.cli.verb import add_verb, name_and_value
 
 
 def add_parser(verbs: Any) -> None:
@@ -20,6 +20,7 @@ def add_parser(verbs: Any) -> None:
         "  imprompt evaluate --what judge --count 5000\n"
         "  imprompt evaluate --what ablation --output runs/ablation\n"
         "  imprompt evaluate runs/person/identity --what identity --count 100\n"
+        "  imprompt evaluate --what control --control-model depth=runs/depth/control --count 48\n"
         "  imprompt evaluate runs/instruct/adapter.safetensors --what instruct --count 48\n"
         "  imprompt evaluate --what instruct-table --output runs/instruct-table",
     )
@@ -35,6 +36,7 @@ def add_parser(verbs: Any) -> None:
             "judge",
             "ablation",
             "identity",
+            "control",
             "instruct",
             "instruct-table",
         ),
@@ -48,6 +50,19 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--output", type=Path, help="folder of the ablation's runs, or of pictures (runs/WHAT)"
+    )
+    parser.add_argument(
+        "--control-model",
+        action="append",
+        default=[],
+        metavar="KIND=FOLDER",
+        help="a control to measure, alone and with the others (default: those that are shipped)",
+    )
+    parser.add_argument(
+        "--map-reader",
+        type=Path,
+        metavar="FILE",
+        help="what `imprompt train map-reader` made, for --what control",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
@@ -68,6 +83,8 @@ def run(arguments: argparse.Namespace) -> None:
         scale=arguments.scale,
         seed=arguments.seed,
         output=arguments.output or Path("runs") / arguments.what,
+        map_reader_file=arguments.map_reader,
+        control_folders=dict(name_and_value(t, "--control-model") for t in arguments.control_model),
     )
     if arguments.json:
         print(json.dumps(figures, indent=2))

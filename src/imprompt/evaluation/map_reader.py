@@ -26,7 +26,8 @@ def load_map_reader(path: Path = FILE) -> MapReader:
     """
     if not path.is_file():
         raise ImpromptError(
-            f"There is no map reader {path}; `imprompt train map-reader` makes one."
+            f"There is no map reader {path}; `imprompt train map-reader` makes one, and --map-reader "
+            "names it."
         )
     weights = load_file(path)
     reader = MapReader(width=weights["at_full.0.weight"].shape[0])

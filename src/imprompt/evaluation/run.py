@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from imprompt.bases import load_base
-from imprompt.checkpoints import load_adapter
+from imprompt.checkpoints import load_adapter, load_control, shipped_controls
 from imprompt.checkpoints.shipped import (
     shipped_adapter,
     shipped_identity,
     shipped_instruct_adapter,
 )
+from imprompt.core.errors import ImpromptError
 from imprompt.evaluation.ablation import measure_ablation
+from imprompt.evaluation.control import measure_controls
 from imprompt.evaluation.identity import evaluate_identity
 from imprompt.evaluation.instruct import measure_instruct
 from imprompt.evaluation.instruct_table import measure_instruct_table
 from imprompt.evaluation.judge import load_judge
+from imprompt.evaluation.map_reader import load_map_reader
 from imprompt.evaluation.measure import (
     Sampling,
     measure_adapter,
@@ -24,8 +28,8 @@ from imprompt.evaluation.measure import (
     measure_text_and_image,
 )
 
-SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
-STYLE_SCALES = (1.0, 1.25, 1.5, 1.75, 2.0)
+SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
+STYLE_SCALES = (1.0, 1.5, 2.0)
 
 
 def evaluate(
@@ -40,10 +44,15 @@ def evaluate(
     scale: float,
     seed: int,
     output: Path,
+    map_reader_file: Path | None = None,
+    control_folders: Mapping[str, str | Path] | None = None,
 ) -> dict[str, float]:
     """Named figures, shares in [0, 1].
 
-    `what` is judge, base, adapter, ablation, identity, instruct or instruct-table.
+    `what` is judge, base, adapter, ablation, identity, control, instruct or instruct-table.
+
+    Raises:
+        ImpromptError: a part is missing, or there is no control to measure.
     """
     judge = load_judge()
     if what == "judge":
@@ -54,6 +63,14 @@ def evaluate(
         return measure_base(base, judge, sampling, count)
     if what == "ablation":
         return measure_ablation(base, judge, sampling, output, count)
+    if what == "control":
+        folders = control_folders or shipped_controls()
+        if not folders:
+            raise ImpromptError("No control is shipped; name one with --control-model KIND=FOLDER.")
+        controls = {kind: load_control(folder) for kind, folder in folders.items()}
+        reader = load_map_reader(map_reader_file) if map_reader_file else load_map_reader()
+        _, _, rows = measure_controls(base, controls, reader, judge, sampling, count=count)
+        return {f"{row.name}: {k}": value for row in rows for k, value in row.figures.items()}
     if what == "identity":
         folder = adapter_file or shipped_identity()
         return evaluate_identity(base, folder, judge, sampling, output, count, scale)

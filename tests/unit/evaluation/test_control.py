@@ -1,0 +1,50 @@
+"""The measurement of controls: every row is there, and what is measured is what was generated."""
+
+import pytest
+import torch
+
+from imprompt.bases import load_base
+from imprompt.checkpoints import LoadedControl
+from imprompt.cli.main import main
+from imprompt.evaluation.control import measure_controls, table
+from imprompt.evaluation.judge import load_judge
+from imprompt.evaluation.measure import Sampling
+from imprompt.systems.controlnet import create_controlnet
+from imprompt.systems.map_reader import MapReader
+from imprompt.systems.t2i_adapter import create_t2i_adapter
+
+
+def test_rows_of_two_controls():
+    base = load_base("diorama")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        reader = MapReader(width=4).eval()
+    controls = {
+        "edges": LoadedControl(create_controlnet(base).eval()),
+        "depth": LoadedControl(create_t2i_adapter(base).eval()),
+    }
+    sampling = Sampling(steps=1, guidance_scale=1.0, sampler="ddim")
+    scenes, asked, rows = measure_controls(
+        base, controls, reader, load_judge(), sampling, count=2, weights=(1.0,)
+    )
+    assert [row.name for row in rows] == [
+        "the renders themselves",
+        "no control",
+        "edges, ω = 1",
+        "depth, ω = 1",
+        "edges and depth",
+    ]
+    assert len(scenes) == 2 and torch.equal(rows[0].images, asked.pixels)
+    # A new ControlNet adds nothing, so its row is the one without control; the other's is not.
+    by_name = {row.name: row for row in rows}
+    torch.testing.assert_close(by_name["edges, ω = 1"].images, by_name["no control"].images)
+    assert not torch.allclose(by_name["depth, ω = 1"].images, by_name["no control"].images)
+    assert by_name["edges, ω = 1"].figures == pytest.approx(by_name["no control"].figures, rel=1e-3)
+    assert by_name["the renders themselves"].figures["object"] == 1
+    lines = table(rows).splitlines()
+    assert len(lines) == 2 + len(rows) and "100.0 %" in lines[2]
+
+
+def test_mistakes_of_the_command_line(capsys):
+    assert main(["evaluate", "--what", "control", "--control-model", "depth"]) == 2
+    assert "NAME=VALUE" in capsys.readouterr().err
