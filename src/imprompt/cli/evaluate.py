@@ -39,6 +39,7 @@ def add_parser(verbs: Any) -> None:
             "control",
             "instruct",
             "instruct-table",
+            "instructions",
         ),
     )
     parser.add_argument("--base", default="diorama", help="diorama, or a folder")

@@ -18,6 +18,7 @@ from imprompt.evaluation.control import measure_controls
 from imprompt.evaluation.identity import evaluate_identity
 from imprompt.evaluation.instruct import measure_instruct
 from imprompt.evaluation.instruct_table import measure_instruct_table
+from imprompt.evaluation.instruction_map import map_instructions
 from imprompt.evaluation.judge import load_judge
 from imprompt.evaluation.map_reader import load_map_reader
 from imprompt.evaluation.measure import (
@@ -49,7 +50,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Named figures, shares in [0, 1].
 
-    `what` is judge, base, adapter, ablation, identity, control, instruct or instruct-table.
+    `what` is judge, base, adapter, ablation, identity, control, instruct,
+    instruct-table or instructions.
 
     Raises:
         ImpromptError: a part is missing, or there is no control to measure.
@@ -77,6 +79,8 @@ def evaluate(
     if what == "instruct":
         adapter = load_adapter(adapter_file or shipped_instruct_adapter())
         return measure_instruct(base, adapter, judge, sampling, count, scale)
+    if what == "instructions":
+        return map_instructions(base, output)
     if what == "instruct-table":
         return measure_instruct_table(base, judge, sampling, output, count, scale)
     adapter = load_adapter(adapter_file or shipped_adapter())

@@ -1,5 +1,7 @@
 """The measurement of Instruct: what is asked, what is read off renders, silhouettes, CLIP scores."""
 
+import os
+
 import pytest
 import torch
 
@@ -19,6 +21,10 @@ from imprompt.evaluation.judge import load_judge
 from imprompt.evaluation.measure import Sampling
 
 COUNT = 16
+slow = pytest.mark.skipif(
+    "IMPROMPT_SLOW_TESTS" not in os.environ,
+    reason="draws hundreds of scenes; set IMPROMPT_SLOW_TESTS=1",
+)
 
 
 @pytest.fixture(scope="module")
@@ -26,12 +32,13 @@ def base():
     return load_base("diorama")
 
 
+@slow
 @pytest.mark.parametrize("task", TASKS)
 def test_renders_of_what_was_asked_for_get_full_marks(task):
     lessons = unseen_lessons(task, COUNT)
     targets = render([lesson.target for lesson in lessons]).pixels
     figures = judged(load_judge(), task, lessons, targets)
-    assert all(share > 0.9 for share in figures.values()), figures
+    assert all(share >= 0.8 for share in figures.values()), figures
     if task == "composition":
         assert layout_iou(targets, lessons) > 0.6
         others = unseen_lessons("object", COUNT)
@@ -58,6 +65,7 @@ def test_silhouettes_stand_out_from_rows():
     assert mask[0, 10:20, 12:22].all() and mask.sum() == 100
 
 
+@slow
 def test_clip_scores_know_captions_of_renders(base):
     clip = ClipScores(base, num_scenes=48)
     lessons = unseen_lessons("style", 12)
@@ -66,6 +74,7 @@ def test_clip_scores_know_captions_of_renders(base):
     assert mean_cosine(pictures, texts) > mean_cosine(pictures, texts.roll(1, 0)) + 0.1
 
 
+@slow
 def test_a_task_is_drawn_and_measured(base):
     adapter = create_adapter(base.unet, "instruct", feature_dim=160, resampler_dim=64, depth=1)
     sampling = Sampling(steps=2, guidance_scale=2.0)

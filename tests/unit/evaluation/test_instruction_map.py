@@ -1,0 +1,37 @@
+"""The map of instructions: points, how far tasks stand apart, and the picture."""
+
+import os
+
+import numpy as np
+import pytest
+
+from imprompt.bases import load_base
+from imprompt.evaluation.instruction_map import (
+    COLOURS,
+    all_instructions,
+    draw_points,
+    instruction_points,
+    nearest_share,
+)
+
+
+def test_neighbours_of_one_task_count():
+    points = np.array([[0.0, 0], [0, 1], [9, 0], [9, 1]])
+    assert nearest_share(points, [0, 0, 1, 1]) == 1.0
+    assert nearest_share(points, [0, 1, 0, 1]) == 0.0
+
+
+def test_every_task_is_drawn_in_its_colour():
+    points = np.random.default_rng(0).normal(size=(10, 2))
+    image = draw_points(points, [0, 1, 2, 3, 4] * 2)
+    found = {colour for _, colour in image.getcolors(1 << 20)}
+    assert set(COLOURS) <= found
+
+
+@pytest.mark.skipif("IMPROMPT_SLOW_TESTS" not in os.environ, reason="t-SNE; IMPROMPT_SLOW_TESTS=1")
+def test_instructions_of_a_task_lie_together():
+    pytest.importorskip("sklearn")
+    texts, tasks = all_instructions()
+    points = instruction_points(load_base("diorama"), texts)
+    assert points.shape == (len(texts), 2)
+    assert nearest_share(points, tasks) > 0.6
