@@ -11,6 +11,13 @@ from imprompt.core.randomness import Randomness
 from imprompt.data.dataset import Columns, ColumnsWriter
 from imprompt.systems import face_id, identity
 
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        "IMPROMPT_SLOW_TESTS" not in os.environ,
+        reason="takes minutes and 12 GB; set IMPROMPT_SLOW_TESTS=1",
+    ),
+]
 LATENT_SIDE = 32  # 256 pixels
 
 
@@ -92,11 +99,6 @@ def test_face_id_has_the_published_shapes(columns):
     step(system, columns, 0, "meta")
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(
-    "IMPROMPT_SLOW_TESTS" not in os.environ,
-    reason="takes minutes and 12 GB; set IMPROMPT_SLOW_TESTS=1",
-)
 def test_identity_takes_three_real_steps(columns):
     system = identity.build(identity.IdentityOptions(zero_entry=False), random_base("cpu"), columns)
     optimizer = torch.optim.AdamW(system.module.parameters(), lr=1e-5)

@@ -65,8 +65,7 @@ def test_interrupted_and_resumed_is_bit_for_bit_the_same(columns, tmp_path, stop
     assert straight.keys() == resumed.keys()
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
     logs = [(tmp_path / run / "log.jsonl").read_text() for run in ("straight", "stopped")]
-    validations = [[line for line in log.splitlines() if "validation" in line] for log in logs]
-    assert validations[0] == validations[1]
+    assert logs[0] == logs[1]  # also the means over steps before and after the stop
 
 
 def test_the_moving_average_is_what_is_exported(columns, tmp_path):

@@ -26,7 +26,7 @@ def add_parser(verbs: Any) -> None:
         verbs,
         "train",
         run,
-        about="train a system on prepared data; the same command again resumes",
+        about="train a system on prepared data or on pairs as they are; the same command again resumes",
         examples="  imprompt train image-prompt --data data/ --output runs/first \\\n"
         "      --preset diorama-image-prompt --set train.steps=2000\n"
         "  imprompt train image-prompt --data sd15-data/ --base models/sd15 --output runs/sd15 \\\n"
@@ -47,7 +47,22 @@ def add_parser(verbs: Any) -> None:
         metavar="SYSTEM",
         help="list all that can be set of a system, and end",
     )
-    parser.add_argument("--data", type=Path, required=True, help="what `imprompt prepare` made")
+    parser.add_argument(
+        "--data",
+        required=True,
+        help="what `imprompt prepare` made, or a source that it reads, encoded anew at every step",
+    )
+    parser.add_argument("--size-px", type=int, help="of a source: side of the images")
+    parser.add_argument(
+        "--image-root",
+        type=Path,
+        metavar="FOLDER",
+        help="of a list: what its paths are relative to",
+    )
+    parser.add_argument("--image-key", metavar="NAME", help="of a list: the column of the paths")
+    parser.add_argument(
+        "--caption-key", metavar="NAME", help="of a list: the column of the captions"
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder of this run")
     parser.add_argument("--base", default="diorama", help="diorama, a folder, a file or a hub id")
     parser.add_argument("--preset", help="name of a preset, or a TOML file")
@@ -69,6 +84,8 @@ def add_parser(verbs: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    from imprompt.data.records import Reading
+    from imprompt.evaluation.previews import set_up_previews
     from imprompt.training.run import run_training
 
     export = run_training(
@@ -80,5 +97,12 @@ def run(arguments: argparse.Namespace) -> None:
         settings=arguments.set,
         engine=arguments.engine,
         num_processes=arguments.processes,
+        set_up_previews=set_up_previews,
+        size_px=arguments.size_px,
+        reading=Reading(
+            image_root=arguments.image_root,
+            image_key=arguments.image_key,
+            caption_key=arguments.caption_key,
+        ),
     )
     print(f"trained: {export}")

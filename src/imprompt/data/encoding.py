@@ -168,7 +168,7 @@ def _write_rows(
                     }
                 )
             if accepted:
-                encoded = _encode(accepted, work.columns, base, work)
+                encoded = encode_rows(accepted, work.columns, base, work)
                 if progress.num_rows == 0:
                     _check_room(folder, encoded, len(pairs) - start)
                 for name, values in encoded.items():
@@ -239,7 +239,7 @@ def _add_columns(
                 pixels = None
                 if kept is not None:
                     pixels = torch.from_numpy(np.array(kept[first : first + len(accepted)]))
-                encoded = _encode(accepted, names, base, work, pixels)
+                encoded = encode_rows(accepted, names, base, work, pixels)
                 if state["num_rows"] == 0:
                     _check_room(folder, encoded, len(rows))
                 for name, values in encoded.items():
@@ -285,7 +285,7 @@ def _load_ahead(
     """Batches of pairs, opened in the pool's threads while the batch before is encoded."""
 
     def begin(start: int) -> list[tuple[Pair, Future]]:
-        return [(pair, pool.submit(_try_load, pair, work)) for pair in pairs_from(start)]
+        return [(pair, pool.submit(try_load, pair, work)) for pair in pairs_from(start)]
 
     coming = begin(starts[0]) if starts else []
     for number in range(len(starts)):
@@ -295,21 +295,25 @@ def _load_ahead(
         yield [(pair, future.result()) for pair, future in batch]
 
 
-def _try_load(pair: Pair, work: Work) -> Loaded | Unusable:
+def try_load(pair: Pair, work: Work) -> Loaded | Unusable:
+    """A pair's picture and caption, or why it cannot be used."""
     try:
         return load(pair, work.size_px, work.filters, with_condition=work.with_condition)
     except Unusable as fault:
         return fault
 
 
-def _encode(
+def encode_rows(
     accepted: Sequence[tuple[Pair, Loaded]],
     columns: Sequence[str],
     base: Base,
     work: Work,
     kept: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
-    """`kept` are the pictures as the column `pixels` has them, from which all else is then made."""
+    """The columns of pairs that have been read.
+
+    `kept` are the pictures as the column `pixels` has them, from which all else is then made.
+    """
     loaded = [one for _, one in accepted]
     pictures = [one.picture for one in loaded]
     conditions = [one.condition for one in loaded if one.condition is not None]

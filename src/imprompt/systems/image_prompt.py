@@ -141,7 +141,7 @@ class ImagePromptSystem:
         self.draw: Callable[[], Image.Image] | None = None
         """Makes the picture of a preview; set by whoever can generate."""
         self._join = join
-        self._dropped_features = {
+        self.dropped_features = {
             name: dropped.float().to(base.device) for name, dropped in dropped_features.items()
         }
         self._empty_ids = base.tokenize([""]).to(base.device)
@@ -174,7 +174,7 @@ class ImagePromptSystem:
         alphas = self._alphas[timesteps]
         features = [
             replace_rows(batch[name].float(), dropped, no_image)
-            for name, dropped in self._dropped_features.items()
+            for name, dropped in self.dropped_features.items()
         ]
         tokens = self.module.tokens(*features)
         text_states = self.base.encode_text(

@@ -64,6 +64,8 @@ class TrainConfig:
     """How often held-out rows are looked at, and a preview is drawn."""
     validation_rows: int = 64
     """The last rows of the data are held out for validation."""
+    preview_images: int = 4
+    """How many pictures are drawn at each validation, where a system can draw; 0 draws none."""
     best_by: str = ""
     """Which validation figure decides what is kept as `best`: `lowest:NAME` or `highest:NAME`; empty
     takes the lowest of the first figure whose name begins with loss or error."""
@@ -104,6 +106,7 @@ FREE_TO_CHANGE = (
     "gradient_checkpointing",
     "compile_blocks",
     "keep_checkpoints",
+    "preview_images",
     "read_ahead",
     "report_to",
 )

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from imprompt.core.errors import ImpromptError
@@ -89,11 +90,11 @@ class Trackers:
 
     def picture(self, name: str, picture: Image.Image, step: int) -> None:
         """A picture, for trackers that take some."""
-        import numpy as np
-
+        values = np.asarray(picture.convert("RGB"))[None]
         for tracker in self._trackers:
             if hasattr(tracker, "log_images"):
-                tracker.log_images({name: np.asarray(picture.convert("RGB"))[None]}, step=step)
+                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({name: values}, step=step, **layout)
 
     def finish(self) -> None:
         for tracker in self._trackers:

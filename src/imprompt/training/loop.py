@@ -152,11 +152,14 @@ def train(
                 trackers.log({**means, "learning_rate": rate, **speeds}, state.step)
                 bar.set(**shown, **speeds)
             if validates and config.validation_rows:
-                figures = validation.run()
+                with speed.paused():
+                    figures = validation.run()
                 if processes.is_main:
                     named = {f"validation_{name}": value for name, value in figures.items()}
                     log.append(log_file, {"step": state.step, **named})
                     trackers.log(named, state.step)
+                if validation.picture is not None:
+                    trackers.picture("preview", validation.picture, state.step)
                 shown |= validation.headline(figures)
             if saves:
                 save_checkpoint(state, checkpoints, keep=config.keep_checkpoints)

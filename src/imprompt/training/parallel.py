@@ -153,6 +153,7 @@ class WholeEngine:
         self._scaler = torch.amp.GradScaler(
             processes.device.type, enabled=config.precision == "float16"
         )
+        self._num_skipped = 0
 
     def loss(
         self, batch: dict[str, Tensor], randomness: Randomness, *, is_last: bool
@@ -171,8 +172,11 @@ class WholeEngine:
             group["lr"] = learning_rate
         self._scaler.unscale_(self._optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self._max_norm)
+        scale = self._scaler.get_scale()
         self._scaler.step(self._optimizer)
         self._scaler.update()
+        # A lower scale means that a gradient overflowed, and the optimiser was passed over.
+        self._num_skipped += self._scaler.get_scale() < scale
         self._optimizer.zero_grad()
         return norm
 
@@ -191,7 +195,7 @@ class WholeEngine:
     def set_moments(self, index: int, moments: dict[str, Tensor], step: int) -> None:
         parameter = self.parameters[index]
         self._optimizer.state[parameter] = {
-            "step": self._step_count(step),
+            "step": self._step_count(step - self._num_skipped),
             **{name: value.to(parameter.device, copy=True) for name, value in moments.items()},
         }
 
@@ -204,11 +208,14 @@ class WholeEngine:
         return nullcontext()
 
     def counters(self) -> dict[str, Any]:
-        return {"scaler": self._scaler.state_dict()} if self._scaler.is_enabled() else {}
+        if not self._scaler.is_enabled():
+            return {}
+        return {"scaler": self._scaler.state_dict(), "num_skipped": self._num_skipped}
 
     def set_counters(self, counters: dict[str, Any]) -> None:
         if self._scaler.is_enabled() and "scaler" in counters:
             self._scaler.load_state_dict(counters["scaler"])
+            self._num_skipped = int(counters["num_skipped"])
 
 
 def _distributed(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,15 @@ from imprompt.bases import Base, load_base
 from imprompt.core.config import build, read_toml, to_toml, with_settings
 from imprompt.core.errors import ImpromptError
 from imprompt.data.dataset import Columns
+from imprompt.data.on_the_fly import PairsOnTheFly
+from imprompt.data.records import Reading
 from imprompt.data.rows import Rows
+from imprompt.data.store import told
 from imprompt.systems.protocol import System
+from imprompt.training.card import write_card
 from imprompt.training.config import PRECISIONS, TrainConfig
 from imprompt.training.loop import train
+from imprompt.training.output import say
 from imprompt.training.parallel import trained_parameters
 from imprompt.training.processes import join_processes, leave_processes
 
@@ -98,21 +104,44 @@ def prepare_run(
     return system, config, resolved
 
 
+def open_data(
+    data: Path | str, base: Base, size_px: int | None = None, reading: Reading | None = None
+) -> Rows:
+    """What `imprompt prepare` made, or a source that it would read, to be encoded on the fly.
+
+    Raises:
+        ImpromptError: it is neither.
+    """
+    name = str(data)
+    is_prepared = any((Path(name) / file).exists() for file in ("meta.json", "begun.json"))
+    if is_prepared or "://" in name or (":" not in name and not Path(name).exists()):
+        return Columns.open(data)
+    try:
+        return PairsOnTheFly(name, base, size_px=size_px, reading=reading)
+    except ImpromptError as error:
+        raise ImpromptError(f"{name} is no prepared data, and no source either: {error}") from error
+
+
 def run_training(
     system_name: str,
     *,
-    data: Path,
+    data: Path | str,
     base: str | Base,
     output: Path,
     preset: str | None = None,
     settings: list[str] | None = None,
     engine: str = "auto",
     num_processes: int | None = None,
+    size_px: int | None = None,
+    reading: Reading | None = None,
+    set_up_previews: Callable[[System, Base, Rows, int], None] | None = None,
 ) -> Path:
-    """Train a system on prepared data; the same call goes on where the last one stopped.
+    """Train a system; the same call goes on where the last one stopped.
 
+    `data` are prepared, or a source of pairs, which is then read as `reading` says and encoded at
+    `size_px` (by default the base's) whenever a step needs it.
     `engine` is single, ddp, zero2 or fsdp2; `auto` is ddp where torchrun started several processes.
-    `num_processes` is how many there must be.
+    `num_processes` is how many there must be. `set_up_previews` may let the system draw.
 
     Returns:
         The exported file or folder.
@@ -122,19 +151,40 @@ def run_training(
         Interrupted: stopped by a signal, after saving.
     """
     processes = join_processes(engine, num_processes)
-    columns = Columns.open(data)
     loaded = load_base(base, device=processes.device) if isinstance(base, str) else base
+    columns = open_data(data, loaded, size_px, reading)
     system, config, resolved = prepare_run(system_name, loaded, columns, preset, settings or [])
-    export = train(
-        system,
-        columns,
-        config,
-        output,
-        identity={"system": {"name": system_name, **resolved["system"]}},
-        export_name=EXPORT_NAMES.get(system_name, "export"),
-        processes=processes,
-    )
+    if set_up_previews is not None:
+        set_up_previews(system, loaded, columns, config.preview_images)
+    try:
+        export = train(
+            system,
+            columns,
+            config,
+            output,
+            identity={"system": {"name": system_name, **resolved["system"]}},
+            export_name=EXPORT_NAMES.get(system_name, "export"),
+            processes=processes,
+        )
+    finally:
+        if isinstance(columns, PairsOnTheFly) and columns.unusable:
+            process = f"-{processes.rank}" if processes.rank else ""
+            columns.write_unusable(output / f"quarantine{process}.jsonl")
+            say(
+                f"{len(columns.unusable)} pairs could not be used; {output}/quarantine.jsonl says why"
+            )
     if processes.is_main:
-        (output / "config.toml").write_text(to_toml(resolved), encoding="utf-8")
+        with told(output):
+            (output / "config.toml").write_text(to_toml(resolved), encoding="utf-8")
+        write_card(
+            output,
+            export,
+            system=system_name,
+            base=loaded.name,
+            base_fingerprint=loaded.fingerprint(),
+            data=columns.meta,
+            settings=resolved,
+            preset=preset,
+        )
     leave_processes(processes)
     return export

@@ -86,6 +86,13 @@ class Speed:
         self._possible: float | None = None
         self._since = time.monotonic()
 
+    @contextmanager
+    def paused(self) -> Generator[None, None, None]:
+        """What is done within the block is no training and does not count."""
+        start = time.monotonic()
+        yield
+        self._since += time.monotonic() - start
+
     def look(self, num_samples: int) -> dict[str, float]:
         """Of the samples since the last look, all processes' together."""
         now = time.monotonic()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from imprompt.core.errors import ImpromptError
@@ -38,6 +39,8 @@ class Validation:
         self._rows = range(num_rows, len(data))
         self._data = data
         self._held_out: dict[str, Tensor] | None = None
+        self.picture: Image.Image | None = None
+        """What the system drew last, if it draws."""
 
     def run(self) -> dict[str, float]:
         """Validate the weights (their moving average, if there is one), draw, keep the best."""

@@ -1,0 +1,68 @@
+"""The model card that a finished run leaves beside what it exported: what was trained, on what, how well."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from imprompt.core.config import to_toml
+from imprompt.data.store import write_whole
+from imprompt.training import log
+
+
+def write_card(
+    output: Path,
+    export: Path,
+    *,
+    system: str,
+    base: str,
+    base_fingerprint: str,
+    data: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    preset: str | None,
+) -> Path:
+    """Write `output / README.md`, in the form that model hubs show."""
+    lines = log.read(output / "log.jsonl")
+    validations = [line for line in lines if any(n.startswith("validation_") for n in line)]
+    losses = [line for line in lines if "loss" in line]
+    parts = [
+        f"---\nlibrary_name: imprompt\nbase_model: {base}\ntags: [imprompt, {system}]\n---",
+        f"# {output.resolve().name}",
+        f"`{export.name}` is the result of `imprompt train {system}`"
+        + (f" with the preset `{preset}`" if preset else "")
+        + f" on the base `{base}` ({base_fingerprint}).",
+    ]
+    if validations:
+        parts.append("## On held-out rows\n\n" + _table(validations))
+        best = output / "best" / "best.json"
+        if best.is_file():
+            parts.append(
+                f"The best weights by validation are in `best/` ({best.read_text().strip()})."
+            )
+    if losses:
+        parts.append(f"The last training loss was {losses[-1]['loss']:.5g}.")
+    previews = sorted((output / "previews").glob("step-*.png"))
+    if previews:
+        parts.append(f"![held-out pictures and what is made of them](previews/{previews[-1].name})")
+    described = "\n".join(
+        f"- {name}: {value}" for name, value in sorted(data.items()) if value is not None
+    )
+    parts.append(f"## Data\n\n{described}")
+    parts.append(f"## Settings\n\n```toml\n{to_toml(settings)}```")
+    card = output / "README.md"
+    write_whole(card, lambda file: file.write(("\n\n".join(parts) + "\n").encode()))
+    return card
+
+
+def _table(validations: list[dict[str, Any]]) -> str:
+    """The figures of at most eight validations, evenly spread, the last among them."""
+    names = [name for name in validations[-1] if name != "step"]
+    every = max(1, -(-len(validations) // 8))
+    shown = validations[::-1][::every][::-1]
+    rows = [["step", *(name.removeprefix("validation_").replace("_", " ") for name in names)]]
+    rows.append(["---:"] * len(rows[0]))
+    rows += [
+        [str(v["step"]), *(f"{v.get(name, float('nan')):.5g}" for name in names)] for v in shown
+    ]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)

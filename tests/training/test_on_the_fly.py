@@ -1,0 +1,128 @@
+"""Pairs encoded at every step train as prepared ones do, faults and all."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tiny_base import write_tiny_base
+
+from imprompt.bases import load_base
+from imprompt.core.errors import ImpromptError
+from imprompt.data.dataset import Columns
+from imprompt.data.on_the_fly import PairsOnTheFly
+from imprompt.data.prepare import prepare
+from imprompt.evaluation.previews import set_up_previews
+from imprompt.training import log
+from imprompt.training.run import open_data, run_training
+
+SETTINGS = [
+    "train.steps=6",
+    "train.batch_size=4",
+    "train.learning_rate=0.001",
+    "train.validation_rows=4",
+    "train.validate_every_steps=3",
+    "train.log_every_steps=1",
+]
+COLUMNS = ("latent_mean", "latent_logvar", "image_embeds", "text_ids")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A base, 20 photos, and the same prepared."""
+    folder = tmp_path_factory.mktemp("pairs")
+    write_tiny_base(folder / "base")
+    (folder / "photos").mkdir()
+    for number in range(20):
+        values = np.random.default_rng(number).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+        Image.fromarray(values).save(folder / f"photos/{number:02d}.png")
+        (folder / f"photos/{number:02d}.txt").write_text(f"cat {number}")
+    prepare(str(folder / "photos"), folder / "data", load_base(folder / "base"))
+    return folder
+
+
+def run(folder, data, output, *settings):
+    return run_training(
+        "image-prompt",
+        data=data,
+        base=str(folder / "base"),
+        output=output,
+        settings=[*SETTINGS, *settings],
+        set_up_previews=set_up_previews,
+    )
+
+
+def test_rows_are_what_preparing_would_have_written(folder):
+    base = load_base(folder / "base")
+    live, prepared = PairsOnTheFly(str(folder / "photos"), base), Columns.open(folder / "data")
+    assert len(live) == len(prepared) == 20
+    assert live.meta["base_fingerprint"] == prepared.meta["base_fingerprint"]
+    assert live.captions() == prepared.captions()
+    one, other = (data.rows([7, 3, 7], COLUMNS) for data in (live, prepared))
+    for name in COLUMNS:
+        assert one[name].dtype == other[name].dtype
+        torch.testing.assert_close(one[name], other[name], atol=2e-3, rtol=2e-3)
+    with pytest.raises(ImpromptError, match="no column 'nonsense'"):
+        live.require(["nonsense"])
+
+
+def test_training_on_a_source_is_training_on_what_is_prepared_of_it(folder, tmp_path):
+    adapters = [
+        load_file(run(folder, folder / data, tmp_path / data)) for data in ("photos", "data")
+    ]
+    for name in adapters[0]:
+        torch.testing.assert_close(adapters[0][name], adapters[1][name], atol=3e-3, rtol=1e-2)
+    losses = [
+        [line["loss"] for line in log.read(tmp_path / d / "log.jsonl") if "loss" in line]
+        for d in ("photos", "data")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=2e-3)
+    # What a run leaves to look at.
+    picture = Image.open(tmp_path / "data/previews/step-00000006.png")
+    assert picture.size == (4 * 32, 2 * 32)
+    card = (tmp_path / "data/README.md").read_text()
+    assert "learning_rate = 0.001" in card and "content_fingerprint" in card
+    assert "loss with image" in card and "step-00000006.png" in card
+    assert list((tmp_path / "data/tensorboard").glob("events*"))
+
+
+def test_a_source_with_faults_trains_on_the_next_ones_and_goes_on_exactly(folder, tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for file in (folder / "photos").iterdir():
+        (photos / file.name).write_bytes(file.read_bytes())
+    (photos / "05.png").write_bytes(b"not a picture")
+    (photos / "11.txt").write_text("")
+    straight = load_file(
+        run(folder, photos, tmp_path / "straight", "train.checkpoint_every_steps=4")
+    )
+    listed = (tmp_path / "straight/quarantine.jsonl").read_text().splitlines()
+    assert {json.loads(line)["pair"]: json.loads(line)["kind"] for line in listed} == {
+        "05.png": "image damaged",
+        "11.png": "caption empty",
+    }
+    # As killed after step 4:
+    import shutil
+
+    shutil.rmtree(tmp_path / "straight/checkpoints/step-00000006")
+    again = load_file(run(folder, photos, tmp_path / "straight", "train.checkpoint_every_steps=4"))
+    assert all(torch.equal(straight[name], again[name]) for name in straight)
+
+
+def test_nothing_but_faults_is_an_error(folder, tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/a.png").write_bytes(b"no picture")
+    with pytest.raises(ImpromptError, match=r"in a row cannot be used.*a\.png"):
+        PairsOnTheFly(str(tmp_path / "photos"), load_base(folder / "base")).rows([0], COLUMNS)
+
+
+def test_scenes_and_what_is_neither(folder, tmp_path):
+    base = load_base(folder / "base")
+    assert len(open_data("diorama:9", base)) == 9
+    with pytest.raises(ImpromptError, match="no such folder"):
+        open_data(tmp_path / "nothing", base)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ImpromptError, match="holds no images"):
+        open_data(tmp_path / "empty", base)
