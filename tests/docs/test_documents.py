@@ -29,7 +29,11 @@ def commands() -> list[str]:
 @pytest.mark.parametrize("command", commands())
 def test_commands_can_be_typed(command):
     arguments = shlex.split(command, comments=True)[1:]
-    parsed = create_parser().parse_args(arguments)
+    try:
+        parsed = create_parser().parse_args(arguments)
+    except SystemExit as ending:  # what only shows something ends at once
+        assert ending.code == 0
+        return
     if parsed.verb == "train":
         assert parsed.system in SYSTEMS
         assert parsed.preset is None or (PRESETS / f"{parsed.preset}.toml").is_file()

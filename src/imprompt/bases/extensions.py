@@ -75,7 +75,8 @@ def pipeline_of(base: Base) -> Any:
         return diffusers.StableDiffusionXLPipeline(
             **parts, text_encoder_2=second.text_encoder_2, tokenizer_2=second.tokenizer_2
         )
-    return diffusers.StableDiffusionPipeline(
+    pipeline_class: Any = diffusers.StableDiffusionPipeline  # its signature forbids what it allows
+    return pipeline_class(
         **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
     )
 

@@ -91,7 +91,7 @@ def object_lesson(
     if mask is not None:
         if mask.size != image.size:
             raise ImpromptError(f"The mask is of {mask.size}, the picture of {image.size} pixels.")
-        shape = mask.convert("L").point(lambda value: 255 if value > 127 else 0)
+        shape = mask.convert("L").point([255 * (value > 127) for value in range(256)])
         box = shape.getbbox()
         if box is None:
             raise ImpromptError("Nothing is white in the mask.")
@@ -123,7 +123,7 @@ def edges(image: Image.Image) -> Image.Image:
     """White outlines on black, of a picture."""
     found = image.convert("L").filter(ImageFilter.GaussianBlur(1)).filter(ImageFilter.FIND_EDGES)
     inner = found.crop((1, 1, found.width - 1, found.height - 1))  # the border is no edge
-    white = inner.point(lambda value: 255 if value > EDGE_THRESHOLD else 0)
+    white = inner.point([255 * (value > EDGE_THRESHOLD) for value in range(256)])
     return ImageOps.expand(white, 1, 0).convert("RGB")
 
 

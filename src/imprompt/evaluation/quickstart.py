@@ -258,9 +258,11 @@ def _write_report(
             line_chart(
                 {
                     "with the image": [
-                        (e["step"], e["validation_loss_with_image"]) for e in losses
+                        (float(e["step"]), e["validation_loss_with_image"]) for e in losses
                     ],
-                    "without": [(e["step"], e["validation_loss_without_image"]) for e in losses],
+                    "without": [
+                        (float(e["step"]), e["validation_loss_without_image"]) for e in losses
+                    ],
                 },
                 x_name="step",
             ),
