@@ -100,10 +100,12 @@ def test_begun_as_plus_it_is_that_plus_adapter(base, columns, tmp_path):
     system = instruct.build(
         replace(KEEP_ALL, start_from=str(tmp_path / "plus.safetensors")), base, columns
     )
-    states = torch.randn(2, 5, 24)
-    text = torch.randn(2, 12, 16)
-    tokens = system.module.tokens(states, text, torch.randn(2, 12, 16))
-    torch.testing.assert_close(tokens, plus.tokens(states), atol=5e-3, rtol=1e-2)
+    draw = torch.Generator().manual_seed(0)
+    states = torch.randn(2, 5, 24, generator=draw)
+    text, prompt = torch.randn(2, 2, 12, 16, generator=draw)
+    tokens = system.module.tokens(states, text, prompt)
+    # Near it, not it: the further attentions begin near zero, so that gradients reach them.
+    torch.testing.assert_close(tokens, plus.tokens(states), atol=2e-2, rtol=2e-2)
     assert not torch.equal(tokens, plus.tokens(states))
     for index, site in plus.site_weights.items():
         own = system.module.site_weights[index]
