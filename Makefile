@@ -1,6 +1,8 @@
 # Every target sets up its own environment with plain pip; repeated, it starts at once.
 PYTHON ?= python3
 BIN := .venv/bin
+# Threads that wait by spinning make everything many times slower where others use the cores, too.
+export GOMP_SPINCOUNT ?= 500
 
 .PHONY: quickstart test check format help
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from imprompt.adapters import ImagePromptAdapter
@@ -18,10 +17,9 @@ from imprompt.checkpoints import LoadedControl
 from imprompt.diorama import Render, Scene, caption, draw_maps, render
 from imprompt.evaluation.judge import read, truth
 from imprompt.evaluation.map_reader import compare, read_maps
-from imprompt.evaluation.measure import Sampling, image_features, unseen_scenes
+from imprompt.evaluation.measure import Sampling, draw, image_features, unseen_scenes
 from imprompt.generation.conditions import TokenPrompt
 from imprompt.generation.controls import MapControl
-from imprompt.generation.sampler import sample_latents
 from imprompt.systems.classifier import Judge
 from imprompt.systems.map_reader import MapReader
 
@@ -78,16 +76,16 @@ def measure_controls(
 
     rows = [
         row("the renders themselves", asked.pixels, wanted),
-        row("no control", _draw(base, texts, (), (), sampling), wanted),
+        row("no control", draw(base, texts, (), sampling), wanted),
     ]
     for kind in controls:
         for weight in weights:
-            images = _draw(base, texts, (), [use(kind, weight)], sampling)
+            images = draw(base, texts, (), sampling, controls=[use(kind, weight)])
             rows.append(row(f"{kind}, ω = {weight:g}", images, wanted))
     everything = [use(kind, 1.0) for kind in controls]
     together = " and ".join(controls)
     if len(controls) > 1:
-        rows.append(row(together, _draw(base, texts, (), everything, sampling), wanted))
+        rows.append(row(together, draw(base, texts, (), sampling, controls=everything), wanted))
     if adapter is not None:
         references = unseen_scenes(count, first=FIRST + 10_005)
         look = truth(references)
@@ -101,36 +99,11 @@ def measure_controls(
                 zero_tokens=adapter.tokens(nothing).detach(),
                 scale=image_scale,
             )
-            alone = _draw(base, short, [prompt], (), sampling)
-            all_of_them = _draw(base, short, [prompt], everything, sampling)
+            alone = draw(base, short, [prompt], sampling)
+            all_of_them = draw(base, short, [prompt], sampling, controls=everything)
         rows.append(row("image prompt", alone, look))
         rows.append(row(f"{together} and image prompt", all_of_them, look))
     return scenes, asked, rows
-
-
-def _draw(
-    base: Base,
-    texts: Sequence[str],
-    prompts: Sequence[TokenPrompt],
-    controls: Sequence[MapControl],
-    sampling: Sampling,
-) -> Tensor:
-    """Pixels (images, 3, size, size) in [-1, 1]."""
-    with torch.inference_mode():
-        latents = sample_latents(
-            base,
-            base.encode_text(list(texts)),
-            base.encode_text([None]),
-            prompts,
-            steps=sampling.steps,
-            guidance_scale=sampling.guidance_scale,
-            sampler=sampling.sampler,
-            seed=sampling.seed,
-            show_progress=True,
-            controls=controls,
-        )
-        decoded = torch.cat([base.decode_image(part) for part in latents.split(16)])
-    return decoded.float().clamp(-1, 1).cpu()
 
 
 def table(rows: Sequence[ControlRow]) -> str:

@@ -19,6 +19,7 @@ from imprompt.bases import Base
 from imprompt.core.randomness import Randomness
 from imprompt.data.rows import Rows
 from imprompt.diorama.vocabulary import COLOURS, KINDS, SETTINGS, STYLES
+from imprompt.systems.decoded_look import as_if_decoded
 
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "kind": KINDS,
@@ -88,12 +89,7 @@ class ClassifierSystem:
         pixels = batch["pixels"].float() / 127.5 - 1.0
         mirrored = randomness.uniform("mirror")[:, None, None, None] < 0.5
         pixels = torch.where(mirrored, pixels.flip(3), pixels)
-        # What a decoder does to a picture: some softness and a little noise.
-        soft = functional.avg_pool2d(pixels, 3, 1, 1, count_include_pad=False)
-        softness = 0.8 * randomness.uniform("softness")[:, None, None, None]
-        noise = randomness.normal("noise", tuple(pixels.shape[1:]))
-        noise = noise * (0.08 * randomness.uniform("noise level")[:, None, None, None])
-        pixels = torch.lerp(pixels, soft, softness) + noise
+        pixels = as_if_decoded(pixels, randomness, 0.8)
         logits = self.module(pixels.contiguous(memory_format=torch.channels_last))
         losses = [
             functional.cross_entropy(logits[name].float(), batch["labels"][:, column])

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from imprompt.bases import Base, Residuals, TextStates
+from imprompt.checkpoints import load_control
 from imprompt.checkpoints.controls import DESCRIPTION
 from imprompt.core.errors import ImpromptError
 from imprompt.core.randomness import Randomness
@@ -44,6 +45,24 @@ def check_control_data(columns: Rows, base: Base, kind: str) -> None:
             f"{', '.join(found) or 'none; prepare it with --columns control_KIND'}."
         )
     columns.require([CONTROL + kind])
+
+
+def network_to_train(created: Callable[[], Any], start_from: str, kind: type, base: Base) -> Any:
+    """The network of a folder, or else a new one: float32, on the base's device, ready to train.
+
+    Raises:
+        ImpromptError: the folder holds a network of another class than `kind`.
+    """
+    if start_from:
+        network: Any = load_control(start_from).module
+        if not isinstance(network, kind):
+            raise ImpromptError(
+                f"{start_from} holds a {type(network).__name__}; needed is a {kind.__name__}."
+            )
+    else:
+        network = created()
+    network.float().to(base.device, memory_format=torch.channels_last)
+    return network.requires_grad_(True)
 
 
 class ControlSystem:

@@ -18,7 +18,7 @@ from imprompt.bases import Base, Residuals, TextStates
 from imprompt.bases.latent_space import pixels_per_latent
 from imprompt.core.errors import ImpromptError
 from imprompt.data.rows import Rows
-from imprompt.systems.control import ControlSystem, check_control_data
+from imprompt.systems.control import ControlSystem, check_control_data, network_to_train
 
 _EMBEDDING_CHANNELS = (16, 32, 96, 256)
 
@@ -46,16 +46,12 @@ def build(options: ControlNetOptions, base: Base, columns: Rows) -> ControlSyste
         ImpromptError: data of another base or without these maps, or a start of another shape.
     """
     check_control_data(columns, base, options.kind)
-    if options.start_from:
-        from imprompt.checkpoints import load_control
-
-        module = load_control(options.start_from).module
-        if not isinstance(module, ControlNetModel):
-            raise ImpromptError(f"{options.start_from} is no ControlNet.")
-    else:
-        module = create_controlnet(base, zero_entry=options.zero_entry)
-    network: Any = module
-    network.float().to(base.device, memory_format=torch.channels_last).requires_grad_(True)
+    network = network_to_train(
+        lambda: create_controlnet(base, zero_entry=options.zero_entry),
+        options.start_from,
+        ControlNetModel,
+        base,
+    )
     return ControlSystem(
         base,
         network,

@@ -26,6 +26,7 @@ from imprompt.core.errors import ImpromptError
 from imprompt.core.randomness import Randomness
 from imprompt.data.rows import Rows
 from imprompt.encoders.face_network import FaceNetwork, load_face_network
+from imprompt.systems.decoded_look import as_if_decoded
 
 MIRRORED = (1, 0, 2, 4, 3)  # left and right change places
 MAX_SHIFT, MAX_ZOOM = 0.10, 0.18  # of the picture's half width; as a factor
@@ -170,8 +171,4 @@ def varied(
     points = (batch["landmarks"] * 2 - 1 - shift[:, None]) * zoom[:, None, None]
     points = torch.stack([points[..., 0] * sign[:, None], points[..., 1]], 2)
     points = torch.where(mirrored[:, None, None], points[:, MIRRORED], points)
-    soft = functional.avg_pool2d(pixels, 3, 1, 1, count_include_pad=False)
-    softness = randomness.uniform("softness")[:, None, None, None]
-    noise = randomness.normal("noise", tuple(pixels.shape[1:]))
-    noise = noise * (0.08 * randomness.uniform("noise level")[:, None, None, None])
-    return torch.lerp(pixels, soft, softness) + noise, (points + 1) / 2
+    return as_if_decoded(pixels, randomness, 1.0), (points + 1) / 2

@@ -20,6 +20,7 @@ from imprompt.bases import Base
 from imprompt.core.randomness import Randomness
 from imprompt.data.rows import Rows
 from imprompt.diorama.maps import KEYPOINT_COLOURS, PART_COLOURS, keypoints_of_map, parts_of_map
+from imprompt.systems.decoded_look import as_if_decoded
 
 _NUM_PARTS, _NUM_KEYPOINTS = len(PART_COLOURS), len(KEYPOINT_COLOURS)
 
@@ -129,12 +130,7 @@ class MapReaderSystem:
         self, batch: dict[str, Tensor], randomness: Randomness
     ) -> tuple[Tensor, dict[str, float | Tensor]]:
         pixels = batch["pixels"].float() / 127.5 - 1.0
-        # What a decoder does to a picture: some softness and a little noise.
-        soft = functional.avg_pool2d(pixels, 3, 1, 1, count_include_pad=False)
-        softness = 0.9 * randomness.uniform("softness")[:, None, None, None]
-        noise = randomness.normal("noise", tuple(pixels.shape[1:]))
-        noise = noise * (0.08 * randomness.uniform("noise level")[:, None, None, None])
-        pixels = torch.lerp(pixels, soft, softness) + noise
+        pixels = as_if_decoded(pixels, randomness, 0.9)
         reading = self.module(pixels.contiguous(memory_format=torch.channels_last))
         losses = _losses(reading, batch)
         return torch.stack(list(losses.values())).sum(), {k: v.detach() for k, v in losses.items()}

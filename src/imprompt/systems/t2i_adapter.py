@@ -17,7 +17,7 @@ from imprompt.bases import Base, Residuals
 from imprompt.bases.latent_space import pixels_per_latent
 from imprompt.core.errors import ImpromptError
 from imprompt.data.rows import Rows
-from imprompt.systems.control import ControlSystem, check_control_data
+from imprompt.systems.control import ControlSystem, check_control_data, network_to_train
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,16 +43,12 @@ def build(options: T2IAdapterOptions, base: Base, columns: Rows) -> ControlSyste
         ImpromptError: data of another base or without these maps, or a start of another shape.
     """
     check_control_data(columns, base, options.kind)
-    if options.start_from:
-        from imprompt.checkpoints import load_control
-
-        module = load_control(options.start_from).module
-        if not isinstance(module, T2IAdapter):
-            raise ImpromptError(f"{options.start_from} is no T2I-Adapter.")
-    else:
-        module = create_t2i_adapter(base, num_res_blocks=options.num_res_blocks)
-    network: Any = module
-    network.float().to(base.device, memory_format=torch.channels_last).requires_grad_(True)
+    network = network_to_train(
+        lambda: create_t2i_adapter(base, num_res_blocks=options.num_res_blocks),
+        options.start_from,
+        T2IAdapter,
+        base,
+    )
     return ControlSystem(
         base,
         network,
