@@ -86,30 +86,32 @@ from imprompt.data import encoding, sources
 from imprompt.data.prepare import prepare
 sources.PAIRS_PER_PART, encoding.SAVE_EVERY_SECONDS = {pairs_per_part}, 0.01
 base, out, choose = load_base({base!r}), Path({out!r}), random.Random(0)
-prepare({source!r}, Path({out!r} + "-warm"), base, columns={columns!r}, batch_size=8)
-began = time.monotonic()
-prepare({source!r}, Path({out!r} + "-timed"), base, columns={columns!r}, batch_size=8)
-whole = time.monotonic() - began
-def begin(shard):
+# This process only forks: one that had prepared would have threads, whose locks children could not get.
+def begin(shard, num_shards, out):
     child = os.fork()
     if child == 0:
         sys.stderr = open(os.devnull, "w")
         prepare({source!r}, out, base, columns={columns!r}, batch_size=8,
-                shard=shard, num_shards={num_shards})
+                shard=shard, num_shards=num_shards)
         os._exit(0)
     return child
+def ended(child):
+    return os.waitpid(child, 0)[1]
+began = time.monotonic()
+assert ended(begin(0, 1, Path({out!r} + "-timed"))) == 0
+whole = time.monotonic() - began
 num_kills = 0
 while num_kills < {num_kills}:
-    children = [begin(shard) for shard in range({num_shards})]
+    children = [begin(shard, {num_shards}, out) for shard in range({num_shards})]
     time.sleep(choose.uniform(0, 0.4 * whole))
     for child in children:
         os.kill(child, signal.SIGKILL)
-    killed = [os.waitpid(child, 0)[1] == signal.SIGKILL for child in children]
+    killed = [ended(child) == signal.SIGKILL for child in children]
     num_kills += any(killed)
     if not any(killed):  # it came to its end: begin anew
         shutil.rmtree(out)
-for child in [begin(shard) for shard in range({num_shards})]:
-    assert os.waitpid(child, 0)[1] == 0
+for child in [begin(shard, {num_shards}, out) for shard in range({num_shards})]:
+    assert ended(child) == 0
 """
 
 
