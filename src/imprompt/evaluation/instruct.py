@@ -2,7 +2,7 @@
 
 Each of the five tasks is measured on unseen lessons, with instructions drawn from those that come with
 the package. The judge reads object, colour, style and setting off what was drawn; a face encoder says
-who it is, among a hundred; the layout is the object's silhouette.
+who it is, among a hundred; a map reader, what stands where.
 """
 
 from __future__ import annotations
@@ -18,15 +18,17 @@ from imprompt.bases import Base
 from imprompt.data.instruct_scenes import InstructExample, instruct_example
 from imprompt.data.instructions import TASKS
 from imprompt.diorama import caption, phrases, render
-from imprompt.diorama.vocabulary import GROUND, PERSON
+from imprompt.diorama.vocabulary import PERSON
 from imprompt.encoders.face import load_face_encoder
 from imprompt.encoders.instruction import METADATA_KEY, instruction_states
 from imprompt.evaluation.clip_scores import ClipScores, mean_cosine
 from imprompt.evaluation.judge import read, truth
+from imprompt.evaluation.map_reader import compare, load_map_reader, read_maps
 from imprompt.evaluation.measure import Sampling, draw
 from imprompt.evaluation.portraits import templates, unseen_portraits
 from imprompt.generation.conditions import TokenPrompt
 from imprompt.systems.classifier import Judge
+from imprompt.systems.map_reader import MapReader
 
 FIRST_GROUP = 1_000_000  # training is done long before
 KEPT = {
@@ -43,7 +45,6 @@ FOLLOWED = {
     "composition": ("colour", "style", "setting"),
     "face": ("colour", "style", "setting"),
 }
-BACKGROUND_DIFFERENCE = 0.22  # of a pixel from its row's background, in [-1, 1]
 
 
 def unseen_lessons(task: str, count: int) -> list[InstructExample]:
@@ -138,7 +139,7 @@ def measure_task(
         images = draw(base, [lesson.prompt for lesson in lessons], [prompt], sampling)
     figures = judged(judge, task, lessons, images)
     if task == "composition":
-        figures["layout IoU"] = layout_iou(images, lessons)
+        figures |= layout_figures(load_map_reader(), images, lessons)
     if task == "face":
         faces = load_face_encoder()
         people = unseen_portraits(1).characters
@@ -189,22 +190,19 @@ def clip_figures(
     return figures | {name: mean_cosine(drawn, clip.of_texts(x)) for name, x in texts.items()}
 
 
-def object_masks(pixels: Tensor) -> Tensor:
-    """Where a picture (batch, 3, h, w) differs from its background: booleans (batch, h, w).
+def layout_figures(
+    reader: MapReader, images: Tensor, lessons: Sequence[InstructExample]
+) -> dict[str, float]:
+    """Mean overlap of what stands in a picture with what stands in its reference, as a map reader sees it.
 
-    A row's background is what its two ends show; that finds objects that stand free of the sides.
+    layout IoU: all that is not background or ground as one; layout IoU of parts: the mean of the parts.
     """
-    ends = torch.cat([pixels[..., :3], pixels[..., -3:]], 3)
-    background = ends.median(3, keepdim=True).values
-    return (pixels - background).abs().amax(1) > BACKGROUND_DIFFERENCE
-
-
-def layout_iou(images: Tensor, lessons: Sequence[InstructExample]) -> float:
-    """Mean overlap of the object's silhouette in a picture with the true one of its reference."""
-    segmentation = render([lesson.condition for lesson in lessons], images.shape[-1]).segmentation
-    wanted, found = segmentation > GROUND, object_masks(images)
-    both, either = (wanted & found).sum((1, 2)), (wanted | found).sum((1, 2))
-    return (both / either.clamp(min=1)).mean().item()
+    wanted = render([lesson.condition for lesson in lessons], images.shape[-1])
+    agreement = compare(read_maps(reader, images), wanted)
+    return {
+        "layout IoU": agreement["object IoU"],
+        "layout IoU of parts": agreement["segmentation IoU"],
+    }
 
 
 def measure_instruct(
@@ -223,5 +221,5 @@ def measure_instruct(
         figures |= {f"{task}: {name}": value for name, value in result.figures.items()}
     lessons = unseen_lessons("composition", count)
     targets = render([lesson.target for lesson in lessons], base.image_size_px).pixels
-    figures["composition: layout IoU of true renders"] = layout_iou(targets, lessons)
-    return figures
+    reachable = layout_figures(load_map_reader(), targets, lessons)
+    return figures | {f"composition: {name} of true renders": x for name, x in reachable.items()}
