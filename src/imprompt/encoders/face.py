@@ -198,20 +198,28 @@ def aligned(
 ) -> Float[Tensor, "1 3 size size"]:
     """A face brought by turning, scaling and shifting to where ArcFace's crops have their landmarks.
 
-    Source: the similarity that fits best, Umeyama 1991; the places in the crop are ArcFace's (1801.07698).
+    `places` are pixel indices (x, y). Beyond the picture it is black, as in insightface's `norm_crop`.
+
+    Source: the similarity that takes the face's places best to the crop's, Umeyama 1991; the crop's places
+    are ArcFace's (1801.07698).
     """
     wanted = torch.tensor(CROP_PLACES) / CROP_PLACES_SIZE_PX * CROP_SIZE_PX
-    # Unknowns of x' = a·x - b·y + c, y' = b·x + a·y + d that map the crop's places to the picture's.
-    x, y = wanted.T
+    # Unknowns of x' = a·x - b·y + c, y' = b·x + a·y + d. The best fit of crop to picture would be another,
+    # larger one for every face that is turned away.
+    x, y = places.float().cpu().T
     one, zero = torch.ones(5), torch.zeros(5)
     rows = torch.cat([torch.stack([x, -y, one, zero], 1), torch.stack([y, x, zero, one], 1)])
-    a, b, c, d = torch.linalg.lstsq(rows, places.float().T.reshape(-1, 1)).solution[:, 0]
-    axis = torch.arange(CROP_SIZE_PX) + 0.5
-    to_y, to_x = torch.meshgrid(axis, axis, indexing="ij")
-    from_x, from_y = a * to_x - b * to_y + c, b * to_x + a * to_y + d
+    a, b, c, d = torch.linalg.lstsq(rows, wanted.T.reshape(-1, 1)).solution[:, 0]
+    axis = torch.arange(CROP_SIZE_PX)
+    to_y, to_x = torch.meshgrid(axis - d, axis - c, indexing="ij")
+    squared = a * a + b * b
+    from_x, from_y = (a * to_x + b * to_y) / squared, (a * to_y - b * to_x) / squared
     height, width = pixels.shape[-2:]
-    grid = torch.stack([from_x / width, from_y / height], 2)[None] * 2 - 1
-    return functional.grid_sample(pixels.float(), grid.to(pixels.device), align_corners=False)
+    grid = torch.stack([(from_x + 0.5) / width, (from_y + 0.5) / height], 2)[None] * 2 - 1
+    above_black = functional.grid_sample(
+        pixels.float() + 1, grid.to(pixels.device), align_corners=False
+    )
+    return above_black - 1
 
 
 def _area(face: Any) -> float:

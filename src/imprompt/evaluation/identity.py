@@ -23,6 +23,7 @@ from imprompt.evaluation.portraits import (
     Portraits,
     drawn,
     judge_identity,
+    load_face_judge,
     templates,
     unseen_portraits,
 )
@@ -93,21 +94,23 @@ def measure_identity(
     *,
     scale: float = 1.0,
     ablations: Sequence[str] = tuple(ABLATIONS),
-    landmark_reader: FaceEncoder | None = None,
+    face_judge: FaceEncoder | None = None,
 ) -> dict[str, IdentityResult]:
-    """Renders of what was asked for (the best that can be reached), then what is drawn, by ablation."""
+    """Renders of what was asked for (the best that can be reached), then what is drawn, by ablation.
+
+    faces: the encoder that the identity was trained with. face_judge: who looks at what was drawn, the one
+    that comes with the package if None.
+    """
+    face_judge = face_judge or load_face_judge()
     portraits = unseen_portraits(count)
-    known_by = templates(faces, portraits.characters)
-    results = {
-        "renders": judge_identity(
-            drawn(portraits.targets), portraits, faces, known_by, landmark_reader
-        )
-    }
+    known_by = templates(face_judge, portraits.characters)
+    renders = drawn(portraits.targets)
+    results = {"renders": judge_identity(renders, portraits, face_judge, known_by)}
     for name in ablations:
         images = draw_identity(
             base, identity, faces, portraits, sampling, without=ABLATIONS[name], scale=scale
         )
-        results[name] = judge_identity(images, portraits, faces, known_by, landmark_reader)
+        results[name] = judge_identity(images, portraits, face_judge, known_by)
     return results
 
 

@@ -1,7 +1,7 @@
 """Is what was asked of an image taken from it, and is all else left to the text?
 
 Each of the five tasks is measured on unseen lessons, with instructions drawn from those that come with
-the package. The judge reads object, colour, style and setting off what was drawn; a face encoder says
+the package. The judge reads object, colour, style and setting off what was drawn; a face judge says
 who it is, among a hundred; a map reader, what stands where.
 """
 
@@ -19,13 +19,12 @@ from imprompt.data.instruct_scenes import InstructExample, instruct_example
 from imprompt.data.instructions import TASKS
 from imprompt.diorama import caption, phrases, render
 from imprompt.diorama.vocabulary import PERSON
-from imprompt.encoders.face import load_face_encoder
 from imprompt.encoders.instruction import METADATA_KEY, instruction_states
 from imprompt.evaluation.clip_scores import ClipScores, mean_cosine
 from imprompt.evaluation.judge import read, truth
 from imprompt.evaluation.map_reader import compare, load_map_reader, read_maps
 from imprompt.evaluation.measure import Sampling, draw
-from imprompt.evaluation.portraits import templates, unseen_portraits
+from imprompt.evaluation.portraits import load_face_judge, templates, unseen_portraits
 from imprompt.generation.conditions import TokenPrompt
 from imprompt.systems.classifier import Judge
 from imprompt.systems.map_reader import MapReader
@@ -141,7 +140,7 @@ def measure_task(
     if task == "composition":
         figures |= layout_figures(load_map_reader(), images, lessons)
     if task == "face":
-        faces = load_face_encoder()
+        faces = load_face_judge()
         people = unseen_portraits(1).characters
         found = (faces.embeds(images) @ templates(faces, people).T).argmax(1).tolist()
         right = [

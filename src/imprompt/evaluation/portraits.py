@@ -2,13 +2,15 @@
 
 Each of the gallery's hundred characters is given by one picture, and asked for in a pose, light, style
 and setting that this picture does not have. Who is seen in what was drawn, a face encoder says: the
-character whose pictures are nearest.
+character whose pictures are nearest. That encoder, the face judge, was trained apart from the one whose
+vectors ask for a person, so that a generator cannot please the judge by what only its own encoder sees.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as functional
@@ -27,10 +29,16 @@ from imprompt.diorama import (
     portrait_caption,
     render,
 )
-from imprompt.encoders.face import FaceEncoder
+from imprompt.encoders.face import FaceEncoder, load_face_encoder
 
+FACE_JUDGE_FILE = Path(__file__).parent.parent / "weights" / "diorama-face-judge.safetensors"
 REFERENCE_SEED, TARGET_SEED, TEMPLATE_SEED = 6_000_000, 6_100_000, 6_200_000
 REFERENCE_STYLE = "clay"  # the one nearest to a photo
+
+
+def load_face_judge() -> FaceEncoder:
+    """The face encoder that judges pictures and conditions none."""
+    return load_face_encoder(FACE_JUDGE_FILE)
 
 
 @dataclass(frozen=True)
@@ -125,16 +133,17 @@ class IdentityResult:
 def judge_identity(
     images: Float[Tensor, "pictures 3 h w"],
     portraits: Portraits,
-    faces: FaceEncoder,
+    face_judge: FaceEncoder,
     known_by: Float[Tensor, "characters dim"],
-    landmark_reader: FaceEncoder | None = None,
 ) -> IdentityResult:
-    """Who is in these pictures, and how far is the face from where it was asked for?"""
-    found = (faces.embeds(images) @ known_by.T).argmax(1)
+    """Who is in these pictures, and how far is the face from where it was asked for?
+
+    known_by: the judge's `templates`.
+    """
+    found = (face_judge.embeds(images) @ known_by.T).argmax(1)
     numbers = {character: i for i, character in enumerate(portraits.characters)}
     wanted = [numbers[scene.character] for scene in portraits.targets if scene.character]
-    places = (landmark_reader or faces).landmarks(images)
-    offset = (places - landmarks_of(portraits.targets)) * images.shape[-1]
+    offset = (face_judge.landmarks(images) - landmarks_of(portraits.targets)) * images.shape[-1]
     return IdentityResult(
         images,
         found,

@@ -110,6 +110,25 @@ def test_a_crop_brings_the_landmarks_to_their_places():
         assert abs(x - wanted_x) < 3 and abs(y - wanted_y) < 3
 
 
+def test_a_turned_face_is_as_large_in_the_crop_as_insightface_makes_it():
+    """Umeyama's fit of the face's places to the crop's; the fit of crop to picture would enlarge it."""
+    places = torch.tensor(CROP_PLACES) * torch.tensor([0.4, 1.0]) + 20  # in profile, eyes are close
+    wanted = 2 * torch.tensor(CROP_PLACES)
+    source, target = places - places.mean(0), wanted - wanted.mean(0)
+    strengths = torch.linalg.svdvals(target.T @ source)
+    scale = float(strengths.sum() / source.square().sum())
+    pixels = torch.full((1, 3, 160, 160), -1.0)
+    middle = places.mean(0).round().long().tolist()
+    pixels[0, :, middle[1] - 10 : middle[1] + 10, middle[0] - 10 : middle[0] + 10] = 1.0
+    bright = (aligned(pixels, places)[0, 0] > 0).sum().item()
+    assert bright**0.5 / 20 == pytest.approx(scale, rel=0.02)
+
+
+def test_a_crop_is_black_beyond_the_picture():
+    crop = aligned(torch.ones(1, 3, 30, 30), torch.tensor(CROP_PLACES) / 2 - 15)
+    assert crop.min() == -1 and crop.max() == 1
+
+
 def test_a_drawing_of_landmarks():
     places = torch.tensor([[0.2, 0.2], [0.8, 0.2], [0.5, 0.5], [0.3, 0.8], [0.7, 0.8]])[None]
     picture = landmark_images(places, 64, 64)
