@@ -16,6 +16,7 @@ from imprompt.data.on_the_fly import PairsOnTheFly
 from imprompt.data.records import Reading
 from imprompt.data.rows import Rows
 from imprompt.data.store import told
+from imprompt.encoders.clip import load_named_clip
 from imprompt.systems.protocol import System
 from imprompt.training.card import write_card
 from imprompt.training.config import PRECISIONS, TrainConfig
@@ -127,6 +128,7 @@ def run_training(
     *,
     data: Path | str,
     base: str | Base,
+    image_encoder: str | None = None,
     output: Path,
     preset: str | None = None,
     settings: list[str] | None = None,
@@ -141,7 +143,8 @@ def run_training(
     `data` are prepared, or a source of pairs, which is then read as `reading` says and encoded at
     `size_px` (by default the base's) whenever a step needs it.
     `engine` is single, ddp, zero2 or fsdp2; `auto` is ddp where torchrun started several processes.
-    `num_processes` is how many there must be. `set_up_previews` may let the system draw.
+    `num_processes` is how many there must be. `image_encoder`, as NAME or NAME:SUBFOLDER, is given to
+    a base that brings none: the one that the data were prepared with. `set_up_previews` may let the system draw.
 
     Returns:
         The exported file or folder.
@@ -152,6 +155,8 @@ def run_training(
     """
     processes = join_processes(engine, num_processes)
     loaded = load_base(base, device=processes.device) if isinstance(base, str) else base
+    if image_encoder is not None:
+        loaded.image_encoder = load_named_clip(image_encoder, loaded.dtype, loaded.device)
     columns = open_data(data, loaded, size_px, reading)
     system, config, resolved = prepare_run(system_name, loaded, columns, preset, settings or [])
     if set_up_previews is not None:
