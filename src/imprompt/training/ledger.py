@@ -84,7 +84,9 @@ class Ledger:
             self._refuse(f"The loss is {losses.mean().item()}", step, bad)
         # A scaled loss may overflow; its step is then passed over, and the scale lowered.
         if self._config.precision != "float16" and not bool(norms.isfinite().all()):
-            self._refuse(f"The loss is finite but its gradient's norm {norms[0].item()}", step, [batch])
+            self._refuse(
+                f"The loss is finite but its gradient's norm {norms[0].item()}", step, [batch]
+            )
 
     def _refuse(self, what: str, step: int, parts: Sequence[range]) -> None:
         told = []
