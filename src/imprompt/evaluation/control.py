@@ -14,10 +14,20 @@ from torch import Tensor
 from imprompt.adapters import ImagePromptAdapter
 from imprompt.bases import Base
 from imprompt.checkpoints import LoadedControl
-from imprompt.diorama import Render, Scene, caption, draw_maps, render
+from imprompt.diorama import (
+    OBJECT_KINDS,
+    STYLES,
+    Render,
+    Scene,
+    caption,
+    draw_maps,
+    render,
+    sample_scene,
+)
+from imprompt.diorama.vocabulary import COLOURS
 from imprompt.evaluation.judge import read, truth
 from imprompt.evaluation.map_reader import compare, read_maps
-from imprompt.evaluation.measure import Sampling, draw, image_features, unseen_scenes
+from imprompt.evaluation.measure import UNSEEN_SEED, Sampling, draw, image_features, unseen_scenes
 from imprompt.generation.conditions import TokenPrompt
 from imprompt.generation.controls import MapControl
 from imprompt.systems.classifier import Judge
@@ -87,7 +97,7 @@ def measure_controls(
     if len(controls) > 1:
         rows.append(row(together, draw(base, texts, (), sampling, controls=everything), wanted))
     if adapter is not None:
-        references = unseen_scenes(count, first=FIRST + 10_005)
+        references = unlike(scenes)
         look = truth(references)
         short = [f"a {scene.kind}" for scene in scenes]
         with adapter.install(base.unet) as handle:
@@ -104,6 +114,23 @@ def measure_controls(
         rows.append(row("image prompt", alone, look))
         rows.append(row(f"{together} and image prompt", all_of_them, look))
     return scenes, asked, rows
+
+
+def unlike(scenes: Sequence[Scene]) -> list[Scene]:
+    """For each scene one of another object in another style and colour."""
+    return [
+        sample_scene(
+            UNSEEN_SEED + FIRST + 10_000 + i,
+            kind=_other(OBJECT_KINDS, scene.kind, 5),
+            colour=_other(tuple(COLOURS), scene.colour, 3),
+            style=_other(STYLES, scene.style, 1 + i % (len(STYLES) - 1)),
+        )
+        for i, scene in enumerate(scenes)
+    ]
+
+
+def _other(names: Sequence[str], name: str, steps: int) -> str:
+    return names[(names.index(name) + steps) % len(names)]
 
 
 def table(rows: Sequence[ControlRow]) -> str:

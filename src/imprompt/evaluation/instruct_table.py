@@ -2,13 +2,16 @@
 
 From the same first stage and with the same number of steps each are trained: the joint model; one model
 per task, which sees that task's lessons alone; and the joint model with one fixed instruction per task
-instead of many. Each is then asked for each task it was trained on.
+instead of many. Each is then asked for each task it was trained on; the last in its own instructions, and
+in other words.
 
 Source: IP-Adapter-Instruct (2408.03209), section 4, tables 1 and 2.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +21,7 @@ from imprompt.bases import Base, load_base
 from imprompt.checkpoints import load_adapter
 from imprompt.data.columns import default_columns
 from imprompt.data.dataset import Columns, ColumnsWriter
+from imprompt.data.instruct_scenes import InstructExample
 from imprompt.data.instructions import TASKS, filled
 from imprompt.data.prepare import prepare
 from imprompt.diorama import OBJECT_KINDS
@@ -28,6 +32,7 @@ from imprompt.systems.classifier import Judge
 from imprompt.training.run import run_training
 
 WORDS_PRESET, PRESET = "diorama-instruct-words", "diorama-instruct"
+ONE_INSTRUCTION = "one fixed instruction"
 FIXED = {
     "everything": "use everything",
     "style": "use the style",
@@ -68,7 +73,7 @@ def measure_instruct_table(
     )
     columns = Columns.open(data)
     tasks_of_rows = columns.rows(range(len(columns)), ["task_ids"])["task_ids"].numpy()
-    sets = {"joint": data, "one fixed instruction": with_fixed_instructions(columns, base, output)}
+    sets = {"joint": data, ONE_INSTRUCTION: with_fixed_instructions(columns, base, output)}
     for number, task in enumerate(TASKS):
         sets[task] = some_rows(columns, np.flatnonzero(tasks_of_rows == number), output / task)
     clip = ClipScores(base)
@@ -92,11 +97,23 @@ def measure_instruct_table(
         label = f"{name} alone" if name in TASKS else name
         for task in (name,) if name in TASKS else TASKS:
             lessons = unseen_lessons(task, count)
-            result = measure_task(
-                own_base, adapter, judge, sampling, task, count, scale, clip, lessons
-            )
-            figures |= {f"{task}, {label}: {k}": value for k, value in result.figures.items()}
+            asked = {label: lessons}
+            if name == ONE_INSTRUCTION:
+                asked = {label: fixed(lessons), f"{label}, asked in other words": lessons}
+            for row, asking in asked.items():
+                result = measure_task(
+                    own_base, adapter, judge, sampling, task, count, scale, clip, asking
+                )
+                figures |= {f"{task}, {row}: {key}": x for key, x in result.figures.items()}
     return figures
+
+
+def fixed(lessons: Sequence[InstructExample]) -> list[InstructExample]:
+    """The same lessons, each asked for in its task's one instruction."""
+    return [
+        replace(lesson, instruction=filled(FIXED[lesson.task], lesson.condition.kind))
+        for lesson in lessons
+    ]
 
 
 def some_rows(columns: Columns, rows: np.ndarray, folder: Path) -> Path:

@@ -9,7 +9,7 @@ vectors ask for a person, so that a generator cannot please the judge by what on
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 from imprompt.core.randomness import generator
 from imprompt.diorama import (
     FACTORS,
+    SETTINGS,
     STYLES,
     Character,
     Scene,
@@ -34,6 +35,7 @@ from imprompt.encoders.face import FaceEncoder, load_face_encoder
 FACE_JUDGE_FILE = Path(__file__).parent.parent / "weights" / "diorama-face-judge.safetensors"
 REFERENCE_SEED, TARGET_SEED, TEMPLATE_SEED = 6_000_000, 6_100_000, 6_200_000
 REFERENCE_STYLE = "clay"  # the one nearest to a photo
+OTHER_REFERENCE_STYLE = "cartoon"  # for portraits that are asked for in clay
 
 
 def load_face_judge() -> FaceEncoder:
@@ -58,20 +60,25 @@ class Portraits:
 
 
 def unseen_portraits(count: int, styles: Sequence[str] = STYLES) -> Portraits:
-    """`count` portraits, of the gallery's characters in turn, in each of the styles as often."""
+    """`count` portraits, of the gallery's characters in turn, in each of the styles as often.
+
+    Each reference shows the character in another style and setting.
+    """
     people = gallery()
-    numbers = range(count)
-    return Portraits(
-        people,
-        [
-            portrait(TARGET_SEED + i, people[i % len(people)], style=styles[i % len(styles)])
-            for i in numbers
-        ],
-        [
-            portrait(REFERENCE_SEED + i, people[i % len(people)], style=REFERENCE_STYLE)
-            for i in numbers
-        ],
-    )
+    targets = [
+        portrait(TARGET_SEED + i, people[i % len(people)], style=styles[i % len(styles)])
+        for i in range(count)
+    ]
+    return Portraits(people, targets, [_reference(i, target) for i, target in enumerate(targets)])
+
+
+def _reference(number: int, target: Scene) -> Scene:
+    style = OTHER_REFERENCE_STYLE if target.style == REFERENCE_STYLE else REFERENCE_STYLE
+    reference = portrait(REFERENCE_SEED + number, target.character, style=style)
+    if reference.setting == target.setting:
+        following = SETTINGS[(SETTINGS.index(target.setting) + 1) % len(SETTINGS)]
+        reference = replace(reference, setting=following)
+    return reference
 
 
 def drawn(scenes: Sequence[Scene]) -> Float[Tensor, "scenes 3 64 64"]:

@@ -6,9 +6,9 @@ import torch
 from imprompt.bases import load_base
 from imprompt.checkpoints import LoadedControl
 from imprompt.cli.main import main
-from imprompt.evaluation.control import measure_controls, table
+from imprompt.evaluation.control import measure_controls, table, unlike
 from imprompt.evaluation.judge import load_judge
-from imprompt.evaluation.measure import Sampling
+from imprompt.evaluation.measure import Sampling, unseen_scenes
 from imprompt.systems.controlnet import create_controlnet
 from imprompt.systems.map_reader import MapReader
 from imprompt.systems.t2i_adapter import create_t2i_adapter
@@ -43,6 +43,13 @@ def test_rows_of_two_controls():
     assert by_name["the renders themselves"].figures["object"] == 1
     lines = table(rows).splitlines()
     assert len(lines) == 2 + len(rows) and "100.0 %" in lines[2]
+
+
+def test_image_prompts_show_other_objects_in_other_looks():
+    scenes = unseen_scenes(24)
+    for scene, reference in zip(scenes, unlike(scenes), strict=True):
+        for attribute in ("kind", "style", "colour"):
+            assert getattr(scene, attribute) != getattr(reference, attribute)
 
 
 def test_mistakes_of_the_command_line(capsys):

@@ -15,6 +15,7 @@ from imprompt.evaluation.instruct import (
     measure_task,
     unseen_lessons,
 )
+from imprompt.evaluation.instruct_table import fixed
 from imprompt.evaluation.judge import load_judge
 from imprompt.evaluation.map_reader import load_map_reader
 from imprompt.evaluation.measure import Sampling
@@ -57,6 +58,13 @@ def test_the_text_says_what_is_measured_as_following_it():
     assert {lesson.prompt for lesson in unseen_lessons("everything", 4)} == {""}
     for lesson in unseen_lessons("face", 4):
         assert lesson.condition.character == lesson.target.character
+
+
+def test_a_model_of_one_instruction_is_asked_in_its_own_words():
+    lessons = unseen_lessons("object", 3)
+    for lesson, asked in zip(lessons, fixed(lessons), strict=True):
+        assert asked.instruction == f"use the {lesson.condition.kind}"
+        assert (asked.condition, asked.prompt) == (lesson.condition, lesson.prompt)
 
 
 @slow

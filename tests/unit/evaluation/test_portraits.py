@@ -36,7 +36,8 @@ def test_portraits_are_of_the_gallery_and_unlike_their_references():
     assert {scene.style for scene in portraits.targets} == set(STYLES)
     for target, reference in zip(portraits.targets, portraits.references, strict=True):
         assert target.character == reference.character
-        assert target.turn_degrees != reference.turn_degrees
+        for attribute in ("turn_degrees", "style", "setting"):
+            assert getattr(target, attribute) != getattr(reference, attribute)
     assert portraits.texts == unseen_portraits(120).texts
 
 
