@@ -25,7 +25,12 @@ class SmallSystem:
 
     columns = ("x", "y")
 
-    def __init__(self, fail_at_sample: int | None = None, unused: bool = False) -> None:
+    def __init__(
+        self,
+        fail_at_sample: int | None = None,
+        unused: bool = False,
+        fail_gradient_at_sample: int | None = None,
+    ) -> None:
         self.module = nn.Linear(3, 1)
         with torch.no_grad():
             self.module.weight.zero_()
@@ -33,6 +38,7 @@ class SmallSystem:
         if unused:
             self.module.register_parameter("unused", nn.Parameter(torch.zeros(1)))
         self.fail_at_sample = fail_at_sample
+        self.fail_gradient_at_sample = fail_gradient_at_sample
         self.seen: list[int] = []
 
     def loss(self, batch, randomness):
@@ -41,6 +47,8 @@ class SmallSystem:
         loss = (self.module(noisy) - batch["y"]).square().mean()
         if self.fail_at_sample in randomness.samples:
             loss = loss * float("nan")
+        if self.fail_gradient_at_sample in randomness.samples:
+            loss = loss + (0 * self.module.bias.sum()).sqrt()  # 0, with a slope of 0 · infinity
         return loss, {"mean_x": batch["x"].mean()}
 
     def validate(self, batch, randomness):

@@ -83,3 +83,10 @@ def test_what_the_document_on_image_prompts_shows_runs(tmp_path, monkeypatch):
     assert (tmp_path / "where.png").is_file() and (tmp_path / "photo.safetensors").is_file()
     heat = names["heat"]
     assert isinstance(heat, torch.Tensor) and heat.shape == (1, 64, 64)
+
+
+@pytest.mark.parametrize(("preset", "samples"), [("image-prompt", 64), ("instruct", 512)])
+def test_published_batches_are_whole_and_their_parts_fit_a_card(preset, samples):
+    train = read_toml(PRESETS / f"{preset}.toml")["train"]
+    assert train["batch_size"] == samples  # of all processes together
+    assert train["batch_size"] == 8 * train["gradient_accumulation_steps"]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_base import write_tiny_base
 
@@ -54,7 +55,7 @@ def run(folder, output, *settings):
     )
 
 
-def torchrun(*arguments):
+def torchrun(*arguments, timeout=300):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -69,7 +70,7 @@ def torchrun(*arguments):
         check=False,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=timeout,
     )
     return result
 
@@ -123,6 +124,17 @@ def test_sharded_engines_learn_the_same_and_engines_go_on_from_each_other(alone,
     keep_first_checkpoint(tmp_path / "run", tmp_path / "given-back")
     run(alone, tmp_path / "given-back")
     assert_same_run(alone / "alone", tmp_path / "given-back")
+
+
+def test_a_frozen_base_stays_in_slices_and_the_end_waits_for_nobody(alone, tmp_path):
+    """Nothing is validated at the end, so that the base is in slices when the first process exports."""
+    script = str(Path(__file__).with_name("sharded_run.py"))
+    result = torchrun(script, alone, tmp_path / "run", *SETTINGS, timeout=120)
+    assert result.returncode == 0, result.stderr[-3000:]
+    fingerprint = load_base(alone / "base").fingerprint()
+    assert fingerprint in (tmp_path / "run/README.md").read_text()
+    with safe_open(tmp_path / "run/adapter.safetensors", "pt") as file:
+        assert fingerprint in json.dumps(file.metadata())
 
 
 def test_parts_of_a_batch_add_up_to_the_batch(alone, tmp_path):

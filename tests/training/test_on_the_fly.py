@@ -16,6 +16,8 @@ from imprompt.data.on_the_fly import PairsOnTheFly
 from imprompt.data.prepare import prepare
 from imprompt.evaluation.previews import set_up_previews
 from imprompt.training import log
+from imprompt.training import run as run_module
+from imprompt.training.processes import Processes
 from imprompt.training.run import open_data, run_training
 
 SETTINGS = [
@@ -116,6 +118,19 @@ def test_nothing_but_faults_is_an_error(folder, tmp_path):
     (tmp_path / "photos/a.png").write_bytes(b"no picture")
     with pytest.raises(ImpromptError, match=r"in a row cannot be used.*a\.png"):
         PairsOnTheFly(str(tmp_path / "photos"), load_base(folder / "base")).rows([0], COLUMNS)
+
+
+def test_a_base_given_as_an_object_is_moved_to_where_the_run_computes(
+    folder, tmp_path, monkeypatch
+):
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(run_module, "join_processes", lambda *_: Processes("single", 0, 1, device))
+    base = load_base(folder / "base")
+    moves = []
+    monkeypatch.setattr(base, "to", lambda *to: moves.append(to))
+    with pytest.raises(ImpromptError, match="no preset"):
+        run_training("image-prompt", data=folder / "data", base=base, output=tmp_path, preset="x")
+    assert moves == [(device,)]
 
 
 def test_scenes_and_what_is_neither(folder, tmp_path):

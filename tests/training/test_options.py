@@ -70,6 +70,32 @@ def test_a_loss_that_is_not_finite_names_the_rows_and_saves_nothing_of_it(column
     assert [path.name for path in saved] == ["step-00000005"]
 
 
+@pytest.mark.parametrize("step", [4, 6])  # the last before a checkpoint, and another
+def test_a_gradient_that_is_not_finite_is_told_before_it_is_saved(columns, tmp_path, step):
+    rows = ", ".join(map(str, rows_of_samples(range(6 * step, 6 * step + 6), 60, 0)))
+    system = SmallSystem(fail_gradient_at_sample=6 * step + 1)
+    with pytest.raises(ImpromptError, match=rf"norm nan at step {step} \(.*, rows {rows}\)"):
+        run(columns, tmp_path / "run", system)
+    saved = whole_checkpoints(tmp_path / "run/checkpoints")
+    assert [path.name for path in saved] == (["step-00000005"] if step > 4 else [])
+    assert all(v.isfinite().all() for v in load_file(tmp_path / "run/best/export").values())
+
+
+def test_a_figure_that_is_not_finite_is_never_the_best(columns, tmp_path):
+    system = SmallSystem()
+    validate, steps = system.validate, iter(range(4))
+    system.validate = lambda batch, randomness: (
+        validate(batch, randomness) if next(steps) else {"error": float("nan")}
+    )
+    system.export = lambda path: path.write_text(str(system.module.weight.sum().item()))
+    run(columns, tmp_path / "run", system)
+    assert json.loads((tmp_path / "run/best/best.json").read_text())["step"] > 3
+    system, kept = SmallSystem(), (tmp_path / "run/best/best.json").read_text()
+    system.validate = lambda batch, randomness: {"error": float("nan")}
+    run(columns, tmp_path / "run", system, keep_checkpoints=3)
+    assert (tmp_path / "run/best/best.json").read_text() == kept
+
+
 def test_half_precision_with_a_scaled_loss_learns_and_goes_on_exactly(columns, tmp_path):
     straight = load_file(run(columns, tmp_path / "straight", precision="float16"))
     run(columns, tmp_path / "again", precision="float16")

@@ -75,6 +75,9 @@ def text_key_value(
     """K and V of the text at one site; None where every call has to compute its own."""
     if not can_be_kept(site.module):
         return None
+    # Weights that are offloaded come only when the UNet is called.
+    if site.module.to_k.weight.device != text_states.device:
+        return None
     key, value = own_key_value(site.module, None, text_states, loras)
     return TextKeyValue(text_states, version_of(text_states), key, value)
 

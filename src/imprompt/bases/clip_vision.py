@@ -10,6 +10,8 @@ import torch.nn.functional as functional
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from imprompt.bases.turns import working_device
+
 # The channel statistics of CLIP's training images, which all CLIP encoders share, in [0, 1], RGB.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STANDARD_DEVIATION = (0.26862954, 0.26130258, 0.27577711)
@@ -70,7 +72,8 @@ class ClipImageEncoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        """Where it computes."""
+        return working_device(self.model)
 
     @torch.no_grad()
     def normalized(

@@ -29,14 +29,18 @@ def add_lora(base: Base, source: str | Path, weight: int | float = 1.0, name: st
         raise ImpromptError(f"The LoRA {source} does not go on {base.name}: {_first(error)}") from (
             error
         )
-    found = base.unet.peft_config
-    names = list(found)
     kept: dict[str, float] = getattr(base.unet, "imprompt_lora_weights", {})
     kept[name] = float(weight)
     base.unet.imprompt_lora_weights = kept
-    base.unet.set_adapters(names, [kept.get(one, 1.0) for one in names])
-    base.unet.requires_grad_(False)
-    base.text_encoder.requires_grad_(False)
+    # Loading one switches off the others, in the UNet and in every text encoder that it is for.
+    names = sorted({one for names in pipeline.get_list_adapters().values() for one in names})
+    pipeline.set_adapters(names, [kept.get(one, 1.0) for one in names])
+    _freeze(base)
+
+
+def _freeze(base: Base) -> None:
+    for network in base.parts().values():
+        network.requires_grad_(False)
 
 
 def add_textual_inversion(base: Base, source: str | Path, token: str | None = None) -> None:
@@ -56,7 +60,7 @@ def add_textual_inversion(base: Base, source: str | Path, token: str | None = No
         raise ImpromptError(
             f"The textual inversion {source} does not go on {base.name}: {_first(error)}"
         ) from error
-    base.text_encoder.requires_grad_(False)
+    _freeze(base)
 
 
 def pipeline_of(base: Base) -> Any:

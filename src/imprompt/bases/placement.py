@@ -1,13 +1,12 @@
 """Where the networks of a base are: on which device, in which precision, or only one at a time."""
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
-from torch import nn
+from accelerate.hooks import add_hook_to_module
 
 from imprompt.bases.protocol import Base
+from imprompt.bases.turns import OneAtATime
 from imprompt.core.errors import ImpromptError
 
 
@@ -27,35 +26,6 @@ def offload(base: Base, device: torch.device | str = "cuda") -> None:
     for network in networks:
         others = [other for other in networks if other is not network]
         add_hook_to_module(network, OneAtATime(others, device))
-
-
-class OneAtATime(ModelHook):
-    """Brings a network to its device before it works, and the others away from there."""
-
-    def __init__(self, others: Sequence[nn.Module], execution_device: torch.device) -> None:
-        self.others = others
-        self.execution_device = execution_device
-
-    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        for other in self.others:
-            _move(other, torch.device("cpu"))
-        _move(module, self.execution_device)
-        return args, kwargs
-
-
-def end_offload(networks: Iterable[nn.Module]) -> None:
-    """Take `offload`'s hooks away."""
-    for network in networks:
-        if isinstance(getattr(network, "_hf_hook", None), OneAtATime):
-            remove_hook_from_module(network)
-
-
-def working_device(network: Any) -> torch.device:
-    """Where a network computes, which is not where its weights wait if they are offloaded."""
-    hook = getattr(network, "_hf_hook", None)
-    if isinstance(hook, OneAtATime):
-        return hook.execution_device
-    return network.device
 
 
 def checked_device(device: torch.device | str) -> torch.device:
@@ -81,13 +51,6 @@ def checked_device(device: torch.device | str) -> torch.device:
             "Does a GPU's driver run, and was torch installed for it?"
         )
     return found
-
-
-def _move(network: nn.Module, device: torch.device) -> None:
-    # Asking one parameter is enough, and much cheaper than asking all of them at every step.
-    current = next(network.parameters()).device
-    if (current.type, current.index or 0) != (device.type, device.index or 0):
-        network.to(device)
 
 
 def _shown(available: Sequence[str]) -> str:

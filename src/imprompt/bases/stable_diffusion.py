@@ -20,9 +20,9 @@ from imprompt.bases.folder import (
     load_unet,
 )
 from imprompt.bases.latent_space import check_plain_latents
-from imprompt.bases.placement import end_offload, working_device
 from imprompt.bases.residuals import Residuals
 from imprompt.bases.text import TextStates
+from imprompt.bases.turns import end_offload, working_device
 from imprompt.core.errors import ImpromptError
 
 

@@ -75,8 +75,8 @@ def add_parser(verbs: Any) -> None:
     )
     parser.add_argument(
         "--face-encoder",
-        default="diorama",
-        help="who reads identity vectors: diorama, insightface, or a file (default: diorama)",
+        help="who reads identity vectors: diorama, insightface[:MODEL], or a file (default: diorama for "
+        "its own portraits, insightface for photos)",
     )
     reading = parser.add_argument_group("how lists are read")
     reading.add_argument(

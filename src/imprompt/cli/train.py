@@ -63,6 +63,11 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument(
         "--caption-key", metavar="NAME", help="of a list: the column of the captions"
     )
+    parser.add_argument(
+        "--face-encoder",
+        help="of a source: who reads identity vectors: diorama, insightface[:MODEL], or a file (default: "
+        "diorama for its own portraits, insightface for photos)",
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder of this run")
     parser.add_argument("--base", default="diorama", help="diorama, a folder, a file or a hub id")
     parser.add_argument("--preset", help="name of a preset, or a TOML file")
@@ -99,6 +104,7 @@ def run(arguments: argparse.Namespace) -> None:
         num_processes=arguments.processes,
         set_up_previews=set_up_previews,
         size_px=arguments.size_px,
+        face_encoder=arguments.face_encoder,
         reading=Reading(
             image_root=arguments.image_root,
             image_key=arguments.image_key,

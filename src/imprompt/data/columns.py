@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 
 import torch
 from PIL import Image
@@ -18,6 +18,7 @@ from torch import Tensor
 from imprompt.bases import Base, ClipImageEncoder
 from imprompt.core.errors import ImpromptError
 from imprompt.core.images import image_to_pixels
+from imprompt.data.faces import loaded_face_encoder
 from imprompt.data.instructions import TASKS
 from imprompt.data.pairs import Condition, Pair, to_pixels
 from imprompt.diorama import (
@@ -35,7 +36,10 @@ from imprompt.diorama import (
     draw_maps,
     landmarks_of,
 )
-from imprompt.encoders.face import FaceEncoder, load_face_encoder
+from imprompt.encoders.face import FaceEncoder
+
+PIXELS_AT_ONCE = 8 * 512 * 512
+"""What the autoencoder sees together: its widest activations take 512 bytes for each, 1 GiB in all."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,13 @@ def default_columns(variant: str) -> tuple[str, ...]:
 def _latent_distribution(base: Base, batch: Batch) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation, computed once for the columns that are made of them."""
     if "latents" not in batch.known:
-        batch.known["latents"] = base.latent_distribution(batch.pixels)
+        height, width = batch.pixels.shape[-2:]
+        parts = batch.pixels.split(max(1, PIXELS_AT_ONCE // (height * width)))
+        found = [base.latent_distribution(part) for part in parts]
+        batch.known["latents"] = (
+            torch.cat([m for m, _ in found]),
+            torch.cat([d for _, d in found]),
+        )
     return batch.known["latents"]
 
 
@@ -122,7 +132,7 @@ def latent_logvar(base: Base, batch: Batch) -> Tensor:
 
 def latents(base: Base, batch: Batch) -> Tensor:
     """Mean latents in the denoiser's scale, for training the base: float16."""
-    return base.encode_image(batch.pixels).cpu().half()
+    return _latent_distribution(base, batch)[0].cpu().half()
 
 
 def image_embeds(base: Base, batch: Batch) -> Tensor:
@@ -230,12 +240,6 @@ def reference_hidden_states(base: Base, batch: Batch) -> Tensor:
 
 def _faces(batch: Batch) -> FaceEncoder:
     return loaded_face_encoder(batch.face_encoder)
-
-
-@cache
-def loaded_face_encoder(name: str) -> FaceEncoder:
-    """The face encoder of this name, read once in a process."""
-    return load_face_encoder(name)
 
 
 def _character(scene: Scene) -> Character:

@@ -22,6 +22,7 @@ import torch
 from imprompt.bases import Base
 from imprompt.core.errors import ImpromptError
 from imprompt.data.columns import CONDITION_COLUMNS, CONTROL, Batch, encoder_of, to_bytes
+from imprompt.data.faces import FACE_MISSING, check_faces
 from imprompt.data.filters import Filters, Unusable
 from imprompt.data.pairs import Loaded, Pair, Part, draw, load
 from imprompt.data.store import GrowingColumn, check_room, told, write_json
@@ -227,6 +228,11 @@ def _add_columns(
             accepted = []
             expected = [rows[i] for i in range(start, start + work.batch_size) if i in rows]
             for (pair, loaded), row in zip(batch, expected, strict=True):
+                if isinstance(loaded, Unusable) and loaded.kind == FACE_MISSING:
+                    raise ImpromptError(
+                        f"{pair.name} has a row already, but {loaded}. Prepare the data into a new folder, "
+                        "with these columns from the beginning: such pairs are left out then."
+                    )
                 if isinstance(loaded, Unusable) or loaded.content != row["content"]:
                     why = f": {loaded}" if isinstance(loaded, Unusable) else ""
                     raise ImpromptError(
@@ -298,7 +304,9 @@ def _load_ahead(
 def try_load(pair: Pair, work: Work) -> Loaded | Unusable:
     """A pair's picture and caption, or why it cannot be used."""
     try:
-        return load(pair, work.size_px, work.filters, with_condition=work.with_condition)
+        loaded = load(pair, work.size_px, work.filters, with_condition=work.with_condition)
+        check_faces(loaded, (*work.columns, *work.added_columns), work.face_encoder)
+        return loaded
     except Unusable as fault:
         return fault
 

@@ -23,6 +23,7 @@ from imprompt.core.errors import ImpromptError
 from imprompt.core.progress import progress
 from imprompt.data.columns import encoder_of
 from imprompt.data.encoding import Work, encode_rows, fault_entry, try_load
+from imprompt.data.faces import default_face_encoder, loaded_face_encoder
 from imprompt.data.filters import Filters, Unusable
 from imprompt.data.pairs import Loaded, Pair, identity_of
 from imprompt.data.records import Reading
@@ -50,7 +51,8 @@ class PairsOnTheFly:
         size_px: int | None = None,
         reading: Reading | None = None,
         filters: Filters | None = None,
-        face_encoder: str = "diorama",
+        variant: str = "base",
+        face_encoder: str | None = None,
         readers: int = 4,
     ) -> None:
         """List a source; arguments are those of `prepare`. `readers` threads decode images.
@@ -71,7 +73,7 @@ class PairsOnTheFly:
             size_px=size_px,
             batch_size=PAIRS_AT_ONCE,
             filters=filters,
-            face_encoder=face_encoder,
+            face_encoder=face_encoder or default_face_encoder(source, variant),
         )
         self._pool = ThreadPoolExecutor(readers)
         parts = open_source(source, reading)
@@ -99,9 +101,15 @@ class PairsOnTheFly:
         return int(self._ends[-1])
 
     def require(self, names: Sequence[str]) -> None:
-        """Raise an ImpromptError unless all these columns are known."""
+        """Raise an ImpromptError unless all these columns are known.
+
+        Once identity vectors are asked for, `meta` says whose they are.
+        """
         for name in names:
             encoder_of(name)
+        if "id_embeds" in names:
+            faces = loaded_face_encoder(self._work.face_encoder)
+            self.meta = {**self.meta, "face_encoder": faces.fingerprint()}
 
     def rows(
         self, indices: Sequence[int] | range | np.ndarray, names: Sequence[str]

@@ -21,8 +21,9 @@ import torch
 from imprompt.bases import Base
 from imprompt.core.errors import ImpromptError
 from imprompt.core.progress import progress
-from imprompt.data.columns import default_columns, encoder_of, loaded_face_encoder
+from imprompt.data.columns import default_columns, encoder_of
 from imprompt.data.encoding import Progress, Report, Work, encode_part, missing_columns
+from imprompt.data.faces import default_face_encoder, loaded_face_encoder
 from imprompt.data.filters import Filters
 from imprompt.data.finish import finish
 from imprompt.data.pairs import Part
@@ -48,7 +49,7 @@ def prepare(
     shard: int = 0,
     num_shards: int = 1,
     engine: str = "local",
-    face_encoder: str = "diorama",
+    face_encoder: str | None = None,
 ) -> Path:
     """Encode all pairs of a source into the folder `output`; the same call resumes.
 
@@ -56,7 +57,8 @@ def prepare(
     finished folder lacks are added to it. Several processes may work on one folder: `workers` of this
     machine or, with the engine `ray`, of a cluster; or `num_shards` calls, each with another `shard`,
     of which the last to end makes the folder whole. `face_encoder` reads the columns `id_embeds` and,
-    of photos, `landmarks`; see `load_face_encoder`.
+    of photos, `landmarks`; see `load_face_encoder`. By default it is the embedded world's for its own
+    portraits, and insightface for photos, of which those without a face are left out.
 
     Raises:
         ImpromptError: nothing to prepare, an output folder that holds something else, a full disk.
@@ -76,6 +78,8 @@ def prepare(
     filters = Filters() if filters is None else filters
     reading = Reading() if reading is None else reading
     parts = open_source(source, reading)
+    if face_encoder is None:
+        face_encoder = default_face_encoder(source, variant)
     meta = {
         "source": source,
         "base": base.name,

@@ -51,7 +51,7 @@ def open_source(source: str, reading: Reading | None = None) -> list[Part]:
     """
     reading = Reading() if reading is None else reading
     name = source.partition(":")[0]
-    is_diorama = ":" in source and name in _DIORAMA
+    is_diorama = is_embedded_world(source)
     if reading.maps:
         if is_diorama:
             raise ImpromptError("Scenes bring their own maps; leave --map out.")
@@ -76,6 +76,11 @@ def open_source(source: str, reading: Reading | None = None) -> list[Part]:
         "folder of them, a .json, .jsonl, .csv, .tsv or .parquet list, a dataset on disk, or "
         "diorama:COUNT, diorama-people:COUNT or diorama-instruct:COUNT."
     )
+
+
+def is_embedded_world(source: str) -> bool:
+    """Whether a source is scenes that are drawn, and not photos."""
+    return ":" in source and source.partition(":")[0] in _DIORAMA
 
 
 def open_pairs(source: str, image_root: Path | None = None) -> list[Pair]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from os import PathLike
 from pathlib import Path
+from threading import Lock
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -26,6 +27,7 @@ from imprompt.encoders.face_network import SIZE_PX, FaceNetwork, load_face_netwo
 DIORAMA_FILE = Path(__file__).parent.parent / "weights" / "diorama-face-encoder.safetensors"
 INSIGHTFACE = "insightface"
 DEFAULT_PACK = "antelopev2"  # InstantID's; the face-id adapters were trained with buffalo_l
+MAX_PICTURES_KNOWN = 1024
 CROP_SIZE_PX = 224
 CROP_PLACES_SIZE_PX = 112
 CROP_PLACES = ((38.29, 51.70), (73.53, 51.50), (56.03, 71.74), (41.55, 92.37), (70.73, 92.20))
@@ -65,6 +67,10 @@ class FaceEncoder(Protocol):
         self, pixels: Float[Tensor, "batch 3 height width"]
     ) -> Float[Tensor, "batch 3 size size"]:
         """The same face, upright and filling the picture, as face-id-plus shows it to an image encoder."""
+        ...
+
+    def finds_face(self, pixels: Float[Tensor, "3 height width"]) -> bool:
+        """Whether the others can be asked of this picture."""
         ...
 
     def fingerprint(self) -> str:
@@ -120,6 +126,9 @@ class DioramaFaceEncoder:
     ) -> Float[Tensor, "batch 3 height width"]:
         return pixels
 
+    def finds_face(self, pixels: Float[Tensor, "3 height width"]) -> bool:
+        return True
+
     def fingerprint(self) -> str:
         return fingerprint_of({"face_encoder": self.network})
 
@@ -148,6 +157,8 @@ class InsightFaceEncoder:
         self.name = f"{INSIGHTFACE}:{pack}"
         self.pack = pack
         self._analysis = _face_analysis(pack) if analysis is None else analysis
+        self._known: dict[bytes, Any] = {}
+        self._lock = Lock()
 
     @property
     def embed_dim(self) -> int:
@@ -175,22 +186,37 @@ class InsightFaceEncoder:
             [aligned(one[None], where) for one, where in zip(pixels, places, strict=True)]
         )
 
+    def finds_face(self, pixels: Float[Tensor, "3 height width"]) -> bool:
+        return self._largest(_picture_bytes(pixels[None])[0]) is not None
+
     def fingerprint(self) -> str:
         return hashlib.sha256(self.name.encode()).hexdigest()[:16]
 
     def _faces(self, pixels: Tensor) -> list[Any]:
-        """The largest face of each picture; the library wants BGR bytes."""
-        values = ((pixels.detach().cpu().float().clamp(-1, 1) + 1) * 127.5).round()
-        chosen: list[Any] = []
-        for number, picture in enumerate(values.to(torch.uint8).permute(0, 2, 3, 1).numpy()):
-            found = self._analysis.get(np.ascontiguousarray(picture[:, :, ::-1]))
-            if not found:
-                raise ImpromptError(
-                    f"{self.name} finds no face in picture {number + 1} of {len(values)}: give one "
-                    "that shows a face, large enough and not from behind."
-                )
-            chosen.append(max(found, key=_area))
+        """The largest face of each picture."""
+        chosen = [self._largest(picture) for picture in _picture_bytes(pixels)]
+        if None in chosen:
+            raise ImpromptError(
+                f"{self.name} finds no face in picture {chosen.index(None) + 1} of {len(chosen)}: give "
+                "one that shows a face, large enough and not from behind."
+            )
         return chosen
+
+    def _largest(self, picture: np.ndarray) -> Any | None:
+        """Found once for all that is asked of a picture, since to look for faces is most of the work."""
+        key = hashlib.blake2b(picture, person=str(picture.shape).encode()[:16]).digest()
+        with self._lock:
+            if key not in self._known:
+                if len(self._known) >= MAX_PICTURES_KNOWN:
+                    del self._known[next(iter(self._known))]
+                self._known[key] = max(self._analysis.get(picture), key=_area, default=None)
+            return self._known[key]
+
+
+def _picture_bytes(pixels: Tensor) -> list[np.ndarray]:
+    """Pictures as the library wants them: (height, width, 3), BGR."""
+    values = ((pixels.detach().cpu().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return [np.ascontiguousarray(p[:, :, ::-1]) for p in values.permute(0, 2, 3, 1).numpy()]
 
 
 def aligned(

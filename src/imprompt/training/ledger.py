@@ -13,6 +13,8 @@ from imprompt.training.batches import rows_of_samples, shares
 from imprompt.training.config import TrainConfig
 from imprompt.training.state import TrainingState
 
+MAX_ROWS_TOLD = 64
+
 
 class Ledger:
     """Sums figures between two lines of the log.
@@ -48,12 +50,12 @@ class Ledger:
         """Add up what is waiting.
 
         Raises:
-            ImpromptError: a loss is not finite; the message has the rows of its batch.
+            ImpromptError: a loss or the gradient is not finite; the message has the rows of its batch.
         """
         for step, names, found in self._waiting:
             num_parts = self._config.gradient_accumulation_steps
             table = found.double().cpu()
-            self._check(step, table[:, :num_parts])
+            self._check(step, table[:, :num_parts], table[:, -1])
             means = table.mean(0).tolist()
             loss = sum(means[:num_parts]) / num_parts
             figures = zip(names, means[num_parts:], strict=False)
@@ -67,24 +69,33 @@ class Ledger:
         self._state.sums.clear()
         return means
 
-    def _check(self, step: int, losses: Tensor) -> None:
-        """`losses` (processes, parts) of one step."""
-        if bool(losses.isfinite().all()):
-            return
+    def _check(self, step: int, losses: Tensor, norms: Tensor) -> None:
+        """`losses` (processes, parts) and gradient norms (processes,) of one step."""
         size = self._config.batch_size
-        parts = [
-            part
-            for share in shares(range(step * size, (step + 1) * size), len(losses))
-            for part in shares(share, losses.shape[1])
-        ]
+        batch = range(step * size, (step + 1) * size)
+        if not bool(losses.isfinite().all()):
+            parts = [
+                part
+                for share in shares(batch, len(losses))
+                for part in shares(share, losses.shape[1])
+            ]
+            finite = losses.isfinite().flatten().tolist()
+            bad = [part for part, is_finite in zip(parts, finite, strict=True) if not is_finite]
+            self._refuse(f"The loss is {losses.mean().item()}", step, bad)
+        # A scaled loss may overflow; its step is then passed over, and the scale lowered.
+        if self._config.precision != "float16" and not bool(norms.isfinite().all()):
+            self._refuse(
+                f"The loss is finite but its gradient's norm {norms[0].item()}", step, [batch]
+            )
+
+    def _refuse(self, what: str, step: int, parts: Sequence[range]) -> None:
         told = []
-        for part, loss in zip(parts, losses.flatten().tolist(), strict=True):
-            if not torch.isfinite(torch.tensor(loss)):
-                rows = rows_of_samples(part, self._num_rows, self._config.seed).tolist()
-                told.append(
-                    f"samples {part.start} to {part.stop - 1}, rows {', '.join(map(str, rows))}"
-                )
+        for part in parts:
+            rows = rows_of_samples(part, self._num_rows, self._config.seed).tolist()
+            more = f" and {len(rows) - MAX_ROWS_TOLD} more" if len(rows) > MAX_ROWS_TOLD else ""
+            shown = ", ".join(map(str, rows[:MAX_ROWS_TOLD]))
+            told.append(f"samples {part.start} to {part.stop - 1}, rows {shown}{more}")
         raise ImpromptError(
-            f"The loss is {losses.mean().item()} at step {step} ({'; '.join(told)}). Nothing of it was "
+            f"{what} at step {step} ({'; '.join(told)}). Nothing of it was "
             "saved, and the last checkpoint is whole; look at these rows, or try a lower learning_rate."
         )

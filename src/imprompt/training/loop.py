@@ -58,7 +58,7 @@ def train(
         What the system exported: `output / export_name`.
 
     Raises:
-        ImpromptError: `output` holds another run, data do not fit, the loss is not finite.
+        ImpromptError: `output` holds another run, data do not fit, a loss or gradient is not finite.
         Interrupted: the run was asked to stop, after its state was saved.
     """
     data.require(system.columns)

@@ -41,6 +41,8 @@ SYSTEMS: dict[str, tuple[str, str]] = {
     "face-id": ("imprompt.systems.face_id", "FaceIdOptions"),
     "identity": ("imprompt.systems.identity", "IdentityOptions"),
 }
+# What decides which model reads the faces in photos, where a system reads faces.
+VARIANTS = {"face-id": "faceid", "identity": "identity"}
 PRESETS = Path(__file__).parent.parent / "presets"
 EXPORT_NAMES = {
     "image-prompt": "adapter.safetensors",
@@ -105,19 +107,36 @@ def prepare_run(
 
 
 def open_data(
-    data: Path | str, base: Base, size_px: int | None = None, reading: Reading | None = None
+    data: Path | str,
+    base: Base,
+    size_px: int | None = None,
+    reading: Reading | None = None,
+    *,
+    variant: str = "base",
+    face_encoder: str | None = None,
 ) -> Rows:
     """What `imprompt prepare` made, or a source that it would read, to be encoded on the fly.
 
     Raises:
-        ImpromptError: it is neither.
+        ImpromptError: it is neither, or it is prepared and a face encoder is given.
     """
     name = str(data)
     is_prepared = any((Path(name) / file).exists() for file in ("meta.json", "begun.json"))
     if is_prepared or "://" in name or (":" not in name and not Path(name).exists()):
+        if face_encoder is not None:
+            raise ImpromptError(
+                f"{name} is prepared: its faces are read already. Leave --face-encoder out."
+            )
         return Columns.open(data)
     try:
-        return PairsOnTheFly(name, base, size_px=size_px, reading=reading)
+        return PairsOnTheFly(
+            name,
+            base,
+            size_px=size_px,
+            reading=reading,
+            variant=variant,
+            face_encoder=face_encoder,
+        )
     except ImpromptError as error:
         raise ImpromptError(f"{name} is no prepared data, and no source either: {error}") from error
 
@@ -134,12 +153,15 @@ def run_training(
     num_processes: int | None = None,
     size_px: int | None = None,
     reading: Reading | None = None,
+    face_encoder: str | None = None,
     set_up_previews: Callable[[System, Base, Rows, int], None] | None = None,
 ) -> Path:
     """Train a system; the same call goes on where the last one stopped.
 
+    A base that is given as an object is moved to where the run computes.
     `data` are prepared, or a source of pairs, which is then read as `reading` says and encoded at
-    `size_px` (by default the base's) whenever a step needs it.
+    `size_px` (by default the base's) whenever a step needs it; `face_encoder` reads its faces, as in
+    `prepare`.
     `engine` is single, ddp, zero2 or fsdp2; `auto` is ddp where torchrun started several processes.
     `num_processes` is how many there must be. `set_up_previews` may let the system draw.
 
@@ -151,8 +173,21 @@ def run_training(
         Interrupted: stopped by a signal, after saving.
     """
     processes = join_processes(engine, num_processes)
-    loaded = load_base(base, device=processes.device) if isinstance(base, str) else base
-    columns = open_data(data, loaded, size_px, reading)
+    if isinstance(base, str):
+        loaded = load_base(base, device=processes.device)
+    else:
+        loaded = base
+        if loaded.device != processes.device:
+            loaded.to(processes.device)
+    fingerprint = loaded.fingerprint()  # before an engine cuts its weights into slices
+    columns = open_data(
+        data,
+        loaded,
+        size_px,
+        reading,
+        variant=VARIANTS.get(system_name, "base"),
+        face_encoder=face_encoder,
+    )
     system, config, resolved = prepare_run(system_name, loaded, columns, preset, settings or [])
     if set_up_previews is not None:
         set_up_previews(system, loaded, columns, config.preview_images)
@@ -181,7 +216,7 @@ def run_training(
             export,
             system=system_name,
             base=loaded.name,
-            base_fingerprint=loaded.fingerprint(),
+            base_fingerprint=fingerprint,
             data=columns.meta,
             settings=resolved,
             preset=preset,

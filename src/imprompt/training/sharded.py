@@ -38,10 +38,12 @@ class ShardedEngine:
         module = step.trained
         for tensor in [*module.parameters(), *module.buffers()]:
             dist.broadcast(tensor.detach(), 0)  # every process begins with the first one's
+        _keep_fingerprint(getattr(system, "base", None))
         denoiser = denoiser_of(system)
         if denoiser is not None and denoiser is not module:
+            # Of the frozen blocks each stands alone, and such a one would stay whole once it was used.
             for block in blocks_of(denoiser):
-                fully_shard(block, mesh=self._mesh)
+                fully_shard(block, mesh=self._mesh, reshard_after_forward=True)
         elif denoiser is not None:
             for block in blocks_of(denoiser):
                 if any(p.requires_grad for p in block.parameters()):
@@ -125,6 +127,17 @@ class ShardedEngine:
 
     def set_counters(self, counters: dict[str, Any]) -> None:
         pass
+
+
+def _keep_fingerprint(base: Any) -> None:
+    """Ask for the base's fingerprint while its weights are whole.
+
+    Of slices it would be another one, and to make them whole takes all processes, where only the first
+    writes what is exported.
+    """
+    if base is not None:
+        known = base.fingerprint()
+        base.fingerprint = lambda: known
 
 
 def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
@@ -78,6 +79,8 @@ class Validation:
         if chosen is None:
             return
         name, sign = chosen
+        if not math.isfinite(figures[name]):
+            return
         if self._state.best is not None and sign * figures[name] >= sign * self._state.best:
             return
         self._state.best = figures[name]

@@ -92,6 +92,36 @@ def base_folder_of(lora_file, base):
     return write_tiny_base(lora_file.parent / "again")
 
 
+def write_text_encoder_lora(folder, path, seed):
+    """A LoRA that trained the text encoder alone."""
+    text_encoder = load_base(folder).text_encoder
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        text_encoder.add_adapter(config)
+    weights = convert_state_dict_to_diffusers(get_peft_model_state_dict(text_encoder))
+    StableDiffusionPipeline.save_lora_weights(path, text_encoder_lora_layers=weights)
+    return path / "pytorch_lora_weights.safetensors"
+
+
+def test_the_weight_counts_in_the_text_encoder(base, folder, lora_file, tmp_path):
+    def states():
+        return base.encode_text(["red cat"]).sequence
+
+    plain = states()
+    files = [write_text_encoder_lora(folder, tmp_path / str(seed), seed) for seed in (1, 2)]
+    add_lora(base, files[0], 0.0, name="first")
+    torch.testing.assert_close(states(), plain)
+    add_lora(base, files[0], 1.0, name="again")
+    alone = states()
+    assert not torch.allclose(alone, plain, atol=1e-4)
+    add_lora(base, lora_file, 0.5, name="of the UNet")
+    torch.testing.assert_close(states(), alone)  # the text encoder's stays on
+    add_lora(base, files[1], 1.0, name="second")
+    assert not torch.allclose(states(), alone, atol=1e-4)
+    assert not any(p.requires_grad for part in base.parts().values() for p in part.parameters())
+
+
 def test_a_textual_inversion_works_on_under_an_image_prompt(base, tmp_path):
     before, prompt = draw(base, text="red"), prompt_of(base)
     vector = 3 * torch.randn(TEXT_DIM, generator=torch.Generator().manual_seed(0))

@@ -13,8 +13,9 @@ from tiny_base import VISION_EMBED_DIM, build_parts, write_tiny_base, write_tiny
 from torch import Tensor, nn
 
 from imprompt import ImagePrompt, create_adapter, generate
+from imprompt.adapters.attention import CONDITION_KEY
 from imprompt.bases import Base, ClipImageEncoder, load_base, offload
-from imprompt.bases.placement import OneAtATime
+from imprompt.bases.turns import OneAtATime
 from imprompt.core.errors import ImpromptError
 
 PICTURE = torch.rand(3, 24, 24, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -115,7 +116,7 @@ class Places:
                 self.moves.append((name, device.type))
                 assert sum(place == "cuda" for place in self.where.values()) <= 1
 
-        monkeypatch.setattr("imprompt.bases.placement._move", move)
+        monkeypatch.setattr("imprompt.bases.turns._move", move)
 
 
 def test_offloaded_networks_take_turns(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,6 +128,7 @@ def test_offloaded_networks_take_turns(base: Base, monkeypatch: pytest.MonkeyPat
         assert isinstance(hook, OneAtATime)
         hook.execution_device = torch.device("cuda")
     monkeypatch.setattr(type(base), "device", torch.device("cpu"))
+    monkeypatch.setattr(ClipImageEncoder, "device", torch.device("cpu"))
     expected_turns = [name for name in base.parts() if name.startswith("text_encoder")]
     if base.image_encoder is not None:
         expected_turns += ["image_encoder"]
@@ -151,6 +153,27 @@ def test_where_it_computes_is_not_where_it_waits(base: Base) -> None:
     offload(base, "meta")
     assert base.device == torch.device("meta")
     assert next(base.unet.parameters()).device == torch.device("cpu")
+
+
+def test_an_offloaded_image_encoder_reads_pixels_where_it_computes(tmp_path: Path) -> None:
+    base = load_base(write_tiny_base(tmp_path / "tiny"))
+    encoder = base.image_encoder
+    assert encoder is not None
+    offload(base, "meta")
+    assert encoder.device == torch.device("meta")
+    assert encoder.embeds(PICTURE[None]).is_meta and encoder.zero_hidden_states().is_meta
+
+
+def test_the_text_waits_for_weights_that_are_offloaded(base: Base) -> None:
+    """What is computed before the first step cannot use what only the first step brings."""
+    adapter = create_adapter(base.unet, feature_dim=VISION_EMBED_DIM)
+    text_states = base.encode_text(["cat"]).sequence
+    with adapter.install(base.unet) as handle:
+        condition = handle.condition(adapter.tokens(torch.zeros(1, VISION_EMBED_DIM)))
+        [here] = handle.prepare([condition], text_states)
+        [elsewhere] = handle.prepare([condition], text_states.to("meta"))
+    assert all(site.text is not None for site in here[CONDITION_KEY].values())
+    assert all(site.text is None for site in elsewhere[CONDITION_KEY].values())
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:7", "mps", "gpu", "nothing:1:2"])

@@ -1,7 +1,9 @@
 """Portraits in twos, and what is cached of them."""
 
 import json
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -9,11 +11,14 @@ from safetensors.torch import save_file
 
 from imprompt.core.errors import ImpromptError
 from imprompt.data import encoding
+from imprompt.data import faces as faces_of_pairs
 from imprompt.data.dataset import Columns
+from imprompt.data.on_the_fly import PairsOnTheFly
 from imprompt.data.prepare import prepare
 from imprompt.data.sources import open_pairs
 from imprompt.diorama import character_number, render, training_portrait
 from imprompt.diorama.people import reference_seed
+from imprompt.encoders import face
 from imprompt.encoders.face import load_face_encoder
 from imprompt.encoders.face_network import FaceNetwork
 
@@ -122,3 +127,61 @@ def test_pictures_that_are_kept_are_not_drawn_again(base, faces, tmp_path, monke
     prepare("diorama-people:8", added, base, columns=columns, size_px=32, face_encoder=faces)
     first, second = (Columns.open(f).rows(range(8), columns) for f in (straight, added))
     assert all(torch.equal(first[name], second[name]) for name in columns)
+
+
+class Detector:
+    """Sees a face in every picture that is not all black, and counts how often it looks."""
+
+    def __init__(self):
+        self.looks = 0
+
+    def get(self, picture):
+        self.looks += 1
+        found = SimpleNamespace(bbox=[0, 0, 9, 9], embedding=np.ones(512), kps=np.eye(5)[:, :2])
+        return [found] if picture.any() else []
+
+
+@pytest.fixture
+def detector(monkeypatch):
+    found = Detector()
+    packs = []
+    monkeypatch.setattr(face, "_face_analysis", lambda pack: packs.append(pack) or found)
+    faces_of_pairs._load.cache_clear()
+    yield found
+    faces_of_pairs._load.cache_clear()
+    assert packs == ["buffalo_l"]
+
+
+@pytest.fixture
+def photos(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name, colour in (("a", "red"), ("b", "black"), ("c", "blue"), ("d", "green")):
+        Image.new("RGB", (40, 40), colour).save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(name)
+    return str(folder)
+
+
+def test_photos_are_read_by_insightface_and_those_without_a_face_are_left_out(
+    base, photos, tmp_path, detector
+):
+    output = prepare(photos, tmp_path / "data", base, variant="faceid")
+    told = [json.loads(line) for line in (output / "quarantine.jsonl").read_text().splitlines()]
+    assert [(entry["pair"], entry["kind"]) for entry in told] == [("b.png", "face missing")]
+    data = Columns.open(output)
+    assert data.captions() == ["a", "c", "d"]
+    known = face.InsightFaceEncoder("buffalo_l", analysis=detector).fingerprint()
+    assert data.meta["face_encoder"] == known
+    assert detector.looks == 4  # once for each, though asked whether there is a face, and whose
+    live = PairsOnTheFly(photos, base, variant="faceid")
+    assert "face_encoder" not in live.meta
+    live.require(["id_embeds"])
+    assert live.meta["face_encoder"] == known
+    embeds = live.rows([1, 2], ["id_embeds"])["id_embeds"]
+    assert embeds.shape == (2, 512) and live.unusable[1]["kind"] == "face missing"
+
+
+def test_a_row_whose_picture_has_no_face_is_named(base, photos, tmp_path, detector):
+    prepare(photos, tmp_path / "data", base, columns=("text_ids",))
+    with pytest.raises(ImpromptError, match=r"b\.png has a row already.*a new folder"):
+        prepare(photos, tmp_path / "data", base, variant="faceid")

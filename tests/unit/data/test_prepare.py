@@ -73,6 +73,21 @@ def test_columns_hold_what_the_encoders_say(base, photos, tmp_path):
     assert torch.equal(row["text_ids"], base.tokenize([text]))
 
 
+def test_the_autoencoder_sees_only_so_many_pixels_at_once(base, photos, tmp_path, monkeypatch):
+    columns = ("latent_mean", "latent_logvar", "latents")
+    whole = Columns.open(prepare(str(photos), tmp_path / "whole", base, columns=columns))
+    seen, encode = [], base.latent_distribution
+    monkeypatch.setattr(
+        base, "latent_distribution", lambda pixels: seen.append(len(pixels)) or encode(pixels)
+    )
+    monkeypatch.setattr(columns_module, "PIXELS_AT_ONCE", 4 * base.image_size_px**2 + 1)
+    parts = Columns.open(prepare(str(photos), tmp_path / "parts", base, columns=columns))
+    assert seen == [4, 2]
+    one, other = (data.rows(range(6), columns) for data in (whole, parts))
+    for name in columns:
+        torch.testing.assert_close(one[name], other[name], atol=2e-3, rtol=2e-3)
+
+
 def test_the_json_list_of_the_original_scripts(base, photos, tmp_path):
     records = [{"image_file": f"photos/{n}.png", "text": f"text {n}"} for n in range(4)]
     records += [{"image_file": "../../etc/passwd", "text": "no"}, {"image_file": "photos/1.png"}]
