@@ -33,12 +33,13 @@ NAMES = {"kind": "object", "colour": "colour", "style": "style", "setting": "set
 
 
 def measure(part: str, adapter: Path, output: Path) -> dict[str, float]:
+    from imprompt.bases import load_base
     from imprompt.evaluation.run import evaluate
 
     return evaluate(
         "adapter" if part in ("quickstart", "shipped") else part,
         adapter_file=adapter if part == "quickstart" else None,
-        base_name="diorama",
+        load=lambda: load_base("diorama"),
         count=COUNTS[part],
         output=output,
         guidance_scale=BASE_GUIDANCE if part == "base" else GUIDANCE,

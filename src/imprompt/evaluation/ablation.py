@@ -116,5 +116,10 @@ def _measure_concatenated(
         seed=sampling.seed,
         show_progress=True,
     )
-    images = torch.cat([base.decode_image(part) for part in latents.split(16)]).clamp(-1, 1)
+    images = (
+        torch.cat([base.decode_image(part) for part in latents.split(16)])
+        .float()
+        .clamp(-1, 1)
+        .cpu()
+    )
     return shares(read(judge, images), truth(scenes))

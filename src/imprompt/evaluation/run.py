@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from imprompt.bases import load_base
+from imprompt.bases import Base
 from imprompt.checkpoints import load_adapter, load_control, shipped_controls
 from imprompt.checkpoints.shipped import (
     shipped_adapter,
@@ -37,7 +37,7 @@ def evaluate(
     what: str,
     *,
     adapter_file: Path | None,
-    base_name: str,
+    load: Callable[[], Base],
     count: int,
     steps: int,
     sampler: str,
@@ -51,7 +51,7 @@ def evaluate(
     """Named figures, shares in [0, 1].
 
     `what` is judge, base, adapter, ablation, identity, control, instruct,
-    instruct-table or instructions.
+    instruct-table or instructions. `load` brings the base, which the judge does without.
 
     Raises:
         ImpromptError: a part is missing, or there is no control to measure.
@@ -59,7 +59,7 @@ def evaluate(
     judge = load_judge()
     if what == "judge":
         return measure_judge(judge, count)
-    base = load_base(base_name)
+    base = load()
     sampling = Sampling(steps=steps, guidance_scale=guidance_scale, sampler=sampler, seed=seed)
     if what == "base":
         return measure_base(base, judge, sampling, count)
@@ -77,13 +77,13 @@ def evaluate(
         folder = adapter_file or shipped_identity()
         return evaluate_identity(base, folder, judge, sampling, output, count, scale)
     if what == "instruct":
-        adapter = load_adapter(adapter_file or shipped_instruct_adapter())
+        adapter = load_adapter(adapter_file or shipped_instruct_adapter(), device=base.device)
         return measure_instruct(base, adapter, judge, sampling, count, scale)
     if what == "instructions":
         return map_instructions(base, output)
     if what == "instruct-table":
         return measure_instruct_table(base, judge, sampling, output, count, scale)
-    adapter = load_adapter(adapter_file or shipped_adapter())
+    adapter = load_adapter(adapter_file or shipped_adapter(), device=base.device)
     kept = measure_adapter(base, adapter, judge, sampling, count, scale).kept
     figures = {f"{name} kept, image alone": share for name, share in kept.items()}
     for name, preset, scales in (
