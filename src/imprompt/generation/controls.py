@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from imprompt.adapters.sites import Number
 from imprompt.bases import Base, Residuals, TextStates
+from imprompt.bases.latent_space import height_and_width
 from imprompt.checkpoints import LoadedControl
 from imprompt.checkpoints.controls import CLASSES
 from imprompt.core.errors import ImpromptError
@@ -94,13 +95,12 @@ def map_control(control: Control, base: Base, size_px: int | tuple[int, int] | N
         ImpromptError: a map cannot be read, or the network does not fit the base.
     """
     check_fits(control.network, base)
-    size = base.image_size_px if size_px is None else size_px
-    height_width = (size, size) if isinstance(size, int) else size
+    sides = height_and_width(size_px, base.image_size_px)
     is_list = isinstance(control.image, Sequence) and not isinstance(control.image, str)
     images: Sequence[Any] = control.image if is_list else [control.image]  # type: ignore[assignment]
     pixels = [
         torch.nn.functional.interpolate(
-            image_to_pixels(image)[None], height_width, mode="bilinear", antialias=True
+            image_to_pixels(image)[None], sides, mode="bilinear", antialias=True
         )
         for image in images
     ]
