@@ -38,7 +38,7 @@ PRESET = "diorama-image-prompt"
 
 
 def measure_ablation(
-    base: Base,
+    base_name: str,
     judge: Judge,
     sampling: Sampling,
     output: Path,
@@ -47,14 +47,17 @@ def measure_ablation(
     num_pairs: int = 4000,
     settings: list[str] | None = None,
 ) -> dict[str, float]:
-    """Shares kept by each of the four, and the sizes of the two kinds that train."""
-    data = prepare(f"diorama:{num_pairs}:{FIRST_SEED}", output / "data", base)
+    """Shares kept by each of the four, and the sizes of the two kinds that train.
+
+    `base_name` is what `load_base` reads: each training begins with a base that nothing is put on.
+    """
+    data = prepare(f"diorama:{num_pairs}:{FIRST_SEED}", output / "data", load_base(base_name))
 
     def trained(system: str, name: str, fit_to_captions: str) -> Path:
         return run_training(
             system,
             data=data,
-            base=base.name,
+            base=base_name,
             output=output / name,
             preset=PRESET,
             settings=[f"system.fit_to_captions={fit_to_captions}", *(settings or [])],
@@ -63,7 +66,7 @@ def measure_ablation(
     decoupled_file = trained("image-prompt", "decoupled", "false")
     fitted_file = trained("image-prompt", "decoupled-fitted", "true")
     concatenated_file = trained("concatenation", "concatenated", "false")
-    base = load_base(base.name)
+    base = load_base(base_name)
     assert base.image_encoder is not None
     untrained = create_adapter(base.unet, feature_dim=base.image_encoder.embed_dim)
     concatenated = build(ConcatenationOptions(), base, Columns.open(data)).module

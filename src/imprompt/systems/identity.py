@@ -26,6 +26,7 @@ from imprompt.bases import Base
 from imprompt.bases.latent_space import pixels_per_latent
 from imprompt.checkpoints import load_adapter, save_adapter
 from imprompt.checkpoints.identity import ADAPTER_FILE, CONTROLNET_FOLDER, load_identity_net
+from imprompt.core.config import check_range
 from imprompt.core.randomness import Randomness
 from imprompt.data.rows import Rows
 from imprompt.diffusion.objectives import add_noise, alphas_cumprod_of, prediction_target
@@ -46,6 +47,9 @@ class IdentityOptions:
     """Whether the landmarks' own entry begins at zero, too. Without, a small model learns sooner."""
     start_from: str = ""
     """A folder that an earlier training exported, to go on from; empty starts anew."""
+
+    def __post_init__(self) -> None:
+        check_range(self, ("num_tokens", "depth"), 1)
 
 
 def build(options: IdentityOptions, base: Base, columns: Rows) -> IdentitySystem:

@@ -23,6 +23,7 @@ from imprompt.adapters import ImagePromptAdapter, create_adapter
 from imprompt.adapters.projection import LinearProjection
 from imprompt.bases import Base, TextStates
 from imprompt.checkpoints import load_adapter, save_adapter
+from imprompt.core.config import check_range, check_shares
 from imprompt.core.errors import ImpromptError
 from imprompt.core.randomness import Randomness
 from imprompt.data.rows import Rows
@@ -57,6 +58,10 @@ class ImagePromptOptions:
     """An adapter file to go on from; empty starts anew."""
     fit_to_captions: bool = False
     """Begin a new base variant with the projection that least squares fits to the captions."""
+
+    def __post_init__(self) -> None:
+        check_shares(self, ("drop_image", "drop_text", "drop_both"))
+        check_range(self, ("num_tokens", "snr_gamma"), 0)
 
 
 def build(options: ImagePromptOptions, base: Base, columns: Rows) -> ImagePromptSystem:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from imprompt.adapters import ImagePromptAdapter, create_adapter
 from imprompt.bases import Base
 from imprompt.checkpoints import load_adapter, save_adapter
+from imprompt.core.config import check_range, check_shares
 from imprompt.core.errors import ImpromptError
 from imprompt.core.randomness import Randomness
 from imprompt.data.rows import Rows
@@ -60,6 +61,11 @@ class InstructOptions:
     """γ of min-SNR weighting (2303.09556); 0 weighs all timesteps alike."""
     start_from: str = ""
     """An Instruct adapter to go on from, or a Plus adapter to begin as; empty starts anew."""
+
+    def __post_init__(self) -> None:
+        check_shares(self, ("drop_image", "drop_text", "drop_instruction", "drop_all"))
+        check_range(self, ("num_tokens", "depth"), 1)
+        check_range(self, ("resampler_dim", "snr_gamma"), 0)
 
 
 def build(options: InstructOptions, base: Base, columns: Rows) -> InstructSystem:

@@ -21,6 +21,9 @@ class System(Protocol):
     Attributes:
         columns: the cached columns that `loss` and `validate` read.
         module: all of its parameters that require gradients train, and nothing else does.
+
+    Where the loss of a batch is not the mean over its rows, the system says `rows_are_coupled = True`: into
+    how many parts a batch is cut then decides what is learned.
     """
 
     columns: tuple[str, ...]

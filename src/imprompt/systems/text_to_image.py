@@ -17,9 +17,11 @@ from PIL import Image
 from torch import Tensor
 
 from imprompt.bases import Base
+from imprompt.core.config import check_shares
 from imprompt.core.randomness import Randomness
 from imprompt.data.rows import Rows
 from imprompt.diffusion.objectives import add_noise, alphas_cumprod_of, prediction_target
+from imprompt.systems.image_prompt import check_same_base
 from imprompt.systems.protocol import starts_from_base
 
 _GOLDEN_RATIO = 0.6180339887498949
@@ -76,9 +78,17 @@ class TextToImageOptions:
     drop_caption: float = 0.1
     """Share of samples that see no caption, for classifier-free guidance."""
 
+    def __post_init__(self) -> None:
+        check_shares(self, ("drop_caption",))
+
 
 def build(options: TextToImageOptions, base: Base, columns: Rows) -> TextToImageSystem:
-    """The system for columns of latents and token ids, encoded by the base."""
+    """The system for columns of latents and token ids, encoded by the base.
+
+    Raises:
+        ImpromptError: data of another base, or a start that is none.
+    """
+    check_same_base(columns, base)
     if starts_from_base(options.start):
         unet = base.unet.requires_grad_(True)
     else:
