@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from small_system import SmallSystem, write_numbers
 
 from imprompt.core.errors import ImpromptError
+from imprompt.systems.denoising import mean_in_parts
 from imprompt.systems.face_encoder import FaceEncoderOptions
 from imprompt.systems.image_prompt import ImagePromptOptions
 from imprompt.systems.instruct import InstructOptions
@@ -168,6 +169,30 @@ def test_what_cannot_be_done_here_is_told(columns, tmp_path, changes, message):
         pytest.skip("there is a GPU")
     with pytest.raises(ImpromptError, match=message):
         run(columns, tmp_path / "run", **changes)
+
+
+def test_what_can_be_validated_in_parts_is(columns, tmp_path):
+    system = SmallSystem()
+    system.rows_at_once = None
+    sizes, errors = [], []
+
+    def validate(batch, randomness):
+        def error(rows, randomness, weights):
+            sizes.append(len(rows["x"]))
+            noisy = rows["x"] + randomness.normal("noise", (3,))
+            return weights * (system.module(noisy) - rows["y"]).square()[:, 0]
+
+        weights = torch.arange(float(len(batch["x"])))
+        for at_once in (None, system.rows_at_once):
+            errors.append(mean_in_parts(error, batch, randomness, weights, rows_at_once=at_once))
+        return {"error": errors[-1]}
+
+    system.validate = validate
+    run(
+        columns, tmp_path / "run", system, steps=3, validation_rows=8, gradient_accumulation_steps=2
+    )
+    assert sizes == [8, 3, 3, 2]  # of a share of 6 in two parts
+    assert errors[0] == pytest.approx(errors[1], rel=1e-5)
 
 
 def test_what_changes_nothing_may_change_when_a_run_goes_on(columns, tmp_path):

@@ -46,6 +46,17 @@ class System(Protocol):
         ...
 
 
+@runtime_checkable
+class ValidatedInParts(Protocol):
+    """A system whose validation need not see all rows at once; the loop says how many fit.
+
+    Attributes:
+        rows_at_once: None is all.
+    """
+
+    rows_at_once: int | None
+
+
 def starts_from_base(start: str) -> bool:
     """Whether the option `start` asks for the base's weights rather than new ones.
 
