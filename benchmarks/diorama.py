@@ -14,23 +14,32 @@ import argparse
 import json
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "diorama.json"
+from pages import DOCS, README, RESULTS, header, put, row
+
+FIGURES = RESULTS / "diorama.json"
 PARTS = ("judge", "base", "quickstart", "shipped", "ablation", "picture")
 QUICKSTART_ADAPTER = Path("imprompt-quickstart/run/adapter.safetensors")
 COUNTS = {"judge": 5000, "base": 500, "quickstart": 120, "shipped": 240, "ablation": 120}
 SAMPLING = {"steps": 25, "sampler": "dpm-solver++", "scale": 1.0, "seed": 0}
 BASE_GUIDANCE, GUIDANCE = 5.0, 4.0  # of texts alone, and of image prompts
+OTHER_PAPERS = """
+## The other papers
+
+Each on its own page, with the commands: [IP-Adapter-Instruct](instruct.md#measured) (2408.03209),
+[InstantID](identity.md#on-the-embedded-world) (2401.07519), [ControlNet](controls.md#measured) (2302.05543)
+and T2I-Adapter (2302.08453).
+"""
 NAMES = {"kind": "object", "colour": "colour", "style": "style", "setting": "setting"}
 
 
 def measure(part: str, adapter: Path, output: Path) -> dict[str, float]:
+    from imprompt.bases import load_base
     from imprompt.evaluation.run import evaluate
 
     return evaluate(
         "adapter" if part in ("quickstart", "shipped") else part,
         adapter_file=adapter if part == "quickstart" else None,
-        base_name="diorama",
+        load=lambda: load_base("diorama"),
         count=COUNTS[part],
         output=output,
         guidance_scale=BASE_GUIDANCE if part == "base" else GUIDANCE,
@@ -41,14 +50,6 @@ def measure(part: str, adapter: Path, output: Path) -> dict[str, float]:
 def percent(figures: dict[str, float], prefix: str = "", suffix: str = "") -> list[str]:
     """Shares of object, colour, style and setting, for a table."""
     return [f"{figures[f'{prefix}{name}{suffix}']:.1%}" for name in NAMES]
-
-
-def row(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |\n"
-
-
-def header(*cells: str) -> str:
-    return row(*cells) + f"|{'---|' * len(cells)}\n"
 
 
 def main_table(results: dict[str, dict[str, float]]) -> str:
@@ -139,7 +140,7 @@ paper's order was found after a million steps and need not hold after 800: here 
 imprompt evaluate --what ablation --output runs/ablation --count {COUNTS["ablation"]} --steps 25 --sampler dpm-solver++ --guidance-scale {GUIDANCE:g}
 ```
 """
-    return text
+    return text + OTHER_PAPERS
 
 
 def draw_variations(path: Path) -> None:
@@ -175,12 +176,8 @@ def draw_variations(path: Path) -> None:
 
 
 def write_documents(results: dict[str, dict[str, float]]) -> None:
-    (ROOT / "docs" / "results.md").write_text(document(results), encoding="utf-8")
-    readme = ROOT / "README.md"
-    begin, end = "<!-- figures:begin -->\n", "<!-- figures:end -->"
-    before, rest = readme.read_text(encoding="utf-8").split(begin)
-    after = rest.split(end)[1]
-    readme.write_text(before + begin + main_table(results) + end + after, encoding="utf-8")
+    (DOCS / "results.md").write_text(document(results), encoding="utf-8")
+    put(README, "figures", main_table(results))
 
 
 def main() -> None:
@@ -191,14 +188,14 @@ def main() -> None:
     parser.add_argument("--adapter", type=Path, default=QUICKSTART_ADAPTER)
     parser.add_argument("--output", type=Path, default=Path("runs/ablation"))
     arguments = parser.parse_args()
-    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
+    results = json.loads(FIGURES.read_text(encoding="utf-8")) if FIGURES.is_file() else {}
     for part in arguments.only:
         if part == "picture":
-            draw_variations(ROOT / "docs" / "images" / "variations.png")
+            draw_variations(DOCS / "images" / "variations.png")
             continue
         results[part] = measure(part, arguments.adapter, arguments.output)
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        FIGURES.parent.mkdir(exist_ok=True)
+        FIGURES.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         print(part, json.dumps(results[part]), flush=True)
     write_documents(results)
 

@@ -34,9 +34,9 @@ import diffusers
 import torch
 from generation_contenders import SIZES, Case, Contenders, build_unet
 from generation_work import work_of
+from pages import README, put
 
 RESULTS = Path(__file__).parent / "results"
-README = Path(__file__).parent.parent / "README.md"
 HIDDEN = ("1 image, masks", "2 images, masks", "3 images, masks")
 SIZE_NAMES = {"sd15": "Stable Diffusion 1.5", "diorama": "diorama", "narrow": "narrow"}
 
@@ -192,10 +192,7 @@ def table(path: Path | str) -> str:
 def write_readme(path: Path) -> None:
     """Put the tables of counted work between the marks in the README."""
     work, kernels, *_ = table(path).split("\n\n")
-    begin, end = "<!-- costs:begin -->\n", "<!-- costs:end -->"
-    before, rest = README.read_text(encoding="utf-8").split(begin)
-    after = rest.split(end)[1]
-    README.write_text(f"{before}{begin}{work}\n\n{kernels}\n{end}{after}", encoding="utf-8")
+    put(README, "costs", f"{work}\n\n{kernels}\n")
 
 
 def pivot(

@@ -28,6 +28,13 @@ def offload(base: Base, device: torch.device | str = "cuda") -> None:
         add_hook_to_module(network, OneAtATime(others, device))
 
 
+def default_device() -> torch.device:
+    """A GPU, where there is one."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
 def checked_device(device: torch.device | str) -> torch.device:
     """The device, if it is there.
 

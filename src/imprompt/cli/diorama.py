@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from imprompt.cli.verb import add_verb, new_file
+from imprompt.cli.verb import add_verb, new_picture
 
 FILTERS = ("kind", "colour", "style", "setting", "placement", "size", "camera")
 
@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     if arguments.count < 1:
         raise ImpromptError(f"--count is {arguments.count}, but must be at least 1.")
-    output = new_file(arguments.grid, overwrite=arguments.overwrite)
+    output = new_picture(arguments.grid, overwrite=arguments.overwrite)
     fixed = {n: getattr(arguments, n) for n in FILTERS if getattr(arguments, n) is not None}
     scenes = [sample_scene(arguments.seed + i, **fixed) for i in range(arguments.count)]
     images = []

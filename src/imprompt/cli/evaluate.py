@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from imprompt.cli.verb import add_verb, name_and_value
+from imprompt.cli.verb import add_place_arguments, add_verb, load_placed_base, name_and_value
 
 # By a part of a figure's name; all others are shares.
 UNITS = {
@@ -52,6 +52,7 @@ def add_parser(verbs: Any) -> None:
         ),
     )
     parser.add_argument("--base", default="diorama", help="diorama, or a folder")
+    add_place_arguments(parser, "float32 on a CPU, float16 on a GPU")
     parser.add_argument("--count", type=int, default=96, help="how many images (96)")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--sampler", default="ddim")
@@ -85,7 +86,7 @@ def run(arguments: argparse.Namespace) -> None:
     figures = evaluate(
         arguments.what,
         adapter_file=arguments.adapter,
-        base_name=arguments.base,
+        load=lambda: load_placed_base(arguments),
         count=arguments.count,
         steps=arguments.steps,
         sampler=arguments.sampler,

@@ -6,7 +6,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from imprompt.cli.verb import add_verb, name_and_value, new_file
+from imprompt.cli.verb import (
+    add_image_encoder_argument,
+    add_place_arguments,
+    add_verb,
+    load_placed_base,
+    name_and_value,
+    new_picture,
+)
 
 
 def add_parser(verbs: Any) -> None:
@@ -34,9 +41,8 @@ def add_parser(verbs: Any) -> None:
         "--adapter", type=Path, help="adapter file (default: the one that comes with the base)"
     )
     parser.add_argument("--base", default="diorama", help="diorama, a folder, a file or a hub id")
-    parser.add_argument(
-        "--image-encoder", help="folder or hub id of a CLIP vision model (default: the base's own)"
-    )
+    add_image_encoder_argument(parser)
+    add_place_arguments(parser, "float32 on a CPU, float16 on a GPU")
     parser.add_argument("--scale", type=float, default=1.0, help="λ, weight of the images (1.0)")
     parser.add_argument(
         "--sweep", type=float, nargs="+", metavar="λ", help="a row for each of these weights"
@@ -162,34 +168,35 @@ def _add_image_arguments(group: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from imprompt.bases import load_base
     from imprompt.core.errors import ImpromptError
     from imprompt.core.images import image_grid, open_image
     from imprompt.generation import Explanation, generate
 
-    output = new_file(arguments.output, overwrite=arguments.overwrite)
+    scales = arguments.sweep or [arguments.scale]
+    output = new_picture(arguments.output, overwrite=arguments.overwrite)
+    separate = [
+        new_picture(
+            output.with_name(f"{output.stem}-{number:03d}{output.suffix}"),
+            overwrite=arguments.overwrite,
+        )
+        for number in range(len(scales) * arguments.num_images if arguments.separate else 0)
+    ]
     if not arguments.image and (arguments.adapter is not None or arguments.explain is not None):
         raise ImpromptError("--adapter and --explain are about images, but no --image was given.")
     if arguments.explain is not None:
-        new_file(arguments.explain, overwrite=arguments.overwrite)
+        new_picture(arguments.explain, overwrite=arguments.overwrite)
         if arguments.sweep:
             raise ImpromptError("--explain looks at one weight: give --scale instead of --sweep.")
     pictures = [
         path if path.suffix == ".safetensors" else open_image(path) for path in arguments.image
     ]
-    base = load_base(arguments.base)
+    base = load_placed_base(arguments)
     _extend(base, arguments)
-    encoder = None
-    if arguments.image_encoder is not None:
-        from imprompt.encoders import load_clip
-
-        encoder = load_clip(arguments.image_encoder)
     adapter = _adapter(arguments) if pictures else None
     guidance = _guidance(arguments)
     controls = _controls(arguments)
     identities = _identities(arguments)
     images = []
-    scales = arguments.sweep or [arguments.scale]
     explanation = Explanation() if arguments.explain is not None else None
     for scale in scales:
         images += generate(
@@ -203,17 +210,15 @@ def run(arguments: argparse.Namespace) -> None:
             sampler=arguments.sampler,
             seed=arguments.seed,
             size_px=arguments.size_px,
-            image_encoder=encoder,
             explanation=explanation,
             controls=controls,
             identities=identities,
         )
     columns = arguments.num_images if len(scales) > 1 else min(len(images), 8)
     image_grid(images, columns).save(output)
-    if arguments.separate:
-        for number, image in enumerate(images):
-            file = output.with_name(f"{output.stem}-{number:03d}{output.suffix}")
-            image.save(new_file(file, overwrite=arguments.overwrite))
+    if separate:
+        for file, image in zip(separate, images, strict=True):
+            image.save(file)
     print(f"{len(images)} images in {output}")
     if explanation is not None:
         assert arguments.explain is not None
@@ -236,10 +241,11 @@ def _image_prompts(
             f"{len(told)} instructions were given for {len(groups)} image prompts: give one for all, "
             "or one for each."
         )
-    if arguments.published_guidance:
+    if arguments.published_guidance and scale > 0:
         from imprompt.generation import published_guidance
 
-        scale += float(published_guidance(told[0] or "").added_scale)
+        # Lowered, but never so far that the image is fled from.
+        scale = max(0.0, scale + float(published_guidance(told[0] or "").added_scale))
     return [
         ImagePrompt(
             group,

@@ -6,7 +6,13 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from imprompt.cli.verb import add_verb, name_and_value
+from imprompt.cli.verb import (
+    add_image_encoder_argument,
+    add_place_arguments,
+    add_verb,
+    load_placed_base,
+    name_and_value,
+)
 
 EXAMPLES = """\
   imprompt prepare photos/ data/            images, each with a .txt of the same name beside it
@@ -48,6 +54,9 @@ def add_parser(verbs: Any) -> None:
     )
     parser.add_argument("output", type=Path, help="folder of the prepared data")
     parser.add_argument("--base", default="diorama", help="diorama, a folder, a file or a hub id")
+    add_image_encoder_argument(parser)
+    # What is encoded once is trained on for long, so it is exact.
+    add_place_arguments(parser, "float32")
     parser.add_argument(
         "--variant",
         default="base",
@@ -140,7 +149,6 @@ def add_parser(verbs: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from imprompt.bases import load_base
     from imprompt.data.filters import Filters, ScoreLimit
     from imprompt.data.prepare import prepare
     from imprompt.data.records import Reading
@@ -157,7 +165,7 @@ def run(arguments: argparse.Namespace) -> None:
     prepare(
         arguments.source,
         arguments.output,
-        load_base(arguments.base),
+        load_placed_base(arguments, half_on_gpu=False),
         columns=None if arguments.columns is None else tuple(arguments.columns),
         variant=arguments.variant,
         size_px=arguments.size_px,

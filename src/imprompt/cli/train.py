@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from imprompt.cli.verb import add_verb
+from imprompt.cli.verb import add_image_encoder_argument, add_verb
 
 
 class _ShowSettings(argparse.Action):
@@ -70,6 +70,7 @@ def add_parser(verbs: Any) -> None:
     )
     parser.add_argument("--output", type=Path, required=True, help="folder of this run")
     parser.add_argument("--base", default="diorama", help="diorama, a folder, a file or a hub id")
+    add_image_encoder_argument(parser)
     parser.add_argument("--preset", help="name of a preset, or a TOML file")
     parser.add_argument(
         "--engine",
@@ -97,6 +98,7 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.system,
         data=arguments.data,
         base=arguments.base,
+        image_encoder=arguments.image_encoder,
         output=arguments.output,
         preset=arguments.preset,
         settings=arguments.set,

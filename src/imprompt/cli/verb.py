@@ -1,4 +1,4 @@
-"""What the verbs share: how a verb is added, and where output may go."""
+"""What the verbs share: how a verb is added, where it computes, and where output may go."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from imprompt.core.errors import ImpromptError
+
+DTYPES = ("float32", "float16", "bfloat16")
 
 
 def add_verb(
@@ -25,12 +27,63 @@ def add_verb(
     return parser
 
 
-def new_file(path: Path, *, overwrite: bool) -> Path:
-    """A path to write a file to, its folder made.
+def add_place_arguments(parser: Any, dtype: str) -> None:
+    """Where the base computes, and in which precision; `dtype` says what the default is."""
+    parser.add_argument(
+        "--device", help="cpu, cuda, cuda:1, mps, … (default: a GPU, where there is one)"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help=f"precision of the base (default: {dtype})")
+
+
+def load_placed_base(arguments: argparse.Namespace, *, half_on_gpu: bool = True) -> Any:
+    """The base that a command line names, where it says, with the image encoder that it names.
+
+    Without a word it goes to a GPU, where there is one, and there into half precision.
 
     Raises:
-        ImpromptError: the file exists and `overwrite` is off, or the folder cannot be made.
+        ImpromptError: there is no such base, device or image encoder.
     """
+    import torch
+
+    from imprompt.bases import load_base
+    from imprompt.bases.placement import default_device
+
+    device = arguments.device or default_device()
+    dtype = torch.float16 if half_on_gpu and str(device).startswith("cuda") else torch.float32
+    if arguments.dtype is not None:
+        dtype = getattr(torch, arguments.dtype)
+    base = load_base(arguments.base, dtype, device)
+    if getattr(arguments, "image_encoder", None) is not None:
+        from imprompt.encoders.clip import load_named_clip
+
+        base.image_encoder = load_named_clip(arguments.image_encoder, base.dtype, base.device)
+    return base
+
+
+def add_image_encoder_argument(parser: Any) -> None:
+    parser.add_argument(
+        "--image-encoder",
+        metavar="NAME[:SUBFOLDER]",
+        help="folder or hub id of a CLIP vision model, such as h94/IP-Adapter:models/image_encoder "
+        "(default: the base's own)",
+    )
+
+
+def new_picture(path: Path, *, overwrite: bool) -> Path:
+    """A path to write a picture to, its folder made. Asked before the work, not after it.
+
+    Raises:
+        ImpromptError: its ending names no kind of picture, the file exists and `overwrite` is off,
+            or the folder cannot be made.
+    """
+    from PIL import Image
+
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    if kind not in Image.SAVE:
+        raise ImpromptError(
+            f"{path} ends with {path.suffix or 'nothing'!r}, which is no kind of picture that can be "
+            "written: let it end with .png, .jpg or .webp."
+        )
     if path.exists() and not overwrite:
         raise ImpromptError(f"{path} exists; choose another name or add --overwrite.")
     try:

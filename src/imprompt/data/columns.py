@@ -250,9 +250,19 @@ def _character(scene: Scene) -> Character:
     return scene.character
 
 
+def check_has_encoders(base: Base, columns: Sequence[str]) -> None:
+    """Raise an ImpromptError if a column needs an image encoder that the base does not have."""
+    if not IMAGE_ENCODER_COLUMNS.isdisjoint(columns):
+        _encoder(base)
+
+
 def _encoder(base: Base) -> ClipImageEncoder:
     if base.image_encoder is None:
-        raise ImpromptError(f"{base.name} has no image encoder, which image prompts need.")
+        raise ImpromptError(
+            f"{base.name} has no image encoder, which image prompts need: name one with "
+            "--image-encoder (h94/IP-Adapter:models/image_encoder is ViT-H), or put it into the "
+            "base's folder as image_encoder/."
+        )
     return base.image_encoder
 
 
@@ -286,6 +296,9 @@ COLUMNS: dict[str, Callable[[Base, Batch], Tensor]] = {
 }
 CONDITION_COLUMNS = frozenset({"condition_states", "instruction_ids", "kept_ids", "task_ids"})
 """Those that can be had of pairs with a condition image only."""
+IMAGE_ENCODER_COLUMNS = frozenset(
+    {"image_embeds", "hidden_states", "condition_states", "reference_hidden_states"}
+)
 CONTROL = "control_"
 """Begins the names of the columns of control maps; the kind follows: control_depth, …"""
 

@@ -21,7 +21,7 @@ import torch
 from imprompt.bases import Base
 from imprompt.core.errors import ImpromptError
 from imprompt.core.progress import progress
-from imprompt.data.columns import default_columns, encoder_of
+from imprompt.data.columns import check_has_encoders, default_columns, encoder_of
 from imprompt.data.encoding import Progress, Report, Work, encode_part, missing_columns
 from imprompt.data.faces import default_face_encoder, loaded_face_encoder
 from imprompt.data.filters import Filters
@@ -68,6 +68,7 @@ def prepare(
     columns = default_columns(variant) if columns is None else tuple(columns)
     for name in columns:
         encoder_of(name)  # says clearly if there is no such column
+    check_has_encoders(base, columns)
     if not 0 <= shard < num_shards or workers < 1 or batch_size < 1:
         raise ImpromptError(
             f"There is no shard {shard} of {num_shards} with {workers} workers and batches of "

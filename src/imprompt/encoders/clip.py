@@ -13,7 +13,7 @@ from imprompt.bases.clip_vision import ClipImageEncoder
 from imprompt.bases.folder import load_image_encoder
 from imprompt.core.errors import ImpromptError
 
-__all__ = ["ClipImageEncoder", "load_clip"]
+__all__ = ["ClipImageEncoder", "load_clip", "load_named_clip"]
 
 
 def load_clip(
@@ -41,3 +41,17 @@ def load_clip(
         )
     source = path if local else str(name_or_path)
     return load_image_encoder(source, str(name_or_path), dtype, subfolder).to(device)
+
+
+def load_named_clip(
+    name: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> ClipImageEncoder:
+    """As `load_clip`, named in one word: NAME, or NAME:SUBFOLDER of what holds several models.
+
+    Raises:
+        ImpromptError: there is none, or it is damaged.
+    """
+    place, colon, subfolder = name.rpartition(":")
+    if colon and place and not Path(name).exists():
+        return load_clip(place, dtype, device, subfolder=subfolder)
+    return load_clip(name, dtype, device)

@@ -8,6 +8,7 @@ Source: Ye et al. (2308.06721), section 4.4.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from imprompt.adapters import create_adapter
-from imprompt.bases import Base, TextStates, load_base
+from imprompt.bases import Base, TextStates
 from imprompt.checkpoints import load_adapter
 from imprompt.data.dataset import Columns
 from imprompt.data.prepare import prepare
@@ -38,7 +39,7 @@ PRESET = "diorama-image-prompt"
 
 
 def measure_ablation(
-    base_name: str,
+    load: Callable[[], Base],
     judge: Judge,
     sampling: Sampling,
     output: Path,
@@ -49,15 +50,15 @@ def measure_ablation(
 ) -> dict[str, float]:
     """Shares kept by each of the four, and the sizes of the two kinds that train.
 
-    `base_name` is what `load_base` reads: each training begins with a base that nothing is put on.
+    `load` brings the base anew: each training begins with one that nothing is put on.
     """
-    data = prepare(f"diorama:{num_pairs}:{FIRST_SEED}", output / "data", load_base(base_name))
+    data = prepare(f"diorama:{num_pairs}:{FIRST_SEED}", output / "data", load())
 
     def trained(system: str, name: str, fit_to_captions: str) -> Path:
         return run_training(
             system,
             data=data,
-            base=base_name,
+            base=load(),
             output=output / name,
             preset=PRESET,
             settings=[f"system.fit_to_captions={fit_to_captions}", *(settings or [])],
@@ -66,7 +67,7 @@ def measure_ablation(
     decoupled_file = trained("image-prompt", "decoupled", "false")
     fitted_file = trained("image-prompt", "decoupled-fitted", "true")
     concatenated_file = trained("concatenation", "concatenated", "false")
-    base = load_base(base_name)
+    base = load()
     assert base.image_encoder is not None
     untrained = create_adapter(base.unet, feature_dim=base.image_encoder.embed_dim)
     concatenated = build(ConcatenationOptions(), base, Columns.open(data)).module
@@ -119,5 +120,10 @@ def _measure_concatenated(
         seed=sampling.seed,
         show_progress=True,
     )
-    images = torch.cat([base.decode_image(part) for part in latents.split(16)]).clamp(-1, 1)
+    images = (
+        torch.cat([base.decode_image(part) for part in latents.split(16)])
+        .float()
+        .clamp(-1, 1)
+        .cpu()
+    )
     return shares(read(judge, images), truth(scenes))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from imprompt.bases import load_base
+from imprompt.bases import Base
 from imprompt.checkpoints import load_adapter, load_control, shipped_controls
 from imprompt.checkpoints.shipped import (
     shipped_adapter,
@@ -37,7 +37,7 @@ def evaluate(
     what: str,
     *,
     adapter_file: Path | None,
-    base_name: str,
+    load: Callable[[], Base],
     count: int,
     steps: int,
     sampler: str,
@@ -51,7 +51,7 @@ def evaluate(
     """Named figures: shares in [0, 1], but for distances, similarities and sizes, as their names say.
 
     `what` is judge, base, adapter, ablation, identity, control, instruct,
-    instruct-table or instructions.
+    instruct-table or instructions. `load` brings the base, which the judge does without.
 
     Raises:
         ImpromptError: a part is missing, there is no control to measure, nothing to draw.
@@ -64,8 +64,8 @@ def evaluate(
         return measure_judge(judge, count)
     sampling = Sampling(steps=steps, guidance_scale=guidance_scale, sampler=sampler, seed=seed)
     if what == "ablation":
-        return measure_ablation(base_name, judge, sampling, output, count)
-    base = load_base(base_name)
+        return measure_ablation(load, judge, sampling, output, count)
+    base = load()
     if what == "base":
         return measure_base(base, judge, sampling, count)
     if what == "control":
@@ -80,13 +80,13 @@ def evaluate(
         folder = adapter_file or shipped_identity()
         return evaluate_identity(base, folder, judge, sampling, output, count, scale)
     if what == "instruct":
-        adapter = load_adapter(adapter_file or shipped_instruct_adapter())
+        adapter = load_adapter(adapter_file or shipped_instruct_adapter(), device=base.device)
         return measure_instruct(base, adapter, judge, sampling, count, scale)
     if what == "instructions":
         return map_instructions(base, output)
     if what == "instruct-table":
         return measure_instruct_table(base, judge, sampling, output, count, scale)
-    adapter = load_adapter(adapter_file or shipped_adapter())
+    adapter = load_adapter(adapter_file or shipped_adapter(), device=base.device)
     kept = measure_adapter(base, adapter, judge, sampling, count, scale).kept
     figures = {f"{name} kept, image alone": share for name, share in kept.items()}
     for name, preset, scales in (

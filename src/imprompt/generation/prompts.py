@@ -266,7 +266,7 @@ def _encoder_for(adapter: ImagePromptAdapter, encoder: ClipImageEncoder | None) 
     if encoder is None:
         raise ImpromptError(
             "This base brings no image encoder: give generate() the one that the adapter was "
-            "trained with, image_encoder=load_clip(...)."
+            "trained with, image_encoder=load_clip(...), or --image-encoder on the command line."
         )
     encoder_dim = encoder.hidden_dim if wanted.is_sequence else encoder.embed_dim
     if encoder_dim != wanted.dim:

@@ -16,6 +16,7 @@ from imprompt.data.on_the_fly import PairsOnTheFly
 from imprompt.data.records import Reading
 from imprompt.data.rows import FirstRows, Rows
 from imprompt.data.store import told
+from imprompt.encoders.clip import load_named_clip
 from imprompt.systems.protocol import System
 from imprompt.training.card import write_card
 from imprompt.training.config import PRECISIONS, TrainConfig
@@ -150,6 +151,7 @@ def run_training(
     *,
     data: Path | str,
     base: str | Base,
+    image_encoder: str | None = None,
     output: Path,
     preset: str | None = None,
     settings: list[str] | None = None,
@@ -167,7 +169,9 @@ def run_training(
     `size_px` (by default the base's) whenever a step needs it; `face_encoder` reads its faces, as in
     `prepare`.
     `engine` is single, ddp, zero2 or fsdp2; `auto` is ddp where torchrun started several processes.
-    `num_processes` is how many there must be. `set_up_previews` may let the system draw.
+    `num_processes` is how many there must be. `image_encoder`, as NAME or NAME:SUBFOLDER, is given to
+    a base that brings none: the one that the data were prepared with. `set_up_previews` may let the
+    system draw.
 
     Returns:
         The exported file or folder.
@@ -183,6 +187,8 @@ def run_training(
         loaded = base
         if loaded.device != processes.device:
             loaded.to(processes.device)
+    if image_encoder is not None:
+        loaded.image_encoder = load_named_clip(image_encoder, loaded.dtype, loaded.device)
     fingerprint = loaded.fingerprint()  # before an engine cuts its weights into slices
     columns = open_data(
         data,

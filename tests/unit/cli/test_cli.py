@@ -2,12 +2,13 @@
 
 import pytest
 from PIL import Image
-from tiny_base import write_tiny_base
+from tiny_base import build_parts, write_tiny_base
 
 from imprompt.adapters import create_adapter
 from imprompt.bases import load_base
 from imprompt.checkpoints import save_adapter
-from imprompt.cli.main import VERBS, main
+from imprompt.cli.generate import _image_prompts
+from imprompt.cli.main import VERBS, create_parser, main
 
 
 @pytest.fixture(scope="module")
@@ -131,3 +132,68 @@ def test_maps_are_drawn(tmp_path):
     assert main([*command, str(tmp_path / "depth.png"), "--map", "depth"]) == 0
     assert Image.open(tmp_path / "depth.png").size == (128, 64)
     assert main([*command, str(tmp_path / "x.png"), "--map", "smell"]) == 2
+
+
+def drawn_by(command, file):
+    assert main([str(argument) for argument in (*command, "--output", file)]) == 0
+    return Image.open(file).tobytes()
+
+
+def test_a_base_computes_where_and_how_it_is_told(base_folder, tmp_path, capsys):
+    command = ["generate", "a cat", "--base", base_folder, "--steps", 2, "--num-images", 1]
+    full = drawn_by(command, tmp_path / "full.png")
+    half = drawn_by([*command, "--dtype", "bfloat16"], tmp_path / "half.png")
+    assert full != half
+    for verb in (command, ["prepare", "diorama:2", tmp_path / "data"], ["evaluate"]):
+        line = refused(capsys, *verb, "--base", base_folder, "--device", "cuda:63")
+        assert "cuda:63" in line and "here is: cpu" in line
+
+
+def test_an_image_encoder_within_a_folder(tmp_path, adapter_file, capsys):
+    """A base as the published ones are, without one of its own."""
+    base, models = tmp_path / "base", tmp_path / "models"
+    write_tiny_base(base, image_encoder=False)
+    write_tiny_base(models)
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "photo.png")
+    encoder = ["--image-encoder", f"{models}:image_encoder"]
+    draw = ["generate", "--image", tmp_path / "photo.png", "--adapter", adapter_file]
+    draw += ["--base", base, "--steps", 2, "--num-images", 1]
+    assert "--image-encoder" in refused(capsys, *draw, "--output", tmp_path / "out.png")
+    drawn_by([*draw, *encoder], tmp_path / "out.png")
+
+    prepare = ["prepare", "diorama:6", tmp_path / "data", "--base", base]
+    assert "--image-encoder" in refused(capsys, *prepare)
+    assert main([str(argument) for argument in (*prepare, *encoder)]) == 0
+    train = ["train", "image-prompt", "--data", tmp_path / "data", "--base", base, *encoder]
+    train += ["--output", tmp_path / "run", "--set", "train.steps=1"]
+    train += ["--set", "train.validation_rows=2"]
+    assert main([str(argument) for argument in train]) == 0
+
+
+@pytest.mark.parametrize("option", ["--output", "--explain", "--grid"])
+def test_an_ending_that_is_no_picture_is_told_before_the_work(option, tmp_path, capsys):
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "photo.png")
+    command = ["generate", "--image", tmp_path / "photo.png", "--base", "nowhere"]
+    if option == "--grid":
+        command = ["diorama", "--kind", "dragon"]
+    for name in ("pictures", "pictures.txt", "pictures.psd"):
+        line = refused(capsys, *command, option, tmp_path / name)
+        assert name in line and ".png" in line
+
+
+def test_separate_pictures_are_not_overwritten_and_nothing_is_drawn(tmp_path, capsys):
+    (tmp_path / "out-001.png").write_bytes(b"mine")
+    command = ["generate", "a cat", "--base", "nowhere", "--num-images", 2, "--separate"]
+    line = refused(capsys, *command, "--output", tmp_path / "out.png")
+    assert "out-001.png exists" in line
+
+
+def test_published_guidance_never_flees_from_the_image():
+    command = ["generate", "--image", "a.png", "--instruction", "use the pose"]
+    arguments = create_parser().parse_args([*command, "--published-guidance"])
+    adapter = create_adapter(build_parts()["unet"], "instruct", feature_dim=6, depth=1)
+    pictures = [Image.new("RGB", (8, 8))]
+    scales = [
+        _image_prompts(arguments, pictures, adapter, scale)[0].scale for scale in (0.0, 0.1, 1.0)
+    ]
+    assert scales == [0, 0, 0.8]

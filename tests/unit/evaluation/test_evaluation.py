@@ -5,6 +5,7 @@ import torch
 from PIL import Image
 from tiny_base import write_tiny_base
 
+from imprompt.bases import load_base
 from imprompt.cli.evaluate import with_unit
 from imprompt.core.errors import ImpromptError
 from imprompt.diorama import OBJECT_KINDS, render
@@ -85,18 +86,18 @@ def test_the_ablation_trains_on_the_base_that_was_named(tmp_path, monkeypatch):
     monkeypatch.setattr(ablation, "prepare", lambda source, output, base: given.append(base.name))
 
     def train(system, *, base, **options):
-        given.append(base)
+        given.append(base.name)
         raise ImpromptError("far enough")
 
     monkeypatch.setattr(ablation, "run_training", train)
     with pytest.raises(ImpromptError, match="far enough"):
-        evaluate("ablation", base_name=str(folder), count=1, output=tmp_path, **SETTINGS)
-    assert given == ["mine", str(folder)]
+        evaluate("ablation", load=lambda: load_base(folder), count=1, output=tmp_path, **SETTINGS)
+    assert given == ["mine", "mine"]
 
 
 def test_nothing_to_measure_is_told(tmp_path):
     with pytest.raises(ImpromptError, match="count is 0, but must be at least 1"):
-        evaluate("judge", base_name="diorama", count=0, output=tmp_path, **SETTINGS)
+        evaluate("judge", load=lambda: load_base("diorama"), count=0, output=tmp_path, **SETTINGS)
 
 
 def test_figures_have_their_units():

@@ -1,0 +1,155 @@
+"""Figures and picture of IP-Adapter-Instruct on the embedded world.
+
+    python benchmarks/instruct.py measure                  each task, unseen lessons
+    python benchmarks/instruct.py compare --output runs/instruct-table
+                                                           joint model, single-task models, one instruction
+    python benchmarks/instruct.py picture                  one image, told different things
+
+Without --adapter it is the adapter that comes with the package. Figures go to
+benchmarks/results/instruct.json, tables of them to docs/instruct.md, the picture to
+docs/images/instruct.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from pages import DOCS, RESULTS, header, put, row
+
+FIGURES = RESULTS / "instruct.json"
+SAMPLING = {"steps": 25, "sampler": "dpm-solver++", "guidance_scale": 4.0, "scale": 1.0, "seed": 0}
+TASKS = ("everything", "style", "object", "composition", "face")
+SHOWN = (
+    "layout IoU",
+    "kept: character, of 100",
+    "kept: kind",
+    "kept: colour",
+    "kept: style",
+    "kept: setting",
+    "kept: all at once",
+    "text: kind",
+    "text: colour",
+    "text: style",
+    "text: setting",
+    "text: all at once",
+)
+SCORES = ("CLIP-I", "CLIP-T", "CLIP-P", "CLIP-S")
+JOINT, ONE = "joint", "one fixed instruction"
+PROMPTS = (
+    ("use everything", ""),
+    ("use the style", "a blue car"),
+    ("use the style", "a red castle"),
+    ("use the {object}", "in the snow, in crayon"),
+    ("use the {object}", "at night, in neon light"),
+    ("use the composition", "a pink {kind}, as a watercolor"),
+    ("use the composition", "a green {kind}, made of clay"),
+)
+SEEDS_SHOWN = (3, 10, 18, 31)
+
+
+def measure(what: str, adapter: Path | None, count: int, output: Path) -> dict[str, float]:
+    from imprompt.evaluation.run import evaluate
+
+    return evaluate(
+        what, adapter_file=adapter, base_name="diorama", count=count, output=output, **SAMPLING
+    )
+
+
+def task_table(figures: dict[str, float]) -> str:
+    """Rows: what is kept or followed; columns: tasks."""
+    lines = header("", *TASKS)
+    for name in SHOWN:
+        cells = [figures.get(f"{task}: {name}") for task in TASKS]
+        lines += row(name, *("" if cell is None else f"{cell:.1%}" for cell in cells))
+    for name in SCORES:
+        lines += row(name, *(f"{figures[f'{task}: {name}']:.3f}" for task in TASKS))
+    reachable = figures["composition: layout IoU of true renders"]
+    return f"{lines}\nTrue renders of what was to be drawn reach a layout IoU of {reachable:.1%}.\n"
+
+
+def comparison(figures: dict[str, float]) -> str:
+    """Per task: joint model, that task's own model, one instruction; what is kept and followed, scores."""
+    names = ("kept", "text", *SCORES)
+    lines = header("task", "model", "kept", "followed", *SCORES)
+    for task in TASKS:
+        for label in (JOINT, f"{task} alone", ONE, f"{ONE}, asked in other words"):
+            prefix = f"{task}, {label}: "
+            own = {k.removeprefix(prefix): v for k, v in figures.items() if k.startswith(prefix)}
+            cells = [_summary(own, name) for name in names]
+            lines += row(task, "its own" if label == f"{task} alone" else label, *cells)
+    return lines
+
+
+def _summary(figures: dict[str, float], name: str) -> str:
+    """Kept or followed: the mean share of the attributes it is about; a score as it is."""
+    if name in SCORES:
+        return f"{figures[name]:.3f}"
+    shares = [v for k, v in figures.items() if k.startswith(f"{name}: ") and "all" not in k]
+    if name == "kept" and "layout IoU" in figures:
+        shares = [figures["layout IoU"]]
+    return f"{sum(shares) / len(shares):.1%}" if shares else ""
+
+
+def draw_picture(adapter_file: Path | None, path: Path) -> None:
+    """Rows: one image each; columns: what it is told."""
+    from imprompt import ImagePrompt, generate, load_adapter, load_base
+    from imprompt.checkpoints.shipped import shipped_instruct_adapter
+    from imprompt.core.images import image_grid, pixels_to_images
+    from imprompt.data.instructions import filled
+    from imprompt.diorama import render
+    from imprompt.evaluation.measure import unseen_scenes
+
+    base = load_base("diorama")
+    adapter = load_adapter(adapter_file or shipped_instruct_adapter())
+    scenes = [unseen_scenes(1 + number, first=40_000)[number] for number in SEEDS_SHOWN]
+    cells, labels = [], []
+    for scene, picture in zip(scenes, pixels_to_images(render(scenes).pixels), strict=True):
+        cells.append(picture)
+        labels.append("image prompt")
+        for instruction, text in PROMPTS:
+            told = filled(instruction, scene.kind)
+            prompt = ImagePrompt(picture, adapter, instruction=told)
+            asked = text.replace("{kind}", scene.kind)
+            cells += generate(
+                base,
+                asked,
+                image_prompts=prompt,
+                steps=SAMPLING["steps"],
+                sampler=SAMPLING["sampler"],
+                guidance_scale=SAMPLING["guidance_scale"],
+                seed=1,
+            )
+            about = told.removeprefix("use ").removeprefix("the ")
+            labels.append(f"{about}: {asked or 'no text'}")
+    enlarged = [cell.resize((256, 256), 0) for cell in cells]
+    image_grid(enlarged, 1 + len(PROMPTS), labels).save(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=("measure", "compare", "picture", "tables"))
+    parser.add_argument("--adapter", type=Path)
+    parser.add_argument("--count", type=int, default=48)
+    parser.add_argument("--output", type=Path, default=Path("runs/instruct-table"))
+    arguments = parser.parse_args()
+    if arguments.what == "picture":
+        draw_picture(arguments.adapter, DOCS / "images" / "instruct.png")
+        return
+    figures = json.loads(FIGURES.read_text(encoding="utf-8")) if FIGURES.is_file() else {}
+    kind = {"measure": "instruct", "compare": "instruct-table"}.get(arguments.what)
+    if kind:
+        figures[kind] = measure(kind, arguments.adapter, arguments.count, arguments.output)
+        FIGURES.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    page = DOCS / "instruct.md"
+    if "instruct" in figures:
+        put(page, "tasks", task_table(figures["instruct"]))
+    if "instruct-table" in figures:
+        put(page, "comparison", comparison(figures["instruct-table"]))
+
+
+if __name__ == "__main__":
+    main()
