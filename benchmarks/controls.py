@@ -2,13 +2,16 @@
 
     python benchmarks/controls.py --control depth=runs/depth/control --control edges=runs/edges/control
 
-writes a table to benchmarks/results/controls.md and a picture to docs/images/controls.png.
+writes a table to benchmarks/results/controls.md and into docs/controls.md, and a picture to
+docs/images/controls.png.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+
+from pages import DOCS, RESULTS, put
 
 from imprompt.bases import load_base
 from imprompt.checkpoints import load_adapter, load_control, shipped_controls
@@ -19,8 +22,6 @@ from imprompt.evaluation.control import measure_controls, table
 from imprompt.evaluation.judge import load_judge
 from imprompt.evaluation.map_reader import FILE, load_map_reader
 from imprompt.evaluation.measure import Sampling
-
-ROOT = Path(__file__).parents[1]
 
 
 def main() -> None:
@@ -33,8 +34,8 @@ def main() -> None:
     parser.add_argument("--sampler", default="dpm-solver++")
     parser.add_argument("--guidance-scale", type=float, default=5.0)
     parser.add_argument("--shown", type=int, default=10, help="scenes in the picture")
-    parser.add_argument("--table", type=Path, default=ROOT / "benchmarks/results/controls.md")
-    parser.add_argument("--picture", type=Path, default=ROOT / "docs/images/controls.png")
+    parser.add_argument("--table", type=Path, default=RESULTS / "controls.md")
+    parser.add_argument("--picture", type=Path, default=DOCS / "images" / "controls.png")
     arguments = parser.parse_args()
     folders = dict(text.split("=", 1) for text in arguments.control) or shipped_controls()
     base = load_base("diorama")
@@ -54,6 +55,7 @@ def main() -> None:
     )
     arguments.table.parent.mkdir(parents=True, exist_ok=True)
     arguments.table.write_text(table(rows) + "\n", encoding="utf-8")
+    put(DOCS / "controls.md", "controls", table(rows) + "\n")
     print(table(rows))
     shown = arguments.shown
     cells = []

@@ -2,24 +2,29 @@
 
     python benchmarks/identity.py factors        how far apart the characters are
     python benchmarks/identity.py encoder        how well the face encoder tells unseen persons apart
+    python benchmarks/identity.py measure        who is drawn, where, with every part and without each
     python benchmarks/identity.py pictures       one person in several poses and styles
 
-What is drawn is measured by `imprompt evaluate --what identity`.
+`measure` is `imprompt evaluate --what identity`; its figures go to benchmarks/results/identity.json, a table
+of them into docs/identity.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from pages import DOCS, RESULTS, header, put, row
 
 from imprompt.core.images import image_grid, pixels_to_images
 from imprompt.diorama import FACTORS, STYLES, gallery, portrait, sample_character
 from imprompt.evaluation.portraits import drawn, templates, unseen_portraits
 
-IMAGES = Path(__file__).parent.parent / "docs" / "images"
+IMAGES = DOCS / "images"
+FIGURES = RESULTS / "identity.json"
 SEED = 8_000_000
 VISIBLE = 0.15  # of a channel's range in [-1, 1]
 
@@ -65,6 +70,36 @@ def encoder(path: str, pictures: int = 2) -> None:
             f"| {style} | {by_templates[of_style].float().mean():.1%} | "
             f"{by_reference[of_style].float().mean():.1%} | {error[of_style].mean():.2f} |"
         )
+
+
+def measure(folder: Path | None, count: int, output: Path) -> None:
+    from imprompt.evaluation.run import evaluate
+
+    figures = evaluate(
+        "identity",
+        adapter_file=folder,
+        base_name="diorama",
+        count=count,
+        output=output,
+        steps=25,
+        sampler="dpm-solver++",
+        guidance_scale=4.0,
+        scale=1.0,
+        seed=0,
+    )
+    FIGURES.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    put(DOCS / "identity.md", "identity", identity_table(figures))
+
+
+def identity_table(figures: dict[str, float]) -> str:
+    """Rows: renders, then what is drawn with every part and without each."""
+    shown = ("right character", "landmark error in px, median", "landmark error in px")
+    shown += ("style of the text", "setting of the text")
+    lines = header("", *shown)
+    for name in dict.fromkeys(key.split(": ")[0] for key in figures):
+        values = {what: figures[f"{name}: {what}"] for what in shown}
+        lines += row(name, *(f"{v:.2f}" if "px" in k else f"{v:.1%}" for k, v in values.items()))
+    return lines
 
 
 def _places(scenes: list) -> torch.Tensor:
@@ -116,12 +151,17 @@ def pictures() -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("factors", "encoder", "pictures"))
+    parser.add_argument("what", choices=("factors", "encoder", "measure", "pictures"))
+    parser.add_argument("--identity", type=Path, help="another folder than the shipped one")
+    parser.add_argument("--count", type=int, default=100)
+    parser.add_argument("--output", type=Path, default=Path("runs/identity-look"))
     parser.add_argument("--face-encoder", default="diorama")
     arguments = parser.parse_args()
     if arguments.what == "factors":
         factors()
     elif arguments.what == "encoder":
         encoder(arguments.face_encoder)
+    elif arguments.what == "measure":
+        measure(arguments.identity, arguments.count, arguments.output)
     else:
         pictures()

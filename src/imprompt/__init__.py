@@ -1,8 +1,8 @@
 """Imprompt: image prompts for text-to-image diffusion models.
 
 base    = imprompt.load_base("diorama")
-adapter = imprompt.load_adapter("diorama-ip-adapter.safetensors")
-images  = imprompt.generate(base, image_prompts=[imprompt.ImagePrompt("photo.png", adapter=adapter)])
+adapter = imprompt.load_adapter("diorama")  # or a file
+images  = imprompt.generate(base, image_prompts=imprompt.ImagePrompt("photo.png", adapter=adapter))
 """
 
 import importlib

@@ -1,5 +1,6 @@
 """An adapter on a UNet leaves no trace: not while it is silent, not after it is gone."""
 
+import copy
 import logging
 import warnings
 
@@ -138,3 +139,20 @@ def test_lora_beside_an_unknown_processor(unet, make_adapter, make_features, den
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
     assert all(processor is foreign for processor in unet.attn_processors.values())
     assert not any(module._forward_hooks for module in unet.modules())
+
+
+def test_a_forgotten_handle_holds_nothing(unet, base_adapter):
+    """As in a notebook whose cell is run twice."""
+    before = dict(unet.attn_processors)
+    handle = base_adapter.install(unet)
+    handle = base_adapter.install(unet)
+    handle.remove()
+    assert all(unet.attn_processors[name] is before[name] for name in before)
+
+
+def test_a_copy_of_a_unet_does_not_hold_its_handles(unet, base_adapter):
+    with base_adapter.install(unet):
+        copied = copy.deepcopy(unet)
+    base_adapter.install(copied).remove()
+    kinds = {type(processor).__name__ for processor in copied.attn_processors.values()}
+    assert kinds == {type(processor).__name__ for processor in unet.attn_processors.values()}

@@ -21,6 +21,7 @@ import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import torch
 from jaxtyping import Float
@@ -100,7 +101,16 @@ class DecoupledAttention:
         self.original = original
         self.site = site
         self.is_plain = type(original).__name__ in PLAIN_PROCESSORS
-        self.holders: set[int] = set()  # the handles that still need it
+        # The handles that still need it; one that was lost without `remove` leaves by itself.
+        self.holders: WeakSet[Any] = WeakSet()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The handles of this model are not those of its copy.
+        return {name: value for name, value in self.__dict__.items() if name != "holders"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.holders = WeakSet()
 
     # diffusers reads this signature: what is not named here it drops, with a warning.
     def __call__(

@@ -75,7 +75,7 @@ class Handle:
             processor = wanted[site.index]
             if processor is not standing[site.index]:
                 site.module.set_processor(processor)
-            processor.holders.add(id(self))
+            processor.holders.add(self)
         self.processors = wanted
 
     def condition(
@@ -242,7 +242,7 @@ class Handle:
             processor = site.module.processor
             if not isinstance(processor, DecoupledAttention):
                 continue
-            processor.holders.discard(id(self))
+            processor.holders.discard(self)
             if not processor.holders:
                 site.module.set_processor(processor.original)
         self.processors.clear()

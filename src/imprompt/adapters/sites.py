@@ -4,14 +4,15 @@ import difflib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, SupportsFloat, cast
 
 from torch import Tensor, nn
 
 from imprompt.core.errors import ImpromptError
 
 Number = float | int
-Scale = Number | Sequence[Number] | Mapping[str, Number] | Tensor
+BlockScale = Number | Sequence[Number]
+Scale = Number | Sequence[Number] | Mapping[str, BlockScale | Mapping[str, BlockScale]] | Tensor
 
 # A model family is known by the width of the text states its cross-attention reads.
 FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "Stable Diffusion XL"}
@@ -80,10 +81,15 @@ def scale_per_site(scale: Scale, sites: Sequence[Site]) -> list[float | Tensor]:
         scale: one number for all; a sequence with one number per site, in the order of `sites`; a
             mapping from the name of a site or of a part of the UNet ("mid", "up", "up_blocks.1",
             "down_blocks.2.attentions.1", …) to a number, the longest fitting name deciding, and
-            1.0 where none fits; or a tensor with one number per sample.
+            1.0 where none fits; or a tensor with one number per sample. A mapping that holds lists
+            or mappings, as {"up": {"block_0": [0.0, 1.0, 0.0]}}, is diffusers' own form and means
+            what it means there: a list has one number per transformer layer of its block, and what
+            is not listed is 0.
 
     Raises:
-        ImpromptError: wrong length, a name that fits no site, or a number that is not finite.
+        ImpromptError: wrong length, a name that fits no site, or what is no finite number.
+
+    Source: of the nested form, `set_ip_adapter_scale` of diffusers.
     """
     if isinstance(scale, Tensor):
         if scale.ndim > 1:
@@ -92,7 +98,13 @@ def scale_per_site(scale: Scale, sites: Sequence[Site]) -> list[float | Tensor]:
             )
         return [scale] * len(sites)
     if isinstance(scale, Mapping):
-        numbers = named_scales(scale, [site.name for site in sites])
+        names = [site.name for site in sites]
+        is_nested = any(isinstance(value, Mapping | Sequence) for value in scale.values())
+        numbers = (
+            named_scales(flattened(scale, names), names, unlisted=0.0)
+            if is_nested
+            else named_scales(cast(Mapping[str, Number], scale), names)
+        )
     elif isinstance(scale, Sequence):
         numbers = list(scale)
         if len(numbers) != len(sites):
@@ -103,12 +115,51 @@ def scale_per_site(scale: Scale, sites: Sequence[Site]) -> list[float | Tensor]:
     else:
         numbers = [scale] * len(sites)
     for number in numbers:
-        if not math.isfinite(number):
-            raise ImpromptError(f"scale is {number}: a finite number is needed, usually in [0, 1].")
+        if not isinstance(number, SupportsFloat) or not math.isfinite(number):
+            raise ImpromptError(
+                f"scale is {number!r}: a finite number is needed, usually in [0, 1]."
+            )
     return [float(number) for number in numbers]
 
 
-def named_scales(scales: Mapping[str, Number], names: Sequence[str]) -> list[Number]:
+def flattened(
+    scales: Mapping[str, BlockScale | Mapping[str, BlockScale]], names: Sequence[str]
+) -> dict[str, Number]:
+    """diffusers' nested form of scales as a flat one: a number for each name of a part."""
+    flat: dict[str, Number] = {}
+
+    def add(part: str, value: BlockScale) -> None:
+        if not isinstance(value, Sequence):
+            flat[part] = value
+            return
+        prefix = f"{part}.attentions."
+        layers = sorted(
+            {name[len(prefix) :].split(".")[0] for name in names if name.startswith(prefix)}
+        )
+        if len(value) not in (1, len(layers)):
+            raise ImpromptError(
+                f"scale gives {part} {len(value)} numbers, but it has {len(layers)} transformer "
+                f"layers: give one number, or {len(layers)}."
+            )
+        values = list(value) * (len(layers) if len(value) == 1 else 1)
+        flat.update({prefix + layer: one for layer, one in zip(layers, values, strict=True)})
+
+    for part, value in scales.items():
+        if isinstance(value, Mapping):
+            for block, inner in value.items():
+                add(f"{part}_blocks.{block.removeprefix('block_')}", inner)
+        elif part in ("down", "up") and isinstance(value, Sequence):
+            start = f"{part}_blocks."
+            for block in sorted({name.split(".")[1] for name in names if name.startswith(start)}):
+                add(start + block, value)
+        else:
+            add("mid_block" if part == "mid" else part, value)
+    return flat
+
+
+def named_scales(
+    scales: Mapping[str, Number], names: Sequence[str], unlisted: Number = 1.0
+) -> list[Number]:
     def fits(part: str, name: str) -> bool:
         return name == part or name.startswith((f"{part}.", f"{part}_block"))
 
@@ -123,4 +174,4 @@ def named_scales(scales: Mapping[str, Number], names: Sequence[str]) -> list[Num
                 f'the nearest name is "{nearest}".'
             )
     fitting = [[part for part in scales if fits(part, name)] for name in names]
-    return [scales[max(parts, key=len)] if parts else 1.0 for parts in fitting]
+    return [scales[max(parts, key=len)] if parts else unlisted for parts in fitting]

@@ -26,12 +26,22 @@ from imprompt.checkpoints.layouts import (
 from imprompt.checkpoints.messages import listed, one_line
 from imprompt.checkpoints.published import published_name, resampler_of
 from imprompt.checkpoints.reading import read_content
+from imprompt.checkpoints.shipped import shipped_adapter
 from imprompt.checkpoints.unet_names import check_held, to_unet, unet_site_names
 from imprompt.core.errors import ImpromptError
 
 FORMAT_VERSION = "1"
-# The second generation of face-id-plus has the same keys as the first and is known by its name.
+# Values of "reads" in the metadata of Plus adapters that read identity vectors: those of length 1,
+# as ours do, or as the face encoder gives them, as InstantID's published file does. That says nothing
+# of it, but no published image encoder's states are as narrow as an identity vector.
+READS_FACES = "id_embeds"
+READS_RAW_FACES = "raw id_embeds"
+IDENTITY_DIM = 512
+# The second generation of face-id-plus has the same keys as the first and is known by its name; for
+# Stable Diffusion XL, by the width of its text states, only the second was published.
 SHORTCUT_NAME = "plusv2"
+SHORTCUT_ONLY_WIDTH = 2048
+SHIPPED = "diorama"
 # Written by us from the weights themselves, so not carried over from the file before.
 FACTS = {"format_version", "variant", "cross_attention_dim", "sites", "num_tokens", "shortcut"}
 
@@ -60,6 +70,8 @@ class AdapterInfo:
     """of the resampler; None without one"""
     lora_rank: int
     """0 without LoRA"""
+    shortcut: bool | None
+    """of face-id-plus, whether it is read as its second generation; None for others"""
     dtype: str
     features: tuple[Feature, ...]
     """what the adapter reads"""
@@ -72,6 +84,7 @@ def load_adapter(
     *,
     dtype: torch.dtype | None = torch.float32,
     device: str | torch.device = "cpu",
+    shortcut: bool | None = None,
 ) -> ImagePromptAdapter:
     """An adapter from a file of any known layout; what it is, is read from its keys and shapes.
 
@@ -79,13 +92,24 @@ def load_adapter(
     the authors' training scripts, and our own. Nothing in a file is executed.
 
     Args:
+        path: a file, or "diorama" for the adapter that comes with the embedded base.
         dtype: of the weights; None keeps the file's.
+        shortcut: of face-id-plus, whether it is of the second generation ("plusv2"), which the
+            weights do not tell. By default what the file's metadata or name says, and yes for
+            Stable Diffusion XL, for which there is no other.
 
     Raises:
-        ImpromptError: no such file, unreadable, damaged, or not an adapter.
+        ImpromptError: no such file, unreadable, damaged, or not an adapter; or a `shortcut` for
+            another variant.
     """
-    path = Path(path)
+    path = shipped_adapter() if str(path) == SHIPPED and not Path(path).exists() else Path(path)
     checkpoint, adapter, _ = read_adapter(path)
+    if shortcut is not None:
+        if not isinstance(adapter.image_proj, FacePlusProjection):
+            raise ImpromptError(
+                f"{path} is a {adapter.variant} adapter: only faceid-plus has a shortcut."
+            )
+        adapter.image_proj.shortcut = shortcut
     tensors = {
         key: tensor.to(device=device, dtype=dtype) for key, tensor in checkpoint.tensors.items()
     }
@@ -169,6 +193,9 @@ def inspect(path: str | os.PathLike[str]) -> AdapterInfo:
         num_heads=layers and layers.num_heads,
         num_layers=layers and layers.num_layers,
         lora_rank=adapter.lora_rank,
+        shortcut=adapter.image_proj.shortcut
+        if isinstance(adapter.image_proj, FacePlusProjection)
+        else None,
         dtype=", ".join(dtypes),
         features=adapter.projection.features,
         size_bytes=size_bytes,
@@ -217,7 +244,11 @@ def read_adapter(path: Path, *, with_values: bool = True) -> Read:
             metadata["shortcut"] == "true"
             if "shortcut" in metadata
             else SHORTCUT_NAME in path.name.lower().replace("-", "").replace("_", "")
+            or adapter.cross_attention_dim == SHORTCUT_ONLY_WIDTH
         )
+    is_foreign = checkpoint.layout != "native"
+    if is_foreign and adapter.variant == "plus" and projection.features[0].dim == IDENTITY_DIM:
+        adapter.metadata.setdefault("reads", READS_RAW_FACES)
     if isinstance(projection, FullProjection):
         projection.num_tokens = positive_number(metadata.get("num_tokens", ""))
     return Read(checkpoint, adapter, content.size_bytes)

@@ -15,14 +15,17 @@ import torch
 
 from imprompt.adapters import ImagePromptAdapter
 from imprompt.checkpoints.controls import load_control
-from imprompt.checkpoints.files import load_adapter
+from imprompt.checkpoints.files import (
+    IDENTITY_DIM,
+    READS_FACES,
+    READS_RAW_FACES,
+    load_adapter,
+)
 from imprompt.core.errors import ImpromptError
 
 ADAPTER_FILE = "ip-adapter.safetensors"
 PUBLISHED_ADAPTER_FILE = "ip-adapter.bin"
 CONTROLNET_FOLDER = "ControlNetModel"
-IDENTITY_DIM = 512
-READS_FACES = "id_embeds"  # value of "reads" in the metadata of our own files
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +57,8 @@ def load_identity(
             "folder."
         )
     adapter = load_adapter(adapter_file, dtype=dtype, device=device)
+    if adapter.variant == "plus" and adapter.projection.features[0].dim == IDENTITY_DIM:
+        adapter.metadata.setdefault("reads", READS_RAW_FACES)
     if not reads_faces(adapter):
         raise ImpromptError(f"{adapter_file} is a {adapter.variant} adapter and reads no faces.")
     return Identity(adapter, load_identity_net(folder / CONTROLNET_FOLDER, dtype, device))
@@ -80,10 +85,7 @@ def load_identity_net(
 def reads_faces(adapter: ImagePromptAdapter) -> bool:
     """Whether an adapter reads identity vectors: face-id ones do, and InstantID's.
 
-    InstantID's has the shapes of a Plus adapter, but for the width of what it reads: no image
-    encoder's states are as narrow as an identity vector.
+    InstantID's has the shapes of a Plus adapter; its metadata, or how it was read, tells.
     """
     names = [feature.name for feature in adapter.projection.features]
-    if "id_embeds" in names or adapter.metadata.get("reads") == READS_FACES:
-        return True
-    return adapter.variant == "plus" and adapter.projection.features[0].dim == IDENTITY_DIM
+    return "id_embeds" in names or adapter.metadata.get("reads") in (READS_FACES, READS_RAW_FACES)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from imprompt.cli.verb import add_verb
+
+if TYPE_CHECKING:
+    from imprompt.checkpoints import AdapterInfo
 
 MAX_VALUE = 120  # characters of a metadata's value; the file may hold a whole configuration
 
@@ -22,6 +25,15 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument(
         "file", type=Path, help=".safetensors or .bin, or a training state's folder"
     )
+
+
+def generation_of(info: AdapterInfo) -> dict[str, str]:
+    """Of face-id-plus, which generation a file is read as, since its weights do not tell."""
+    if info.shortcut is None:
+        return {}
+    if info.shortcut:
+        return {"generation": "second (plusv2, with a shortcut for the identity vector)"}
+    return {"generation": "first; if it is plusv2, name it so or load with shortcut=True"}
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -45,6 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
         else "none",
         "parameters": f"{info.num_parameters:,}",
         "LoRA rank": info.lora_rank or "none",
+        **generation_of(info),
         "dtype": info.dtype,
         **{
             f"metadata {one_line(name)}": one_line(value, MAX_VALUE)

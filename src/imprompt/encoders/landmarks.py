@@ -19,6 +19,7 @@ from imprompt.core.errors import ImpromptError
 COLOURS = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (1.0, 1.0, 0.0), (1.0, 0.0, 1.0))
 NOSE = 2
 LIMB_SHADE = 0.6
+MAX_FRACTION = 2.0
 # Of the longer side; at 1024 px these are the widths that InstantID's published weights know.
 POINT_RADIUS, LIMB_RADIUS = 10 / 1024, 4 / 1024
 MIN_POINT_RADIUS_PX, MIN_LIMB_RADIUS_PX = 1.4, 0.7  # of small pictures
@@ -74,13 +75,26 @@ def read_landmarks(path: str | PathLike[str]) -> Float[Tensor, "1 5 2"]:
         raise ImpromptError(f"There is no landmarks file {path}.") from error
     except (OSError, ValueError, TypeError, RuntimeError, RecursionError) as error:
         raise ImpromptError(f"{wanted}.") from error
-    if values.shape != (5, 2) or not bool(torch.isfinite(values.float()).all()):
+    if values.shape != (5, 2):
         raise ImpromptError(f"{wanted}; its shape is {tuple(values.shape)}.")
-    if bool((values.float().abs() > 2).any()):
+    return checked_places(values, str(path))[None]
+
+
+def checked_places(landmarks: Tensor, source: str) -> Float[Tensor, "*shape"]:
+    """Landmarks as floats, if they may be fractions of a picture (a face may stand half outside).
+
+    Raises:
+        ImpromptError: they are not finite, or as far out as pixels are; `source` is named.
+    """
+    places = landmarks.to(torch.float32)
+    if not bool(torch.isfinite(places).all()):
+        raise ImpromptError(f"{source}: not all of these landmarks are finite numbers.")
+    if bool((places.abs() > MAX_FRACTION).any()):
         raise ImpromptError(
-            f"{wanted}; these seem to be pixels: divide them by the picture's size."
+            f"{source}: landmarks are fractions of width and height, and these seem to be pixels: "
+            "divide them by the picture's size."
         )
-    return values.float()[None]
+    return places
 
 
 def write_landmarks(landmarks: Float[Tensor, "5 2"], path: str | PathLike[str]) -> None:

@@ -43,6 +43,8 @@ class TokenPrompt:
     over_time: Sequence[Number] = (1.0,)
     image_only_tokens: Float[Tensor, "some tokens dim"] | None = None
     uninstructed_tokens: Float[Tensor, "others tokens dim"] | None = None
+    number: int | None = None
+    """What an explanation calls it; by default its place among the prompts."""
 
     def __post_init__(self) -> None:
         check_time_span(self.start, self.end)
@@ -129,7 +131,12 @@ def conditions_by_step(
     }
     if explanation is not None:
         single = {
-            j: explanation.watch(condition, prompts[j].handle, j, rows)
+            j: explanation.watch(
+                condition,
+                prompts[j].handle,
+                j if (number := prompts[j].number) is None else number,
+                rows,
+            )
             for j, condition in single.items()
         }
     combined = {

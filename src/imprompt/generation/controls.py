@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from imprompt.adapters.sites import Number
 from imprompt.bases import Base, Residuals, TextStates
 from imprompt.checkpoints import LoadedControl
+from imprompt.checkpoints.controls import CLASSES
 from imprompt.core.errors import ImpromptError
 from imprompt.generation.conditions import Branch, check_time_span
 from imprompt.generation.features import ImageLike
 from imprompt.generation.features import to_pixels as image_to_pixels
 from imprompt.systems.controlnet import control_residuals
-from imprompt.systems.t2i_adapter import adapter_residuals
+from imprompt.systems.t2i_adapter import adapter_residuals, layout_of
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -28,24 +29,35 @@ class Control:
     Args:
         image: a file, a PIL image or pixels (3, height, width) in [-1, 1]; one for each picture of
             the generation may be given as a list. It is stretched to the picture's size.
-        model: what `load_control` reads: a ControlNet or a T2I-Adapter of any diffusers folder.
+        model: what `load_control` reads: a ControlNet or a T2I-Adapter of any diffusers folder; or
+            such a network itself.
         weight: ω, how much of what the network adds is added; 0 is nothing at no cost.
         start, end: the fraction of the steps in which it acts.
 
     Raises:
-        ImpromptError: start and end are no time span.
+        ImpromptError: start and end are no time span, or the model is no such network.
 
     Source: ControlNet (2302.05543) section 3.4; T2I-Adapter (2302.08453) section 3.5, eq. 7 (ω).
     """
 
     image: ImageLike | Sequence[ImageLike]
-    model: LoadedControl
+    model: Any
     weight: Number = 1.0
     start: Number = 0.0
     end: Number = 1.0
 
     def __post_init__(self) -> None:
         check_time_span(self.start, self.end)
+        if not any(kind.__name__ in CLASSES for kind in type(self.network).__mro__):
+            raise ImpromptError(
+                f"A control's model is a {type(self.network).__name__}; needed is what "
+                f"imprompt.load_control reads, or a {' or '.join(CLASSES)} of diffusers."
+            )
+
+    @property
+    def network(self) -> Any:
+        """A diffusers `ControlNetModel` or `T2IAdapter`."""
+        return self.model.module if isinstance(self.model, LoadedControl) else self.model
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -81,7 +93,7 @@ def map_control(control: Control, base: Base, size_px: int | tuple[int, int] | N
     Raises:
         ImpromptError: a map cannot be read, or the network does not fit the base.
     """
-    check_fits(control.model, base)
+    check_fits(control.network, base)
     size = base.image_size_px if size_px is None else size_px
     height_width = (size, size) if isinstance(size, int) else size
     is_list = isinstance(control.image, Sequence) and not isinstance(control.image, str)
@@ -92,9 +104,9 @@ def map_control(control: Control, base: Base, size_px: int | tuple[int, int] | N
         )
         for image in images
     ]
-    nn.Module.to(control.model.module, device=base.device, dtype=base.dtype)
+    nn.Module.to(control.network, device=base.device, dtype=base.dtype)
     return MapControl(
-        module=control.model.module,
+        module=control.network,
         maps=((torch.cat(pixels) + 1) / 2).clamp(0, 1),
         weight=control.weight,
         start=control.start,
@@ -102,19 +114,30 @@ def map_control(control: Control, base: Base, size_px: int | tuple[int, int] | N
     )
 
 
-def check_fits(model: LoadedControl, base: Base) -> None:
+def check_fits(network: Any, base: Base) -> None:
     """Raise an ImpromptError if a network's shape is another than the base's denoiser's."""
-    own, its = base.unet.config, model.module.config
-    channels = tuple(getattr(its, "block_out_channels", None) or its.channels)
-    wanted = tuple(own.block_out_channels)
-    fits = channels[: len(wanted)] == wanted
-    if fits and hasattr(its, "cross_attention_dim"):
-        fits = its.cross_attention_dim == own.cross_attention_dim
-    if not fits:
-        raise ImpromptError(
-            f"The control was made for another base: its channels are {channels}, those of "
-            f"{base.name} are {wanted}."
-        )
+    own, its = base.unet.config, network.config
+    if hasattr(its, "adapter_type"):
+        names = ("type", "downscaling", "channels")
+        # A light adapter gives maps of the very shapes that a full one does.
+        kind = str(its.adapter_type).replace("light_adapter", "full_adapter")
+        given = (kind, its.downscale_factor, list(its.channels))
+        wanted = layout_of(base)
+        if its.in_channels != 3:
+            raise ImpromptError(
+                f"The T2I-Adapter reads maps of {its.in_channels} channels; maps are RGB here."
+            )
+    else:
+        names = ("channels", "text width")
+        given = (tuple(its.block_out_channels), its.cross_attention_dim)
+        wanted = (tuple(own.block_out_channels), own.cross_attention_dim)
+    differing = [
+        f"its {name} is {one}, that of {base.name} {other}"
+        for name, one, other in zip(names, given, wanted, strict=True)
+        if one != other
+    ]
+    if differing:
+        raise ImpromptError(f"The control was made for another base: {'; '.join(differing)}.")
 
 
 class ControlRun:

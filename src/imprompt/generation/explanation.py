@@ -95,6 +95,7 @@ class Explanation:
         """Share of an image prompt at each position, in [0, 1], mean over steps and sites.
 
         Args:
+            prompt: its place among those that were given to `generate`, counted from 0.
             part: beginning of the names of the sites to look at ("up_blocks.", …); empty for all.
             size_px: of the longer side.
 

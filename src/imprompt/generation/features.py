@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
+import numpy
 import torch
 import torch.nn.functional as functional
 from jaxtyping import Float
@@ -18,7 +19,7 @@ from imprompt.bases import ClipImageEncoder
 from imprompt.core.errors import ImpromptError
 from imprompt.core.images import image_to_pixels, open_image
 
-ImageLike = str | PathLike[str] | Image.Image | Tensor
+ImageLike = str | PathLike[str] | Image.Image | Tensor | numpy.ndarray
 
 CROPS = ("center", "pad", "stretch", "tiles")
 MERGES = ("concat", "mean", "norm mean", "sum", "difference")
@@ -127,7 +128,8 @@ def merge_features(
 
     concat: all of them, read one beside the other (`weights` multiply each). mean, sum: of the
     weighted features; norm mean: the mean of directions, at the mean length. difference: the first
-    minus the weighted mean of the others, which takes away what these show.
+    minus the mean of the others, which takes away what these show; each is multiplied with its weight
+    before, and the mean divides by their number, so that a small weight takes away little.
 
     Raises:
         ImpromptError: no such merge, or another number of weights than pictures.
@@ -145,7 +147,8 @@ def merge_features(
     if merge == "difference":
         if len(values) < 2:
             raise ImpromptError("A difference needs at least two images.")
-        return values[:1] - (values[1:] * shaped[1:]).mean(0, keepdim=True)
+        weighted = values * shaped
+        return weighted[:1] - weighted[1:].mean(0, keepdim=True)
     total = float(factors.sum())
     if total == 0:
         raise ImpromptError("Weights that add up to 0 have no mean: use merge='sum'.")
@@ -157,7 +160,10 @@ def merge_features(
 
 
 def to_pixels(image: ImageLike) -> Float[Tensor, "3 height width"]:
-    """Pixels in [-1, 1] of a file, a PIL image, or pixels."""
+    """Pixels in [-1, 1] of a file, a PIL image, an array as PIL's, or pixels."""
+    check_image_like(image)
+    if isinstance(image, numpy.ndarray):
+        return image_to_pixels(Image.fromarray(image))
     if isinstance(image, Tensor):
         if image.ndim != 3 or len(image) != 3:
             raise ImpromptError(
@@ -166,6 +172,23 @@ def to_pixels(image: ImageLike) -> Float[Tensor, "3 height width"]:
             )
         return image
     return image_to_pixels(open_image(image))
+
+
+def check_image_like(image: object) -> None:
+    """Raise an ImpromptError unless this is something that a picture is given as."""
+    is_picture = isinstance(image, numpy.ndarray) and (
+        image.dtype == numpy.uint8 and image.ndim == 3 and image.shape[-1] == 3
+    )
+    if isinstance(image, numpy.ndarray) and not is_picture:
+        raise ImpromptError(
+            f"An array of shape {image.shape} and {image.dtype} is no picture: (height, width, 3) "
+            "of uint8 is needed, or a tensor (3, height, width) in [-1, 1]."
+        )
+    if not isinstance(image, str | PathLike | Image.Image | Tensor | numpy.ndarray):
+        raise ImpromptError(
+            f"A picture is given as a file's name, a PIL image, an array or a tensor, not as a "
+            f"{type(image).__name__}."
+        )
 
 
 def is_features_file(image: object) -> bool:

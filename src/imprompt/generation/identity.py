@@ -13,7 +13,7 @@ from imprompt.bases import Base
 from imprompt.checkpoints.identity import Identity
 from imprompt.core.errors import ImpromptError
 from imprompt.encoders.face import FaceEncoder
-from imprompt.encoders.landmarks import landmark_images, read_landmarks
+from imprompt.encoders.landmarks import checked_places, landmark_images, read_landmarks
 from imprompt.generation.conditions import check_time_span, is_zero
 from imprompt.generation.controls import MapControl
 from imprompt.generation.faces import face_encoder_of, face_features, face_features_of_nothing
@@ -28,7 +28,7 @@ class IdentityPrompt:
     """A picture of a person who shall be drawn, and what keeps the likeness.
 
     Raises:
-        ImpromptError: start and end are no time span, or landmarks of another shape.
+        ImpromptError: start and end are no time span, or landmarks of another shape or in pixels.
 
     Source: InstantID (2401.07519), section 3.
     """
@@ -56,10 +56,12 @@ class IdentityPrompt:
 
     def __post_init__(self) -> None:
         check_time_span(self.start, self.end)
-        if isinstance(self.landmarks, Tensor) and self.landmarks.shape[1:] != (5, 2):
-            raise ImpromptError(
-                f"landmarks have shape {tuple(self.landmarks.shape)}; (images, 5, 2) is needed."
-            )
+        if isinstance(self.landmarks, Tensor):
+            if self.landmarks.shape[1:] != (5, 2):
+                raise ImpromptError(
+                    f"landmarks have shape {tuple(self.landmarks.shape)}; (images, 5, 2) is needed."
+                )
+            checked_places(self.landmarks, "IdentityPrompt")
 
     @property
     def image_prompt(self) -> ImagePrompt:

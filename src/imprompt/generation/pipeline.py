@@ -1,6 +1,8 @@
 """Images from text and image prompts: the whole way in one call."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import TypeVar, cast
 
 import torch
 from PIL import Image
@@ -53,10 +55,10 @@ def generate(
         steps: of the sampler. Their cost is all there is.
         guidance_scale: how far to go beyond what the prompts say; 1 is not at all, at half the
             cost.
-        image_guidance_scale: the same for the image prompts alone, if it shall differ; a third
-            more cost.
-        instruction_guidance_scale: the same for what image prompts are told, if it shall differ; it
-            doubles the cost. `published_guidance` says what the authors take.
+        image_guidance_scale: the same for the image prompts alone, if it shall differ; half more
+            cost.
+        instruction_guidance_scale: the same for what image prompts of an Instruct adapter are told,
+            if it shall differ; it doubles the cost. `published_guidance` says what the authors take.
         guidance_rescale: in [0, 1], against the overexposure of strong guidance.
         seed: image k is a function of it, of k and of what is asked for, not of num_images or
             batch_size.
@@ -75,22 +77,28 @@ def generate(
     Source: IP-Adapter (2308.06721) section 3.2, eq. 7 (guidance) and eq. 8 (λ).
     """
     prompts, negative_prompts = _texts(prompt, negative_prompt, num_images)
-    if isinstance(image_prompts, ImagePrompt):
-        image_prompts = [image_prompts]
-    if isinstance(controls, Control):
-        controls = [controls]
-    if isinstance(identities, IdentityPrompt):
-        identities = [identities]
+    image_prompts = _listed(image_prompts, ImagePrompt, "image_prompts")
+    controls = _listed(controls, Control, "controls")
+    identities = _listed(identities, IdentityPrompt, "identities")
+    if instruction_guidance_scale is not None and not any(
+        image_prompt.adapter.variant == "instruct" for image_prompt in image_prompts
+    ):
+        raise ImpromptError(
+            "instruction_guidance_scale is about what an Instruct adapter is told, but there is no "
+            "image prompt of one: leave it out, or give one."
+        )
     map_controls = [map_control(control, base, size_px) for control in controls]
     map_controls += controls_of(identities, base, size_px)
     image_prompts = [*image_prompts, *(person.image_prompt for person in identities)]
-    effective = [image_prompt for image_prompt in image_prompts if image_prompt.is_effective]
+    effective = {n: prompt for n, prompt in enumerate(image_prompts) if prompt.is_effective}
     encoder = base.image_encoder if image_encoder is None else image_encoder
-    for image_prompt in effective:
+    for image_prompt in effective.values():
         image_prompt.adapter.to(base.device)
     with (
         torch.inference_mode(),
-        installed(base.unet, [image_prompt.adapter for image_prompt in effective]) as handles,
+        installed(
+            base.unet, [image_prompt.adapter for image_prompt in effective.values()]
+        ) as handles,
     ):
         # In one go: equal texts are encoded once, and offloaded encoders fetched once.
         text_states = _encode_texts(base, [*prompts, *negative_prompts])
@@ -100,8 +108,11 @@ def generate(
             text_states[: len(prompts)],
             text_states[len(prompts) :],
             [
-                token_prompt(image_prompt, handles[image_prompt.adapter], encoder, words)
-                for image_prompt in effective
+                replace(
+                    token_prompt(image_prompt, handles[image_prompt.adapter], encoder, words),
+                    number=number,
+                )
+                for number, image_prompt in effective.items()
             ],
             steps=steps,
             guidance_scale=guidance_scale,
@@ -130,6 +141,23 @@ def latents_to_images(
     for chunk in latents.split(batch_size):
         images += pixels_to_images(base.decode_image(chunk))
     return images
+
+
+Given = TypeVar("Given")
+
+
+def _listed(given: Sequence[Given] | Given, kind: type[Given], name: str) -> list[Given]:
+    """One or several of a kind as a list, an ImpromptError if there is something else among them."""
+    listed = [given] if isinstance(given, kind) else given
+    if isinstance(listed, Sequence) and not isinstance(listed, str):
+        others = [one for one in listed if not isinstance(one, kind)]
+        if not others:
+            return list(cast(Sequence[Given], listed))
+        given = others[0]
+    raise ImpromptError(
+        f"{name} takes {kind.__name__} objects, and a {type(given).__name__} is among them: make "
+        f"one of it, imprompt.{kind.__name__}(…)."
+    )
 
 
 def _texts(

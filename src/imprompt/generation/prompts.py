@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from os import PathLike
+from typing import cast
 
 import numpy
 import torch
@@ -28,6 +28,7 @@ from imprompt.generation.faces import (
 from imprompt.generation.features import (
     ImageFeatures,
     ImageLike,
+    check_image_like,
     encode_images,
     is_features_file,
     merge_features,
@@ -44,15 +45,17 @@ class ImagePrompt:
     """
 
     image: ImageLike | ImageFeatures | Sequence[ImageLike]
-    """A file, a PIL image, or pixels (3, height, width) in [-1, 1]; or several of them (see
-    `merge`); or kept features, as `ImageFeatures` or as the file they were saved in."""
+    """A file, a PIL image, an array as PIL's (height, width, 3) of uint8, or pixels (3, height,
+    width) in [-1, 1]; or several of them (see `merge`); or kept features, as `ImageFeatures` or as the file they were saved in."""
 
     adapter: ImagePromptAdapter = field(kw_only=True, repr=False)
     """What was trained (or loaded) for the base that generates."""
 
     scale: Scale = field(default=1.0, kw_only=True)
     """λ, the weight beside the text: one number, one per cross-attention site, or a mapping from
-    parts of the UNet ("up", "mid_block", …) to numbers. 0 costs nothing and does nothing."""
+    parts of the UNet ("up", "mid_block", …) to numbers. 0 costs nothing and does nothing. Parts that
+    a mapping does not list have 1; in diffusers' nested form, {"up": {"block_0": [0.0, 1.0, 0.0]}},
+    they have 0, as in diffusers. See `imprompt.adapters.sites.scale_per_site`."""
 
     site_preset: str | None = field(default=None, kw_only=True)
     """How `scale`, then one number, is spread over the UNet: "style", "composition", … (see
@@ -95,6 +98,8 @@ class ImagePrompt:
         check_over_time(self.over_time)
         if not isinstance(self.image, ImageFeatures) and not self.images:
             raise ImpromptError("An image prompt without an image was given: give one or more.")
+        for image in self.images:
+            check_image_like(image)
         if not isinstance(self.adapter, ImagePromptAdapter):
             raise ImpromptError(
                 f"An image prompt's adapter is a {type(self.adapter).__name__}; an adapter is "
@@ -115,9 +120,9 @@ class ImagePrompt:
         """The image or images, always as a tuple; none where features were given."""
         if isinstance(self.image, ImageFeatures):
             return ()
-        if isinstance(self.image, str | PathLike | Image.Image | Tensor):
-            return (self.image,)
-        return tuple(self.image)
+        if isinstance(self.image, Sequence) and not isinstance(self.image, str):
+            return tuple(self.image)
+        return (cast(ImageLike, self.image),)
 
     @property
     def is_effective(self) -> bool:
@@ -288,10 +293,14 @@ def _features_of_nothing(
 
 def mask_to_tensor(mask: ImageLike) -> Float[Tensor, "height width"]:
     """Where a prompt acts, in [0, 1]: of a file or PIL image its brightness."""
+    if isinstance(mask, numpy.ndarray) and mask.ndim == 2 and mask.dtype != numpy.uint8:
+        mask = torch.from_numpy(mask)
     if isinstance(mask, Tensor):
         if mask.ndim != 2:
             raise ImpromptError(
                 f"A mask has the shape {tuple(mask.shape)}; (height, width) in [0, 1] is needed."
             )
         return mask.to(torch.float32)
+    if isinstance(mask, numpy.ndarray):
+        mask = Image.fromarray(mask)
     return torch.from_numpy(numpy.asarray(open_image(mask).convert("L"), dtype=numpy.float32) / 255)

@@ -75,6 +75,7 @@ def sample_latents(
         raise ImpromptError(f"batch_size is {batch_size}, but must be at least 1.")
     # Made once before any work, for a mistake is told here, and pndm takes a step more than asked.
     num_steps = len(create_sampler(sampler, base.scheduler.config, steps).timesteps)
+    # Prompts that were told something may all be silent, as in a sweep of their weight.
     if not any(prompt.uninstructed_tokens is not None for prompt in prompts):
         instruction_guidance_scale = None
     branches = _branches(

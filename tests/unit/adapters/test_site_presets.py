@@ -3,9 +3,11 @@
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.loaders.unet_loader_utils import _maybe_expand_lora_scales
 
 from imprompt.adapters import attention_sites
 from imprompt.adapters.site_presets import SITE_PRESETS, execution_order, preset_scales
+from imprompt.adapters.sites import scale_per_site
 from imprompt.core.errors import ImpromptError
 
 SDXL = {
@@ -94,3 +96,36 @@ def test_an_unknown_preset_or_an_unknown_unet_is_told(sd15):
         preset_scales("style", other)
     for name in SITE_PRESETS[3:]:
         assert len(preset_scales(name, other)) == len(other)
+
+
+@pytest.mark.parametrize(
+    "scale",
+    [
+        {"up": {"block_0": [0.0, 1.0, 0.0]}},
+        {"down": {"block_2": [0.0, 1.0]}, "up": {"block_0": [0.0, 1.0, 0.0]}},
+        {"up": {"block_1": 0.5, "block_0": [0.3]}, "mid": [0.2]},
+        {"up": [0.1, 0.2, 0.3], "down": 0.7},
+    ],
+)
+def test_the_nested_form_means_what_it_means_in_diffusers(sdxl, scale):
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**SDXL)
+    [parts] = _maybe_expand_lora_scales(unet, [scale], default_scale=0.0)
+    expected = [
+        next(float(value) for part, value in parts.items() if site.name.startswith(part))
+        for site in sdxl
+    ]
+    assert scale_per_site(scale, sdxl) == expected
+
+
+@pytest.mark.parametrize(
+    ("scale", "reason"),
+    [
+        ({"up": {"block_0": [0.0, 1.0]}}, "2 numbers, but it has 3"),
+        ({"up": {"block_7": 1.0}}, "fits no cross-attention site"),
+        ({"up": {"block_0": float("nan")}}, "scale is nan"),
+    ],
+)
+def test_nested_forms_that_do_not_fit(sdxl, scale, reason):
+    with pytest.raises(ImpromptError, match=reason):
+        scale_per_site(scale, sdxl)

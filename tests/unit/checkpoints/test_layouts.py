@@ -10,7 +10,10 @@ from safetensors.torch import load_file, save_file
 from imprompt.adapters import create_adapter
 from imprompt.adapters.sites import attention_sites
 from imprompt.checkpoints import inspect, load_adapter, save_adapter
+from imprompt.checkpoints.identity import reads_faces
+from imprompt.checkpoints.shipped import shipped_adapter
 from imprompt.checkpoints.unet_names import block_order
+from imprompt.cli.main import main
 from imprompt.core.errors import ImpromptError
 
 DIFFUSERS_VARIANTS = ["base", "plus", "full", "faceid", "faceid-plus"]
@@ -191,6 +194,7 @@ def test_convert_half_precision(base_adapter, tmp_path):
         ("ip-adapter-faceid-plus_sd15.bin", None, False),
         ("a.safetensors", {"shortcut": "true"}, True),
         ("plusv2.safetensors", {"shortcut": "false"}, False),
+        ("renamed.bin", None, False),
     ],
 )
 def test_the_generation_of_face_id_plus(make_adapter, tmp_path, name, metadata, expected):
@@ -200,3 +204,37 @@ def test_the_generation_of_face_id_plus(make_adapter, tmp_path, name, metadata, 
     assert loaded.image_proj.shortcut is expected
     save_adapter(loaded, tmp_path / "again.safetensors")
     assert load_adapter(tmp_path / "again.safetensors").image_proj.shortcut is expected
+
+
+def test_the_generation_may_be_said(make_adapter, tmp_path, capsys):
+    adapter = make_adapter("faceid-plus")
+    save_file(adapter.state_dict(), tmp_path / "renamed.safetensors")
+    assert load_adapter(tmp_path / "renamed.safetensors", shortcut=True).image_proj.shortcut
+    assert main(["inspect", str(tmp_path / "renamed.safetensors")]) == 0
+    [line] = [x for x in capsys.readouterr().out.splitlines() if x.startswith("generation")]
+    assert "first" in line and "shortcut=True" in line
+    save_adapter(make_adapter("base"), tmp_path / "base.safetensors")
+    with pytest.raises(ImpromptError, match="only faceid-plus"):
+        load_adapter(tmp_path / "base.safetensors", shortcut=True)
+
+
+def test_only_files_of_others_are_taken_for_instant_id(tiny_unet, tmp_path):
+    """Its file is known by a width that an image encoder of ours may have as well."""
+    adapter = create_adapter(tiny_unet, "plus", feature_dim=512, depth=1)
+    assert not reads_faces(adapter)
+    save_adapter(adapter, tmp_path / "own.safetensors")
+    assert not reads_faces(load_adapter(tmp_path / "own.safetensors"))
+    save_adapter(adapter, tmp_path / "published.safetensors", layout="official")
+    published = load_adapter(tmp_path / "published.safetensors")
+    assert reads_faces(published)
+    save_adapter(published, tmp_path / "converted.safetensors")
+    assert reads_faces(load_adapter(tmp_path / "converted.safetensors"))
+
+
+def test_the_shipped_adapter_has_a_name():
+    import imprompt
+
+    adapter = imprompt.load_adapter("diorama")
+    expected = load_adapter(shipped_adapter())
+    assert adapter.state_dict().keys() == expected.state_dict().keys()
+    adapter.check_fits(attention_sites(imprompt.load_base("diorama").unet))

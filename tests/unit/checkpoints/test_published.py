@@ -310,6 +310,10 @@ def test_the_generation_of_face_id_plus_is_in_the_name(tmp_path):
         assert inspect(path).published_name == name
     write_sparse(path, names["ip-adapter-faceid-plus_sd15"].shapes())
     assert inspect(path).published_name == "ip-adapter-faceid-plusv2_sd15"  # the name decides
+    renamed = tmp_path / "face.safetensors"
+    for name, shortcut in (("plusv2_sdxl", True), ("plusv2_sd15", False)):
+        write_sparse(renamed, names[f"ip-adapter-faceid-{name}"].shapes())
+        assert inspect(renamed).shortcut is shortcut  # of SDXL only the second is known
 
 
 @by_file

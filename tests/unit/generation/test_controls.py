@@ -7,6 +7,7 @@ from diffusers import (
     ControlNetModel,
     StableDiffusionAdapterPipeline,
     StableDiffusionControlNetPipeline,
+    T2IAdapter,
 )
 from PIL import Image
 from tiny_base import write_tiny_base
@@ -198,6 +199,35 @@ def test_a_control_of_another_base_is_refused(base, controls, tmp_path):
     base.vae.save_pretrained(tmp_path / "vae")
     with pytest.raises(ImpromptError, match="AutoencoderKL"):
         load_control(tmp_path / "vae")
+
+
+def test_a_bare_network_is_a_control(base, controls, pictures):
+    for loaded in controls.values():
+        images = [
+            generate(base, "a cat", controls=Control(image=pictures[0], model=model), **OPTIONS)[0]
+            for model in (loaded, loaded.module)
+        ]
+        assert difference(*images) == 0
+    with pytest.raises(ImpromptError, match="UNet2DConditionModel; needed is"):
+        Control(image=pictures[0], model=base.unet)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"adapter_type": "full_adapter_xl", "channels": [8, 16, 16]}, "its type is"),
+        ({"downscale_factor": 8}, "its downscaling is 8"),
+        ({"channels": [8, 24]}, "its channels is"),
+        ({"channels": [8, 16, 16]}, "its channels is"),
+        ({"in_channels": 1}, "RGB"),
+    ],
+)
+def test_a_t2i_adapter_of_another_family_is_refused(base, controls, change, reason):
+    config = dict(controls["t2i-adapter"].module.config)
+    shape = {k: config[k] for k in ("adapter_type", "downscale_factor", "channels", "in_channels")}
+    other = T2IAdapter(num_res_blocks=1, **{**shape, **change})
+    with pytest.raises(ImpromptError, match=reason):
+        generate(base, "", controls=Control(image=Image.new("RGB", (8, 8)), model=other))
 
 
 def test_the_command_line(base_folder, controls, pictures, tmp_path, capsys, monkeypatch):

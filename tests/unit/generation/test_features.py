@@ -89,3 +89,9 @@ def test_features_that_do_not_fit_are_refused(base, adapter, pictures, tmp_path)
     Image.new("RGB", (4, 4)).save(tmp_path / "picture.png")
     with pytest.raises(ImpromptError, match="cannot be read"):
         ImageFeatures.load(tmp_path / "picture.png")
+
+
+def test_a_difference_weighs_each_picture():
+    values = torch.tensor([[4.0, 0.0], [2.0, 2.0], [0.0, 6.0]])
+    merged = merge_features(values, "difference", (0.5, 1.0, 0.5))
+    assert merged.tolist() == [[2.0 - 1.0, 0.0 - 2.5]]

@@ -157,5 +157,8 @@ def test_the_encoder_is_the_one_that_an_adapter_was_trained_with(base, faces, tm
 def test_mistakes_are_told(faces, pictures, identity):
     with pytest.raises(ImpromptError, match="landmarks have shape"):
         IdentityPrompt(pictures[0], identity, landmarks=torch.rand(5, 2))
+    for places, reason in ((torch.full((1, 5, 2), 300.0), "pixels"), (torch.nan, "finite")):
+        with pytest.raises(ImpromptError, match=reason):
+            IdentityPrompt(pictures[0], identity, landmarks=places * torch.ones(1, 5, 2))
     with pytest.raises(ImpromptError, match="time span"):
         IdentityPrompt(pictures[0], identity, start=0.8, end=0.2)

@@ -7,6 +7,8 @@ import torch
 from imprompt.core.errors import ImpromptError
 from imprompt.generation import Explanation, ImagePrompt, generate
 from imprompt.generation.conditions import TokenPrompt
+from imprompt.generation.features import check_image_like
+from imprompt.generation.pipeline import _listed
 
 
 def draw(base, *prompts, steps=4, **options):
@@ -108,3 +110,29 @@ def test_explaining_changes_nothing_and_needs_prompts_that_act(base, adapter, pi
     draw(base, ImagePrompt(pictures[0], adapter=adapter, scale=0.0), explanation=explanation)
     with pytest.raises(ImpromptError, match="nothing to explain"):
         explanation.sheet([])
+
+
+def test_an_explanation_numbers_prompts_as_they_were_given(base, base_adapter, pictures):
+    explanation = Explanation()
+    silent, acts = (ImagePrompt(pictures[0], adapter=base_adapter, scale=s) for s in (0, 1))
+    draw(base, silent, acts, explanation=explanation)
+    assert explanation.prompts == [1]
+
+
+def test_an_array_is_a_picture(base, base_adapter, pictures, left_half):
+    expected = draw(base, ImagePrompt(pictures[0], adapter=base_adapter, mask=left_half))
+    for mask in (left_half.numpy(), numpy.uint8(255 * left_half.numpy())):
+        array = ImagePrompt(numpy.asarray(pictures[0]), adapter=base_adapter, mask=mask)
+        assert (draw(base, array) == expected).all()
+    with pytest.raises(ImpromptError, match="no picture"):
+        ImagePrompt(numpy.zeros((8, 8)), adapter=base_adapter)
+    with pytest.raises(ImpromptError, match="not as a int"):
+        check_image_like(7)
+
+
+def test_what_is_no_image_prompt_is_told(base_adapter, pictures):
+    prompt = ImagePrompt(pictures[0], adapter=base_adapter)
+    assert _listed(prompt, ImagePrompt, "image_prompts") == [prompt]
+    for prompts in (["photo.png"], "photo.png", [prompt, "photo.png"]):
+        with pytest.raises(ImpromptError, match=r"a str is among them.*imprompt\.ImagePrompt"):
+            _listed(prompts, ImagePrompt, "image_prompts")

@@ -82,11 +82,15 @@ def test_other_adapters_cannot_be_told(base, photo):
     plus = create_adapter(base.unet, "plus", feature_dim=24, num_tokens=3, resampler_dim=64)
     with pytest.raises(ImpromptError, match="only Instruct adapters"):
         ImagePrompt(photo, adapter=plus, instruction="use the style")
-    alone = generate(base, "a", ImagePrompt(photo, adapter=plus), **QUICK)
-    apart = generate(
-        base, "a", ImagePrompt(photo, adapter=plus), instruction_guidance_scale=9.0, **QUICK
-    )
-    assert values(alone) == values(apart)
+    for prompts in (ImagePrompt(photo, adapter=plus), ()):
+        with pytest.raises(ImpromptError, match="no image prompt of one"):
+            generate(base, "a", prompts, instruction_guidance_scale=9.0, **QUICK)
+
+
+def test_instructed_prompts_may_all_be_silent(base, adapter, photo):
+    silent = ImagePrompt(photo, adapter=adapter, instruction="use the style", scale=0)
+    apart = generate(base, "a", silent, instruction_guidance_scale=9.0, **QUICK)
+    assert values(apart) == values(generate(base, "a", **QUICK))
 
 
 def test_the_authors_modes():
