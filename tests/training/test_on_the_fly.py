@@ -15,6 +15,7 @@ from imprompt.data.dataset import Columns
 from imprompt.data.on_the_fly import PairsOnTheFly
 from imprompt.data.prepare import prepare
 from imprompt.evaluation.previews import set_up_previews
+from imprompt.systems import image_prompt
 from imprompt.training import log
 from imprompt.training import run as run_module
 from imprompt.training.processes import Processes
@@ -111,6 +112,41 @@ def test_a_source_with_faults_trains_on_the_next_ones_and_goes_on_exactly(folder
     shutil.rmtree(tmp_path / "straight/checkpoints/step-00000006")
     again = load_file(run(folder, photos, tmp_path / "straight", "train.checkpoint_every_steps=4"))
     assert all(torch.equal(straight[name], again[name]) for name in straight)
+
+
+def test_a_row_is_stood_in_for_within_its_own_split(folder, tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for file in (folder / "photos").iterdir():
+        (photos / file.name).write_bytes(file.read_bytes())
+    for name in ("15", "19"):  # the last to be trained on, and the last that is held out
+        (photos / f"{name}.png").write_bytes(b"not a picture")
+    live = PairsOnTheFly(str(photos), load_base(folder / "base"))
+    live.hold_out(4)
+    found = live.rows([15, 0, 19, 16], ["image_embeds"])["image_embeds"]
+    assert torch.equal(found[0], found[1]) and torch.equal(found[2], found[3])
+
+
+def test_what_an_earlier_session_could_not_use_stays_listed(folder, tmp_path):
+    live = PairsOnTheFly(str(folder / "photos"), load_base(folder / "base"))
+    entries = [{"pair": f"{n:02d}.png", "kind": "image damaged", "reason": "x"} for n in range(3)]
+    live.unusable = {0: entries[0], 2: entries[2]}
+    live.write_unusable(tmp_path / "quarantine.jsonl")
+    live.unusable = {1: entries[1], 2: entries[2]}
+    live.write_unusable(tmp_path / "quarantine.jsonl")
+    lines = (tmp_path / "quarantine.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [entries[0], entries[2], entries[1]]
+
+
+def test_what_a_system_begins_with_does_not_know_the_rows_held_out(folder, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        image_prompt, "fit_to_captions", lambda projection, base, columns: seen.append(len(columns))
+    )
+    base = load_base(folder / "base")
+    settings = ["train.steps=1", "train.validation_rows=4", "system.fit_to_captions=true"]
+    run_module.prepare_run("image-prompt", base, Columns.open(folder / "data"), None, settings)
+    assert seen == [16]
 
 
 def test_nothing_but_faults_is_an_error(folder, tmp_path):

@@ -8,6 +8,11 @@ from safetensors.torch import load_file
 from small_system import SmallSystem, write_numbers
 
 from imprompt.core.errors import ImpromptError
+from imprompt.systems.denoising import mean_in_parts
+from imprompt.systems.face_encoder import FaceEncoderOptions
+from imprompt.systems.image_prompt import ImagePromptOptions
+from imprompt.systems.instruct import InstructOptions
+from imprompt.systems.text_to_image import TextToImageOptions
 from imprompt.training import log
 from imprompt.training.batches import batches, rows_of_samples
 from imprompt.training.config import TrainConfig
@@ -166,6 +171,30 @@ def test_what_cannot_be_done_here_is_told(columns, tmp_path, changes, message):
         run(columns, tmp_path / "run", **changes)
 
 
+def test_what_can_be_validated_in_parts_is(columns, tmp_path):
+    system = SmallSystem()
+    system.rows_at_once = None
+    sizes, errors = [], []
+
+    def validate(batch, randomness):
+        def error(rows, randomness, weights):
+            sizes.append(len(rows["x"]))
+            noisy = rows["x"] + randomness.normal("noise", (3,))
+            return weights * (system.module(noisy) - rows["y"]).square()[:, 0]
+
+        weights = torch.arange(float(len(batch["x"])))
+        for at_once in (None, system.rows_at_once):
+            errors.append(mean_in_parts(error, batch, randomness, weights, rows_at_once=at_once))
+        return {"error": errors[-1]}
+
+    system.validate = validate
+    run(
+        columns, tmp_path / "run", system, steps=3, validation_rows=8, gradient_accumulation_steps=2
+    )
+    assert sizes == [8, 3, 3, 2]  # of a share of 6 in two parts
+    assert errors[0] == pytest.approx(errors[1], rel=1e-5)
+
+
 def test_what_changes_nothing_may_change_when_a_run_goes_on(columns, tmp_path):
     straight = load_file(run(columns, tmp_path / "straight"))
     run(columns, tmp_path / "run")
@@ -175,6 +204,44 @@ def test_what_changes_nothing_may_change_when_a_run_goes_on(columns, tmp_path):
     resumed = load_file(run(columns, tmp_path / "run", **changes))
     for name in straight:
         torch.testing.assert_close(straight[name], resumed[name], atol=1e-6, rtol=1e-5)
+
+
+def test_where_rows_are_coupled_a_batch_keeps_its_parts(columns, tmp_path):
+    system = SmallSystem()
+    system.rows_are_coupled = True
+    run(columns, tmp_path / "run", system)
+    with pytest.raises(ImpromptError, match="num_parts was 1, now 3"):
+        run(columns, tmp_path / "run", system, gradient_accumulation_steps=3)
+    described = json.loads((tmp_path / "run/run.json").read_text())
+    del described["num_parts"]  # as it was written before it was known of
+    (tmp_path / "run/run.json").write_text(json.dumps(described))
+    with pytest.raises(ImpromptError, match="num_parts was 1, now 2"):
+        run(columns, tmp_path / "run", system, gradient_accumulation_steps=2)
+    run(columns, tmp_path / "run", system)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        (TrainConfig, {"validation_rows": -1}, "validation_rows is -1, but must be at least 0"),
+        (TrainConfig, {"ema_decay": 1.5}, "ema_decay is 1.5, but must be at least 0 and below 1"),
+        (TrainConfig, {"beta2": 1.0}, "beta2 is 1.0"),
+        (TrainConfig, {"max_gradient_norm": -1.0}, "max_gradient_norm is -1.0"),
+        (TrainConfig, {"weight_decay": -1.0}, "weight_decay is -1.0"),
+        (TrainConfig, {"learning_rate": float("nan")}, "learning_rate is nan"),
+        (TrainConfig, {"learning_rate": float("inf")}, "learning_rate is inf, but must be finite"),
+        (ImagePromptOptions, {"drop_image": 5.0}, "drop_image is 5.0, but must be .* at most 1"),
+        (ImagePromptOptions, {"drop_image": 0.6, "drop_text": 0.6}, "are 1.25 together"),
+        (InstructOptions, {"drop_all": -0.1}, "drop_all is -0.1"),
+        (InstructOptions, {"depth": 0}, "depth is 0, but must be at least 1"),
+        (TextToImageOptions, {"drop_caption": 2.0}, "drop_caption is 2.0"),
+        (FaceEncoderOptions, {"margin": 4.0}, "margin is 4.0, but must be below 3.14159"),
+    ],
+)
+def test_impossible_values_are_told(kind, changes, message):
+    given = {"steps": 1, **changes} if kind is TrainConfig else changes
+    with pytest.raises(ImpromptError, match=message):
+        kind(**given)
 
 
 def test_a_run_that_an_older_version_began_goes_on(columns, tmp_path):

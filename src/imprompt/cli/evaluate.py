@@ -8,6 +8,15 @@ from typing import Any
 
 from imprompt.cli.verb import add_place_arguments, add_verb, load_placed_base, name_and_value
 
+# By a part of a figure's name; all others are shares.
+UNITS = {
+    "landmark error": "{:.2f} px",
+    "keypoint error": "{:.2f} px",
+    "depth error": "{:.1f} of 255",
+    "parameters": "{:,.0f}",
+    "CLIP-": "{:.3f}",
+}
+
 
 def add_parser(verbs: Any) -> None:
     parser = add_verb(
@@ -93,4 +102,12 @@ def run(arguments: argparse.Namespace) -> None:
         return
     width = max(len(name) for name in figures)
     for name, value in figures.items():
-        print(f"{name:<{width}}  {value:.1%}" if value <= 1 else f"{name:<{width}}  {value:g}")
+        print(f"{name:<{width}}  {with_unit(name, value)}")
+
+
+def with_unit(name: str, value: float) -> str:
+    """A figure as it is read: shares in per cent, others in what their names tell."""
+    for part, form in UNITS.items():
+        if part in name:
+            return form.format(value)
+    return f"{value:.1%}"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import sys
 import types
 from collections.abc import Mapping, Sequence
@@ -122,6 +123,34 @@ def _converted(value: Any, wanted: Any, name: str) -> Any:
     ):
         raise ImpromptError(f"{name} is {value!r}, but must be of type {wanted.__name__}.")
     return value
+
+
+def check_range(
+    config: Any,
+    names: Sequence[str],
+    least: int | float = -math.inf,
+    most: int | float = math.inf,
+    *,
+    below: int | float = math.inf,
+) -> None:
+    """Raise an ImpromptError unless these numbers are from `least` to `most`, and less than `below`."""
+    for name in names:
+        value = getattr(config, name)
+        if least <= value <= most and value < below:
+            continue
+        limits = [f"at least {least:g}"] if least > -math.inf else []
+        limits += [f"at most {most:g}"] if most < math.inf else []
+        limits += [f"below {below:g}"] if below < math.inf else []
+        raise ImpromptError(f"{name} is {value}, but must be {' and '.join(limits) or 'finite'}.")
+
+
+def check_shares(config: Any, names: Sequence[str]) -> None:
+    """Raise an ImpromptError unless these are shares of one whole: none below 0, at most 1 together."""
+    check_range(config, names, 0, 1)
+    if (together := sum(getattr(config, name) for name in names)) > 1 + 1e-9:
+        raise ImpromptError(
+            f"{', '.join(names)} are {together:g} together, but they are shares of one whole: at most 1."
+        )
 
 
 def to_toml(config: Any) -> str:

@@ -22,7 +22,7 @@ from imprompt.bases import Base
 from imprompt.core.errors import ImpromptError
 from imprompt.core.progress import progress
 from imprompt.data.columns import encoder_of
-from imprompt.data.encoding import Work, encode_rows, fault_entry, try_load
+from imprompt.data.encoding import Work, encode_rows, fault_entry, read_lines, try_load
 from imprompt.data.faces import default_face_encoder, loaded_face_encoder
 from imprompt.data.filters import Filters, Unusable
 from imprompt.data.pairs import Loaded, Pair, identity_of
@@ -85,6 +85,7 @@ class PairsOnTheFly:
         self._ends = np.cumsum(np.array(counts, dtype=np.int64))
         if not len(self):
             raise ImpromptError(f"{source} holds no pairs.")
+        self._num_first = len(self)
         self._pairs = lru_cache(PARTS_KEPT_LISTED)(lambda number: parts[number].pairs())
         self.meta: Mapping[str, Any] = {
             "source": source,
@@ -110,6 +111,10 @@ class PairsOnTheFly:
         if "id_embeds" in names:
             faces = loaded_face_encoder(self._work.face_encoder)
             self.meta = {**self.meta, "face_encoder": faces.fingerprint()}
+
+    def hold_out(self, num_rows: int) -> None:
+        """Let none of the last rows stand in for one before them, and none of those for one of the last."""
+        self._num_first = max(0, len(self) - num_rows)
 
     def rows(
         self, indices: Sequence[int] | range | np.ndarray, names: Sequence[str]
@@ -146,8 +151,11 @@ class PairsOnTheFly:
         return found
 
     def _usable_from(self, index: int, work: Work) -> tuple[Pair, Loaded]:
-        for number in range(index, index + MAX_UNUSABLE_IN_A_ROW):
-            row = number % len(self)
+        begin, end = (
+            (0, self._num_first) if index < self._num_first else (self._num_first, len(self))
+        )
+        for number in range(index - begin, index - begin + MAX_UNUSABLE_IN_A_ROW):
+            row = begin + number % (end - begin)
             pair = self._pair(row)
             loaded = try_load(pair, work)
             if isinstance(loaded, Unusable):
@@ -165,8 +173,19 @@ class PairsOnTheFly:
         return self._pairs(part)[row - begin]
 
     def write_unusable(self, path: Path) -> None:
-        """List the pairs that could not be used so far, if any, with their reasons."""
-        if self.unusable:
-            with told(path), open(path, "w", encoding="utf-8") as file:
-                for row in sorted(self.unusable):
-                    file.write(json.dumps(self.unusable[row], ensure_ascii=False) + "\n")
+        """List the pairs that could not be used so far, if any, with their reasons.
+
+        What the file has of a run that was stopped stays in it.
+        """
+        if not self.unusable:
+            return
+        with told(path):
+            entries = read_lines(path) if path.exists() else []
+            known = {entry["pair"] for entry in entries}
+            new = [self.unusable[row] for row in sorted(self.unusable)]
+            entries += [entry for entry in new if entry["pair"] not in known]
+            beside = path.with_name(f"{path.name}.writing")
+            with open(beside, "w", encoding="utf-8") as file:
+                for entry in entries:
+                    file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+            beside.rename(path)

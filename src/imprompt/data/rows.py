@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -43,3 +44,38 @@ class Rows(Protocol):
     def fetch(self, indices: np.ndarray, names: Sequence[str]) -> Fetched:
         """Read these rows. In a thread of its own if wanted; the result is called in the main one."""
         ...
+
+
+@dataclass(frozen=True)
+class FirstRows:
+    """The first `count` rows, for whoever must not see the others, which are held out."""
+
+    whole: Rows
+    count: int
+
+    @property
+    def path(self) -> Path | str:
+        return self.whole.path
+
+    @property
+    def meta(self) -> Mapping[str, Any]:
+        return self.whole.meta
+
+    @property
+    def names(self) -> Sequence[str]:
+        """The columns' names, where they are known."""
+        return getattr(self.whole, "names", ())
+
+    def __len__(self) -> int:
+        return self.count
+
+    def require(self, names: Sequence[str]) -> None:
+        self.whole.require(names)
+
+    def rows(
+        self, indices: Sequence[int] | range | np.ndarray, names: Sequence[str]
+    ) -> dict[str, Tensor]:
+        return self.whole.rows(indices, names)
+
+    def fetch(self, indices: np.ndarray, names: Sequence[str]) -> Fetched:
+        return self.whole.fetch(indices, names)

@@ -204,7 +204,7 @@ class InsightFaceEncoder:
 
     def _largest(self, picture: np.ndarray) -> Any | None:
         """Found once for all that is asked of a picture, since to look for faces is most of the work."""
-        key = hashlib.blake2b(picture, person=str(picture.shape).encode()[:16]).digest()
+        key = hashlib.blake2b(picture.tobytes(), person=str(picture.shape).encode()[:16]).digest()
         with self._lock:
             if key not in self._known:
                 if len(self._known) >= MAX_PICTURES_KNOWN:

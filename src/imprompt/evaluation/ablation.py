@@ -8,6 +8,7 @@ Source: Ye et al. (2308.06721), section 4.4.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from imprompt.adapters import create_adapter
-from imprompt.bases import Base, TextStates, load_base
+from imprompt.bases import Base, TextStates
 from imprompt.checkpoints import load_adapter
 from imprompt.data.dataset import Columns
 from imprompt.data.prepare import prepare
@@ -38,7 +39,7 @@ PRESET = "diorama-image-prompt"
 
 
 def measure_ablation(
-    base: Base,
+    load: Callable[[], Base],
     judge: Judge,
     sampling: Sampling,
     output: Path,
@@ -47,14 +48,17 @@ def measure_ablation(
     num_pairs: int = 4000,
     settings: list[str] | None = None,
 ) -> dict[str, float]:
-    """Shares kept by each of the four, and the sizes of the two kinds that train."""
-    data = prepare(f"diorama:{num_pairs}:{FIRST_SEED}", output / "data", base)
+    """Shares kept by each of the four, and the sizes of the two kinds that train.
+
+    `load` brings the base anew: each training begins with one that nothing is put on.
+    """
+    data = prepare(f"diorama:{num_pairs}:{FIRST_SEED}", output / "data", load())
 
     def trained(system: str, name: str, fit_to_captions: str) -> Path:
         return run_training(
             system,
             data=data,
-            base=base.name,
+            base=load(),
             output=output / name,
             preset=PRESET,
             settings=[f"system.fit_to_captions={fit_to_captions}", *(settings or [])],
@@ -63,7 +67,7 @@ def measure_ablation(
     decoupled_file = trained("image-prompt", "decoupled", "false")
     fitted_file = trained("image-prompt", "decoupled-fitted", "true")
     concatenated_file = trained("concatenation", "concatenated", "false")
-    base = load_base(base.name)
+    base = load()
     assert base.image_encoder is not None
     untrained = create_adapter(base.unet, feature_dim=base.image_encoder.embed_dim)
     concatenated = build(ConcatenationOptions(), base, Columns.open(data)).module

@@ -48,23 +48,26 @@ def evaluate(
     map_reader_file: Path | None = None,
     control_folders: Mapping[str, str | Path] | None = None,
 ) -> dict[str, float]:
-    """Named figures, shares in [0, 1].
+    """Named figures: shares in [0, 1], but for distances, similarities and sizes, as their names say.
 
     `what` is judge, base, adapter, ablation, identity, control, instruct,
     instruct-table or instructions. `load` brings the base, which the judge does without.
 
     Raises:
-        ImpromptError: a part is missing, or there is no control to measure.
+        ImpromptError: a part is missing, there is no control to measure, nothing to draw.
     """
+    for name, value in (("count", count), ("steps", steps)):
+        if value < 1:
+            raise ImpromptError(f"{name} is {value}, but must be at least 1.")
     judge = load_judge()
     if what == "judge":
         return measure_judge(judge, count)
-    base = load()
     sampling = Sampling(steps=steps, guidance_scale=guidance_scale, sampler=sampler, seed=seed)
+    if what == "ablation":
+        return measure_ablation(load, judge, sampling, output, count)
+    base = load()
     if what == "base":
         return measure_base(base, judge, sampling, count)
-    if what == "ablation":
-        return measure_ablation(base, judge, sampling, output, count)
     if what == "control":
         folders = control_folders or shipped_controls()
         if not folders:

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from imprompt.bases import Base
+from imprompt.core.config import check_range
 from imprompt.core.images import image_grid, pixels_to_images
 from imprompt.core.randomness import Randomness
 from imprompt.data.rows import Rows
@@ -59,6 +60,9 @@ class AutoencoderOptions:
     """`new` for random weights, `base` to go on with the base's autoencoder."""
     kl_weight: float = 3e-4
     """Weight of the pull towards a standard normal."""
+
+    def __post_init__(self) -> None:
+        check_range(self, ("kl_weight",), 0)
 
 
 def build(options: AutoencoderOptions, base: Base, columns: Rows) -> AutoencoderSystem:

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from imprompt.bases import Base
+from imprompt.core.config import check_range
 from imprompt.core.randomness import Randomness
 from imprompt.data.rows import Rows
 from imprompt.diorama.vocabulary import COLOURS, KINDS, SETTINGS, STYLES
@@ -68,6 +69,9 @@ class ClassifierOptions:
     width: int = 32
     """Channels of the first layer."""
 
+    def __post_init__(self) -> None:
+        check_range(self, ("width",), 1)
+
 
 def build(options: ClassifierOptions, base: Base, columns: Rows) -> ClassifierSystem:
     """The system for columns of pixels and labels; the base has no part in it."""
@@ -79,6 +83,7 @@ class ClassifierSystem:
     """Trains the judge on `pixels` (uint8) and `labels` (rows, 4): class numbers in the order of `ATTRIBUTES`."""
 
     columns = ("pixels", "labels")
+    rows_are_coupled = True  # normalised together
 
     def __init__(self, module: Judge):
         self.module = module

@@ -149,6 +149,7 @@ class ContrastiveSystem:
     """
 
     columns = ("pixels", "phrasing_ids")
+    rows_are_coupled = True  # each is told from the others
     pixel_mean = (0.48145466, 0.4578275, 0.40821073)
     pixel_std = (0.26862954, 0.26130258, 0.27577711)
 

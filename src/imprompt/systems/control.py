@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as functional
 from PIL import Image
 from torch import Tensor
 
@@ -24,7 +24,8 @@ from imprompt.core.errors import ImpromptError
 from imprompt.core.randomness import Randomness
 from imprompt.data.columns import CONTROL
 from imprompt.data.rows import Rows
-from imprompt.diffusion.objectives import add_noise, alphas_cumprod_of, prediction_target
+from imprompt.diffusion.objectives import alphas_cumprod_of
+from imprompt.systems.denoising import denoising_errors, mean_in_parts, spread_timesteps
 from imprompt.systems.image_prompt import check_same_base, replace_rows, sample_latents
 
 Read = Callable[[Tensor, Tensor, TextStates, Tensor], Residuals]
@@ -87,6 +88,8 @@ class ControlSystem:
         self.columns = ("latent_mean", "latent_logvar", CONTROL + kind, "text_ids")
         self.draw: Callable[[], Image.Image] | None = None
         """Makes the picture of a preview; set by whoever can generate."""
+        self.rows_at_once: int | None = None
+        """How many rows are validated together; set by the loop, None is all."""
         self._read = read
         self._kind = kind
         self._drop_text = drop_text
@@ -121,23 +124,22 @@ class ControlSystem:
         text_states = self.base.encode_text(
             replace_rows(batch["text_ids"], self._empty_ids, no_text)
         )
-        noisy = add_noise(latents, noise, alphas).contiguous(memory_format=torch.channels_last)
-        residuals = None
-        if has_control:
-            maps = batch[CONTROL + self._kind].float() / 255
-            residuals = self._read(noisy, timesteps, text_states, maps)
-        prediction = self.base.denoise(noisy, timesteps, text_states, residuals=residuals)
-        target = prediction_target(self._prediction, latents, noise, alphas)
-        errors = functional.mse_loss(prediction.float(), target.float(), reduction="none")
-        return errors.mean(dim=(1, 2, 3))
+
+        def predict(noisy: Tensor) -> Tensor:
+            residuals = None
+            if has_control:
+                maps = batch[CONTROL + self._kind].float() / 255
+                residuals = self._read(noisy, timesteps, text_states, maps)
+            return self.base.denoise(noisy, timesteps, text_states, residuals=residuals)
+
+        return denoising_errors(predict, latents, noise, alphas, self._prediction)
 
     @torch.no_grad()
     def validate(self, batch: dict[str, Tensor], randomness: Randomness) -> dict[str, float]:
         """The loss at evenly spread timesteps on fixed noise, with the control and without."""
         count = len(batch["text_ids"])
         device = self._alphas.device
-        spread = (torch.arange(count, device=device) + 0.5) / count
-        timesteps = (spread * len(self._alphas)).long()
+        timesteps = spread_timesteps(count, len(self._alphas), device)
         figures: dict[str, float] = {}
         for name, has_control, has_text in (
             ("loss_with_control", True, False),
@@ -146,8 +148,14 @@ class ControlSystem:
             ("loss_with_text", False, True),
         ):
             no_text = torch.full((count,), not has_text, device=device)
-            errors = self._errors(batch, randomness, timesteps, no_text, has_control)
-            figures[name] = errors.mean().item()
+            figures[name] = mean_in_parts(
+                partial(self._errors, has_control=has_control),
+                batch,
+                randomness,
+                timesteps,
+                no_text,
+                rows_at_once=self.rows_at_once,
+            )
         return figures
 
     def preview(self) -> Image.Image | None:

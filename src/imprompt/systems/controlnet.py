@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from imprompt.bases import Base, Residuals, TextStates
 from imprompt.bases.latent_space import pixels_per_latent
+from imprompt.core.config import check_shares
 from imprompt.core.errors import ImpromptError
 from imprompt.data.rows import Rows
 from imprompt.systems.control import ControlSystem, check_control_data, network_to_train
@@ -37,6 +38,9 @@ class ControlNetOptions:
     """Whether the map's own entry begins at zero, too. Without, a small model learns much sooner."""
     start_from: str = ""
     """Folder of a ControlNet to go on from; empty starts from the base's encoder."""
+
+    def __post_init__(self) -> None:
+        check_shares(self, ("drop_text",))
 
 
 def build(options: ControlNetOptions, base: Base, columns: Rows) -> ControlSystem:

@@ -22,9 +22,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from imprompt.bases import Base
+from imprompt.core.config import check_range
 from imprompt.core.errors import ImpromptError
 from imprompt.core.randomness import Randomness
-from imprompt.data.rows import Rows
+from imprompt.data.rows import FirstRows, Rows
 from imprompt.encoders.face_network import FaceNetwork, load_face_network
 from imprompt.systems.decoded_look import as_if_decoded
 
@@ -50,10 +51,18 @@ class FaceEncoderOptions:
     """A face encoder to go on from; empty starts anew. Each person's direction then begins as the
     mean of what it says of the person's pictures."""
 
+    def __post_init__(self) -> None:
+        check_range(self, ("width", "embed_dim"), 1)
+        check_range(self, ("margin", "landmark_weight"), 0)
+        check_range(self, ("margin",), below=math.pi)
+        check_range(self, ("scale",), 1)
+
 
 def build(options: FaceEncoderOptions, base: Base, columns: Rows) -> FaceEncoderSystem:
     """The system for columns of portraits; the base has no part in it."""
     columns.require(["character"])
+    # Those held out have directions, too: they are more to be told from.
+    columns = columns.whole if isinstance(columns, FirstRows) else columns
     numbers = columns.rows(range(len(columns)), ["character"])["character"].unique()
     if len(numbers) < 2:
         raise ImpromptError(f"{columns.path} shows one person; to tell persons apart takes two.")
@@ -78,6 +87,7 @@ class FaceEncoderSystem:
     """Trains on `pixels` (uint8), `character` and `landmarks`; validates on the last rows' persons."""
 
     columns = ("pixels", "character", "landmarks")
+    rows_are_coupled = True  # normalised together
 
     def __init__(
         self, network: nn.Module, characters: Int[Tensor, " persons"], options: FaceEncoderOptions

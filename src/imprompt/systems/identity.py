@@ -13,11 +13,11 @@ import json
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as functional
 from PIL import Image
 from torch import Tensor, nn
 
@@ -26,11 +26,13 @@ from imprompt.bases import Base
 from imprompt.bases.latent_space import pixels_per_latent
 from imprompt.checkpoints import load_adapter, save_adapter
 from imprompt.checkpoints.identity import ADAPTER_FILE, CONTROLNET_FOLDER, load_identity_net
+from imprompt.core.config import check_range
 from imprompt.core.randomness import Randomness
 from imprompt.data.rows import Rows
-from imprompt.diffusion.objectives import add_noise, alphas_cumprod_of, prediction_target
+from imprompt.diffusion.objectives import alphas_cumprod_of
 from imprompt.encoders.landmarks import landmark_images
 from imprompt.systems.controlnet import control_residuals, create_controlnet
+from imprompt.systems.denoising import denoising_errors, mean_in_parts, spread_timesteps
 from imprompt.systems.image_prompt import check_same_base, sample_latents
 
 
@@ -46,6 +48,9 @@ class IdentityOptions:
     """Whether the landmarks' own entry begins at zero, too. Without, a small model learns sooner."""
     start_from: str = ""
     """A folder that an earlier training exported, to go on from; empty starts anew."""
+
+    def __post_init__(self) -> None:
+        check_range(self, ("num_tokens", "depth"), 1)
 
 
 def build(options: IdentityOptions, base: Base, columns: Rows) -> IdentitySystem:
@@ -93,6 +98,8 @@ class IdentitySystem:
         self.module = _Together(adapter, identity_net)
         self.draw: Callable[[], Image.Image] | None = None
         """Makes the picture of a preview; set by whoever can generate."""
+        self.rows_at_once: int | None = None
+        """How many rows are validated together; set by the loop, None is all."""
         self._adapter = adapter
         self._handle: Handle = adapter.install(base.unet)
         self._net = identity_net
@@ -119,48 +126,49 @@ class IdentitySystem:
         latents = sample_latents(batch, randomness, self.base)
         noise = randomness.normal("noise", tuple(latents.shape[1:]))
         alphas = self._alphas[timesteps]
-        noisy = add_noise(latents, noise, alphas).contiguous(memory_format=torch.channels_last)
         text_states = self.base.encode_text(batch["text_ids"])
         tokens = self._adapter.tokens(batch["id_embeds"].float()[:, None])
-        residuals = None
-        if has_net:
-            height, width = (side * pixels_per_latent(self.base.vae) for side in latents.shape[-2:])
-            residuals = control_residuals(
-                self._net,
-                self.base,
-                noisy,
-                timesteps,
-                replace(text_states, sequence=tokens),
-                landmark_images(batch["landmarks"], height, width),
-            )
-        condition = self._handle.condition(tokens) if has_adapter else None
-        prediction = self.base.denoise(noisy, timesteps, text_states, condition, residuals)
-        target = prediction_target(self._prediction, latents, noise, alphas)
-        errors = functional.mse_loss(prediction.float(), target.float(), reduction="none")
-        return errors.mean(dim=(1, 2, 3))
+
+        def predict(noisy: Tensor) -> Tensor:
+            residuals = None
+            if has_net:
+                factor = pixels_per_latent(self.base.vae)
+                height, width = (side * factor for side in noisy.shape[-2:])
+                residuals = control_residuals(
+                    self._net,
+                    self.base,
+                    noisy,
+                    timesteps,
+                    replace(text_states, sequence=tokens),
+                    landmark_images(batch["landmarks"], height, width),
+                )
+            condition = self._handle.condition(tokens) if has_adapter else None
+            return self.base.denoise(noisy, timesteps, text_states, condition, residuals)
+
+        return denoising_errors(predict, latents, noise, alphas, self._prediction)
 
     @torch.no_grad()
     def validate(self, batch: dict[str, Tensor], randomness: Randomness) -> dict[str, float]:
         """The loss at evenly spread timesteps on fixed noise: with both, with either, with neither;
         and with another person's face."""
         count = len(batch["text_ids"])
-        spread = (torch.arange(count, device=self._alphas.device) + 0.5) / count
-        timesteps = (spread * len(self._alphas)).long()
+        timesteps = spread_timesteps(count, len(self._alphas), self._alphas.device)
         figures: dict[str, float] = {}
-        for name, has_adapter, has_net in (
-            ("loss", True, True),
-            ("loss_without_adapter", False, True),
-            ("loss_without_identity_net", True, False),
-            ("loss_with_text", False, False),
-        ):
-            errors = self._errors(
-                batch, randomness, timesteps, has_adapter=has_adapter, has_net=has_net
-            )
-            figures[name] = errors.mean().item()
         strangers = {**batch, "id_embeds": batch["id_embeds"].roll(count // 2, 0)}
-        figures["loss_with_a_stranger"] = (
-            self._errors(strangers, randomness, timesteps).mean().item()
-        )
+        for name, given, has_adapter, has_net in (
+            ("loss", batch, True, True),
+            ("loss_without_adapter", batch, False, True),
+            ("loss_without_identity_net", batch, True, False),
+            ("loss_with_text", batch, False, False),
+            ("loss_with_a_stranger", strangers, True, True),
+        ):
+            figures[name] = mean_in_parts(
+                partial(self._errors, has_adapter=has_adapter, has_net=has_net),
+                given,
+                randomness,
+                timesteps,
+                rows_at_once=self.rows_at_once,
+            )
         return figures
 
     def preview(self) -> Image.Image | None:

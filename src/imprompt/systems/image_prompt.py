@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as functional
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
@@ -23,15 +22,12 @@ from imprompt.adapters import ImagePromptAdapter, create_adapter
 from imprompt.adapters.projection import LinearProjection
 from imprompt.bases import Base, TextStates
 from imprompt.checkpoints import load_adapter, save_adapter
+from imprompt.core.config import check_range, check_shares
 from imprompt.core.errors import ImpromptError
 from imprompt.core.randomness import Randomness
 from imprompt.data.rows import Rows
-from imprompt.diffusion.objectives import (
-    add_noise,
-    alphas_cumprod_of,
-    min_snr_weights,
-    prediction_target,
-)
+from imprompt.diffusion.objectives import alphas_cumprod_of, min_snr_weights
+from imprompt.systems.denoising import denoising_errors, mean_in_parts, spread_timesteps
 from imprompt.systems.warm_start import fit_to_captions
 
 VARIANTS = ("base", "plus", "full")
@@ -57,6 +53,10 @@ class ImagePromptOptions:
     """An adapter file to go on from; empty starts anew."""
     fit_to_captions: bool = False
     """Begin a new base variant with the projection that least squares fits to the captions."""
+
+    def __post_init__(self) -> None:
+        check_shares(self, ("drop_image", "drop_text", "drop_both"))
+        check_range(self, ("num_tokens", "snr_gamma"), 0)
 
 
 def build(options: ImagePromptOptions, base: Base, columns: Rows) -> ImagePromptSystem:
@@ -140,6 +140,8 @@ class ImagePromptSystem:
         self.columns = ("latent_mean", "latent_logvar", *dropped_features, "text_ids")
         self.draw: Callable[[], Image.Image] | None = None
         """Makes the picture of a preview; set by whoever can generate."""
+        self.rows_at_once: int | None = None
+        """How many rows are validated together; set by the loop, None is all."""
         self._join = join
         self.dropped_features = {
             name: dropped.float().to(base.device) for name, dropped in dropped_features.items()
@@ -180,12 +182,14 @@ class ImagePromptSystem:
         text_states = self.base.encode_text(
             replace_rows(batch["text_ids"], self._empty_ids, no_text)
         )
-        noisy = add_noise(latents, noise, alphas).contiguous(memory_format=torch.channels_last)
         text_states, condition = self._join(text_states, tokens)
-        prediction = self.base.denoise(noisy, timesteps, text_states, condition)
-        target = prediction_target(self._prediction, latents, noise, alphas)
-        errors = functional.mse_loss(prediction.float(), target.float(), reduction="none")
-        return errors.mean(dim=(1, 2, 3))
+        return denoising_errors(
+            lambda noisy: self.base.denoise(noisy, timesteps, text_states, condition),
+            latents,
+            noise,
+            alphas,
+            self._prediction,
+        )
 
     @torch.no_grad()
     def validate(self, batch: dict[str, Tensor], randomness: Randomness) -> dict[str, float]:
@@ -195,8 +199,7 @@ class ImagePromptSystem:
         """
         count = len(batch["text_ids"])
         device = self._alphas.device
-        spread = (torch.arange(count, device=device) + 0.5) / count
-        timesteps = (spread * len(self._alphas)).long()
+        timesteps = spread_timesteps(count, len(self._alphas), device)
         never = torch.zeros(count, dtype=torch.bool, device=device)
         always = ~never
         figures: dict[str, float] = {}
@@ -206,8 +209,15 @@ class ImagePromptSystem:
             ("loss_with_image_and_text", never, never),
             ("loss_with_text", always, never),
         ):
-            errors = self._errors(batch, randomness, timesteps, no_image, no_text)
-            figures[name] = errors.mean().item()
+            figures[name] = mean_in_parts(
+                self._errors,
+                batch,
+                randomness,
+                timesteps,
+                no_image,
+                no_text,
+                rows_at_once=self.rows_at_once,
+            )
         return figures
 
     def preview(self) -> Image.Image | None:

@@ -14,23 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as functional
 from PIL import Image
 from torch import Tensor, nn
 
 from imprompt.adapters import ImagePromptAdapter, create_adapter
 from imprompt.bases import Base
 from imprompt.checkpoints import load_adapter, save_adapter
+from imprompt.core.config import check_range, check_shares
 from imprompt.core.errors import ImpromptError
 from imprompt.core.randomness import Randomness
 from imprompt.data.rows import Rows
-from imprompt.diffusion.objectives import (
-    add_noise,
-    alphas_cumprod_of,
-    min_snr_weights,
-    prediction_target,
-)
+from imprompt.diffusion.objectives import alphas_cumprod_of, min_snr_weights
 from imprompt.encoders.instruction import EMBEDDINGS, METADATA_KEY, instruction_states
+from imprompt.systems.denoising import denoising_errors, mean_in_parts, spread_timesteps
 from imprompt.systems.image_prompt import check_same_base, replace_rows, sample_latents
 
 NEARLY_NOTHING = 1e-4
@@ -60,6 +56,11 @@ class InstructOptions:
     """γ of min-SNR weighting (2303.09556); 0 weighs all timesteps alike."""
     start_from: str = ""
     """An Instruct adapter to go on from, or a Plus adapter to begin as; empty starts anew."""
+
+    def __post_init__(self) -> None:
+        check_shares(self, ("drop_image", "drop_text", "drop_instruction", "drop_all"))
+        check_range(self, ("num_tokens", "depth"), 1)
+        check_range(self, ("resampler_dim", "snr_gamma"), 0)
 
 
 def build(options: InstructOptions, base: Base, columns: Rows) -> InstructSystem:
@@ -161,6 +162,8 @@ class InstructSystem:
         )
         self.draw: Callable[[], Image.Image] | None = None
         """Makes the picture of a preview; set by whoever can generate."""
+        self.rows_at_once: int | None = None
+        """How many rows are validated together; set by the loop, None is all."""
         self._handle = adapter.install(base.unet)
         self._no_image = base.image_encoder.zero_hidden_states().float().to(base.device)
         self._empty_ids = base.tokenize([""]).to(base.device)
@@ -194,12 +197,14 @@ class InstructSystem:
         tokens = self.module.tokens(
             batch["condition_states"].float(), instructions, text_states.sequence
         )
-        noisy = add_noise(latents, noise, alphas).contiguous(memory_format=torch.channels_last)
         condition = self._handle.condition(tokens)
-        prediction = self.base.denoise(noisy, timesteps, text_states, condition)
-        target = prediction_target(self._prediction, latents, noise, alphas)
-        errors = functional.mse_loss(prediction.float(), target.float(), reduction="none")
-        return errors.mean(dim=(1, 2, 3))
+        return denoising_errors(
+            lambda noisy: self.base.denoise(noisy, timesteps, text_states, condition),
+            latents,
+            noise,
+            alphas,
+            self._prediction,
+        )
 
     @torch.no_grad()
     def validate(self, batch: dict[str, Tensor], randomness: Randomness) -> dict[str, float]:
@@ -208,8 +213,7 @@ class InstructSystem:
         An adapter that listens to instructions loses when it is told its neighbour's.
         """
         count = len(batch["text_ids"])
-        spread = (torch.arange(count, device=self._alphas.device) + 0.5) / count
-        timesteps = (spread * len(self._alphas)).long()
+        timesteps = spread_timesteps(count, len(self._alphas), self._alphas.device)
         never = torch.zeros(count, dtype=torch.bool, device=self._alphas.device)
         always = ~never
         nothing = (self._no_image, self._empty_ids)
@@ -221,7 +225,9 @@ class InstructSystem:
             ("loss_with_image_alone", without(batch, never, always, never, *nothing)),
             ("loss_without_image", without(batch, always, never, always, *nothing)),
         ):
-            figures[name] = self._errors(given, randomness, timesteps).mean().item()
+            figures[name] = mean_in_parts(
+                self._errors, given, randomness, timesteps, rows_at_once=self.rows_at_once
+            )
         return figures
 
     def preview(self) -> Image.Image | None:

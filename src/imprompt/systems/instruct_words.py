@@ -25,6 +25,7 @@ from imprompt.checkpoints import save_adapter
 from imprompt.core.randomness import Randomness
 from imprompt.data.rows import Rows
 from imprompt.encoders.instruction import instruction_states
+from imprompt.systems.denoising import mean_in_parts
 from imprompt.systems.image_prompt import check_same_base, replace_rows
 from imprompt.systems.instruct import InstructOptions, instruct_adapter
 from imprompt.systems.warm_start import caption_ends, states_after
@@ -58,6 +59,8 @@ class InstructWordsSystem:
         self.options = options
         self.module: nn.Module = adapter.image_proj
         self.columns = ("condition_states", "instruction_ids", "kept_ids", "text_ids")
+        self.rows_at_once: int | None = None
+        """How many rows are validated together; set by the loop, None is all."""
         self._empty_ids = base.tokenize([""]).to(base.device)
         with torch.no_grad():
             states = self._targets(kept_ids)
@@ -105,9 +108,16 @@ class InstructWordsSystem:
         """The same on held-out rows, as asked and asked for another thing."""
         never = torch.zeros(len(batch["text_ids"]), dtype=torch.bool, device=self.base.device)
         other = {**batch, "instruction_ids": batch["instruction_ids"].roll(1, 0)}
+        given = {"unsaid": batch, "unsaid_with_another_instruction": other}
         return {
-            "unsaid": self._errors(batch, never).mean().item(),
-            "unsaid_with_another_instruction": self._errors(other, never).mean().item(),
+            name: mean_in_parts(
+                lambda rows, _, no_text: self._errors(rows, no_text),
+                one,
+                randomness,
+                never,
+                rows_at_once=self.rows_at_once,
+            )
+            for name, one in given.items()
         }
 
     def preview(self) -> Image.Image | None:

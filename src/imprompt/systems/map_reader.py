@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from imprompt.bases import Base
+from imprompt.core.config import check_range
 from imprompt.core.randomness import Randomness
 from imprompt.data.rows import Rows
 from imprompt.diorama.maps import KEYPOINT_COLOURS, PART_COLOURS, keypoints_of_map, parts_of_map
@@ -105,6 +106,9 @@ class MapReaderOptions:
     width: int = 16
     """Channels of the first layer."""
 
+    def __post_init__(self) -> None:
+        check_range(self, ("width",), 1)
+
 
 def build(options: MapReaderOptions, base: Base, columns: Rows) -> MapReaderSystem:
     """The system for columns of pixels and of all four control maps; the base has no part in it."""
@@ -122,6 +126,7 @@ class MapReaderSystem:
         "control_segmentation",
         "control_keypoints",
     )
+    rows_are_coupled = True  # normalised together
 
     def __init__(self, module: MapReader):
         self.module = module

@@ -21,6 +21,9 @@ class System(Protocol):
     Attributes:
         columns: the cached columns that `loss` and `validate` read.
         module: all of its parameters that require gradients train, and nothing else does.
+
+    Where the loss of a batch is not the mean over its rows, the system says `rows_are_coupled = True`: into
+    how many parts a batch is cut then decides what is learned.
     """
 
     columns: tuple[str, ...]
@@ -41,6 +44,17 @@ class System(Protocol):
     def export(self, path: Path) -> None:
         """Write what users load, to a path that the loop gives."""
         ...
+
+
+@runtime_checkable
+class ValidatedInParts(Protocol):
+    """A system whose validation need not see all rows at once; the loop says how many fit.
+
+    Attributes:
+        rows_at_once: None is all.
+    """
+
+    rows_at_once: int | None
 
 
 def starts_from_base(start: str) -> bool:

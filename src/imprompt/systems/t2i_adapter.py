@@ -15,6 +15,7 @@ from torch import Tensor
 
 from imprompt.bases import Base, Residuals
 from imprompt.bases.latent_space import pixels_per_latent
+from imprompt.core.config import check_range, check_shares
 from imprompt.core.errors import ImpromptError
 from imprompt.data.rows import Rows
 from imprompt.systems.control import ControlSystem, check_control_data, network_to_train
@@ -34,6 +35,10 @@ class T2IAdapterOptions:
     """Residual blocks per scale."""
     start_from: str = ""
     """Folder of a T2I-Adapter to go on from; empty starts anew."""
+
+    def __post_init__(self) -> None:
+        check_shares(self, ("drop_text",))
+        check_range(self, ("num_res_blocks",), 1)
 
 
 def build(options: T2IAdapterOptions, base: Base, columns: Rows) -> ControlSystem:

@@ -11,15 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as functional
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor
 
 from imprompt.bases import Base
+from imprompt.core.config import check_shares
 from imprompt.core.randomness import Randomness
 from imprompt.data.rows import Rows
-from imprompt.diffusion.objectives import add_noise, alphas_cumprod_of, prediction_target
+from imprompt.diffusion.objectives import alphas_cumprod_of
+from imprompt.systems.denoising import denoising_errors, mean_in_parts
+from imprompt.systems.image_prompt import check_same_base
 from imprompt.systems.protocol import starts_from_base
 
 _GOLDEN_RATIO = 0.6180339887498949
@@ -76,9 +78,17 @@ class TextToImageOptions:
     drop_caption: float = 0.1
     """Share of samples that see no caption, for classifier-free guidance."""
 
+    def __post_init__(self) -> None:
+        check_shares(self, ("drop_caption",))
+
 
 def build(options: TextToImageOptions, base: Base, columns: Rows) -> TextToImageSystem:
-    """The system for columns of latents and token ids, encoded by the base."""
+    """The system for columns of latents and token ids, encoded by the base.
+
+    Raises:
+        ImpromptError: data of another base, or a start that is none.
+    """
+    check_same_base(columns, base)
     if starts_from_base(options.start):
         unet = base.unet.requires_grad_(True)
     else:
@@ -113,6 +123,8 @@ class TextToImageSystem:
         self.text_encoder = text_encoder.eval().requires_grad_(False)
         self.scheduler = scheduler
         self.drop_caption = drop_caption
+        self.rows_at_once: int | None = None
+        """How many rows are validated together; set by the loop, None is all."""
         device = next(module.parameters()).device
         self._alphas = alphas_cumprod_of(scheduler.config).to(device)
         self.empty_ids = empty_ids.to(device)
@@ -120,41 +132,45 @@ class TextToImageSystem:
     def loss(
         self, batch: dict[str, Tensor], randomness: Randomness
     ) -> tuple[Tensor, dict[str, float | Tensor]]:
-        latents = batch["latents"].float()
         phrasing = randomness.integers("phrasing", batch["phrasing_ids"].shape[1])
         text_ids = batch["phrasing_ids"][torch.arange(len(phrasing)), phrasing]
         dropped = randomness.uniform("drop caption") < self.drop_caption
         text_ids = torch.where(dropped[:, None], self.empty_ids, text_ids)
         timesteps = (randomness.uniform("timestep") * len(self._alphas)).long()
-        noise = randomness.normal("noise", tuple(latents.shape[1:]))
-        loss = self._errors(latents, text_ids, timesteps, noise).mean()
-        return loss, {}
+        return self._errors(batch, randomness, timesteps, text_ids).mean(), {}
 
     def _errors(
-        self, latents: Tensor, text_ids: Tensor, timesteps: Tensor, noise: Tensor
+        self,
+        batch: dict[str, Tensor],
+        randomness: Randomness,
+        timesteps: Tensor,
+        text_ids: Tensor,
     ) -> Tensor:
         """Squared error of the prediction per sample, (batch,)."""
-        alphas = self._alphas[timesteps]
+        latents = batch["latents"].float()
+        noise = randomness.normal("noise", tuple(latents.shape[1:]))
         with torch.no_grad():
             states = self.text_encoder(input_ids=text_ids).last_hidden_state
-        noisy = add_noise(latents, noise, alphas).contiguous(memory_format=torch.channels_last)
-        prediction = self.module(noisy, timesteps, states.float()).sample.float()
-        target = prediction_target(
-            str(self.scheduler.config["prediction_type"]), latents, noise, alphas
+        return denoising_errors(
+            lambda noisy: self.module(noisy, timesteps, states.float()).sample,
+            latents,
+            noise,
+            self._alphas[timesteps],
+            str(self.scheduler.config["prediction_type"]),
         )
-        return functional.mse_loss(prediction, target, reduction="none").mean(dim=(1, 2, 3))
 
     @torch.no_grad()
     def validate(self, batch: dict[str, Tensor], randomness: Randomness) -> dict[str, float]:
         """The loss at evenly spread timesteps on fixed noise, with the caption and without."""
-        latents, text_ids = batch["latents"].float(), batch["phrasing_ids"][:, 0]
-        position = (torch.arange(len(latents), device=latents.device) + 0.5) * _GOLDEN_RATIO % 1.0
+        text_ids = batch["phrasing_ids"][:, 0]
+        position = (torch.arange(len(text_ids), device=text_ids.device) + 0.5) * _GOLDEN_RATIO % 1.0
         timesteps = (position * len(self._alphas)).long()
-        noise = randomness.normal("noise", tuple(latents.shape[1:]))
-        empty = self.empty_ids.expand_as(text_ids)
+        given = {"loss": text_ids, "loss_without_text": self.empty_ids.expand_as(text_ids)}
         return {
-            "loss": self._errors(latents, text_ids, timesteps, noise).mean().item(),
-            "loss_without_text": self._errors(latents, empty, timesteps, noise).mean().item(),
+            name: mean_in_parts(
+                self._errors, batch, randomness, timesteps, ids, rows_at_once=self.rows_at_once
+            )
+            for name, ids in given.items()
         }
 
     def preview(self) -> Image.Image | None:

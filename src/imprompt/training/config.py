@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from imprompt.core.config import check_range
 from imprompt.core.errors import ImpromptError
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -76,7 +77,7 @@ class TrainConfig:
     installed, `none` is none."""
 
     def __post_init__(self) -> None:
-        for name in (
+        counts = (
             "steps",
             "batch_size",
             "gradient_accumulation_steps",
@@ -85,9 +86,12 @@ class TrainConfig:
             "keep_checkpoints",
             "validate_every_steps",
             "read_ahead",
-        ):
-            if getattr(self, name) < 1:
-                raise ImpromptError(f"{name} is {getattr(self, name)}, but must be at least 1.")
+        )
+        check_range(self, counts, 1)
+        may_be_zero = ("warmup_steps", "validation_rows", "preview_images")
+        check_range(self, (*may_be_zero, "weight_decay", "max_gradient_norm"), 0)
+        check_range(self, ("learning_rate", "weight_decay", "max_gradient_norm"))
+        check_range(self, ("ema_decay", "beta2"), 0, below=1)
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ImpromptError(f"{name} is {getattr(self, name)!r}; use {', '.join(choices)}.")
@@ -100,7 +104,8 @@ class TrainConfig:
             )
 
 
-# What may change between a run and its continuation: it changes what is learned by rounding at most.
+# What may change between a run and its continuation: it changes what is learned by rounding at most. (A
+# system whose rows are coupled keeps the number of parts: see `describe`.)
 FREE_TO_CHANGE = (
     "gradient_accumulation_steps",
     "gradient_checkpointing",

@@ -70,7 +70,10 @@ def train(
         )
     processes = join_processes() if processes is None else processes
     if processes.is_main:
-        claim_output(output, describe(config, dict(data.meta), identity or {}))
+        others = dict(identity or {})
+        if getattr(system, "rows_are_coupled", False):
+            others["num_parts"] = processes.count * config.gradient_accumulation_steps
+        claim_output(output, describe(config, dict(data.meta), others))
     set_up_denoiser(system, config)
     state = _begin(system, config, processes)
     engine = state.engine

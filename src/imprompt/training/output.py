@@ -17,7 +17,10 @@ from imprompt.training.config import FREE_TO_CHANGE, TrainConfig
 
 
 def describe(config: TrainConfig, data: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
-    """What makes two runs the same, as it is kept in run.json."""
+    """What makes two runs the same, as it is kept in run.json.
+
+    `others` has `num_parts`, of how many parts a batch is, where this decides what is learned.
+    """
     return {"config": dataclasses.asdict(config), "data": data, **others}
 
 
@@ -41,6 +44,8 @@ def claim_output(output: Path, identity: dict[str, Any]) -> None:
             if field.default is not dataclasses.MISSING
         }
         found["config"] = defaults | found.get("config", {})
+        if "num_parts" in wanted:
+            found.setdefault("num_parts", found["config"]["gradient_accumulation_steps"])
         for name in FREE_TO_CHANGE:
             found["config"].pop(name, None)
         compared = wanted | {

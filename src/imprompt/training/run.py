@@ -14,7 +14,7 @@ from imprompt.core.errors import ImpromptError
 from imprompt.data.dataset import Columns
 from imprompt.data.on_the_fly import PairsOnTheFly
 from imprompt.data.records import Reading
-from imprompt.data.rows import Rows
+from imprompt.data.rows import FirstRows, Rows
 from imprompt.data.store import told
 from imprompt.encoders.clip import load_named_clip
 from imprompt.systems.protocol import System
@@ -101,7 +101,11 @@ def prepare_run(
     resolved = {"system": dataclasses.asdict(options), "train": dataclasses.asdict(config)}
     if config.frozen_precision != "float32":
         base.to(base.device, PRECISIONS[config.frozen_precision])
-    system = module.build(options, base, columns)
+    if isinstance(columns, PairsOnTheFly):
+        columns.hold_out(config.validation_rows)
+    # What a system begins with must not know the rows it is validated on.
+    num_rows = max(1, len(columns) - config.validation_rows)
+    system = module.build(options, base, FirstRows(columns, num_rows))
     for _, parameter in trained_parameters(system.module):
         parameter.data = parameter.data.float()  # what learns is kept in full precision
     return system, config, resolved

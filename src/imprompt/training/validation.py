@@ -16,7 +16,7 @@ from imprompt.core.errors import ImpromptError
 from imprompt.core.randomness import Randomness
 from imprompt.data.rows import Rows
 from imprompt.data.store import told, write_json
-from imprompt.systems.protocol import System
+from imprompt.systems.protocol import System, ValidatedInParts
 from imprompt.training.config import PRECISIONS, TrainConfig
 from imprompt.training.state import TrainingState
 
@@ -39,6 +39,10 @@ class Validation:
         self._device = state.engine.processes.device
         self._rows = range(num_rows, len(data))
         self._data = data
+        if isinstance(system, ValidatedInParts):
+            # What is trained on at once fits the device; all rows that are held out need not.
+            num_parts = state.engine.processes.count * config.gradient_accumulation_steps
+            system.rows_at_once = config.batch_size // num_parts
         self._held_out: dict[str, Tensor] | None = None
         self.picture: Image.Image | None = None
         """What the system drew last, if it draws."""

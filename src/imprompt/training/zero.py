@@ -77,7 +77,8 @@ class ZeroEngine:
         for group in self._zero.param_groups:
             group["lr"] = learning_rate
         self._engine.step()
-        return torch.as_tensor(self._engine.get_global_grad_norm())
+        norm = torch.as_tensor(self._engine.get_global_grad_norm())
+        return norm.where(norm >= 0, float("nan"))  # DeepSpeed's -1 is a norm that is not finite
 
     def check_synchronised(self) -> None:
         check_same_weights(self.processes, self.parameters)

@@ -3,11 +3,17 @@
 import pytest
 import torch
 from PIL import Image
+from tiny_base import write_tiny_base
 
+from imprompt.bases import load_base
+from imprompt.cli.evaluate import with_unit
+from imprompt.core.errors import ImpromptError
 from imprompt.diorama import OBJECT_KINDS, render
+from imprompt.evaluation import ablation
 from imprompt.evaluation.judge import load_judge, read, shares, truth
 from imprompt.evaluation.measure import UNSEEN_SEED, measure_judge, unseen_scenes
 from imprompt.evaluation.report import Report, line_chart, picture_rows, table
+from imprompt.evaluation.run import evaluate
 
 
 def test_the_shipped_judge_reads_unseen_renders():
@@ -62,3 +68,41 @@ def test_a_flat_line_can_be_drawn():
 @pytest.mark.parametrize("count", [1, 13])
 def test_truth_has_a_row_per_scene(count):
     assert all(len(values) == count for values in truth(unseen_scenes(count)).values())
+
+
+SETTINGS = {
+    "adapter_file": None,
+    "steps": 2,
+    "sampler": "ddim",
+    "guidance_scale": 4.0,
+    "scale": 1.0,
+    "seed": 0,
+}
+
+
+def test_the_ablation_trains_on_the_base_that_was_named(tmp_path, monkeypatch):
+    folder = write_tiny_base(tmp_path / "bases" / "mine")
+    given = []
+    monkeypatch.setattr(ablation, "prepare", lambda source, output, base: given.append(base.name))
+
+    def train(system, *, base, **options):
+        given.append(base.name)
+        raise ImpromptError("far enough")
+
+    monkeypatch.setattr(ablation, "run_training", train)
+    with pytest.raises(ImpromptError, match="far enough"):
+        evaluate("ablation", load=lambda: load_base(folder), count=1, output=tmp_path, **SETTINGS)
+    assert given == ["mine", "mine"]
+
+
+def test_nothing_to_measure_is_told(tmp_path):
+    with pytest.raises(ImpromptError, match="count is 0, but must be at least 1"):
+        evaluate("judge", load=lambda: load_base("diorama"), count=0, output=tmp_path, **SETTINGS)
+
+
+def test_figures_have_their_units():
+    assert with_unit("all: landmark error in px", 0.8) == "0.80 px"
+    assert with_unit("depth, ω = 1: keypoint error", 0.5) == "0.50 px"
+    assert with_unit("decoupled: parameters", 1234567.0) == "1,234,567"
+    assert with_unit("style: CLIP-T", 0.25) == "0.250"
+    assert with_unit("kind kept, image alone", 0.8) == "80.0%"

@@ -3,8 +3,12 @@
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from tiny_base import write_tiny_base
 
+from imprompt.bases import load_base
+from imprompt.core.errors import ImpromptError
 from imprompt.core.randomness import Randomness
+from imprompt.data.dataset import Columns, ColumnsWriter
 from imprompt.diorama import COLOURS, KINDS, SETTINGS, STYLES, caption, render, sample_scene
 from imprompt.evaluation.judge import load_judge
 from imprompt.systems import autoencoder, classifier, contrastive, text_to_image
@@ -112,6 +116,18 @@ def test_text_to_image(tokenizer, batch, tmp_path):
     assert all(p.grad is None for p in text.parameters())
     system.export(tmp_path)
     assert UNet2DConditionModel.from_pretrained(tmp_path / "unet").config.in_channels == 8
+
+
+def test_text_to_image_refuses_latents_of_another_base(tmp_path):
+    base = load_base(write_tiny_base(tmp_path / "base"))
+    (tmp_path / "data").mkdir()
+    writer = ColumnsWriter(tmp_path / "data", 1)
+    writer.write(0, {"latents": torch.zeros(1, *base.latent_shape())})
+    writer.finish(1, {"base": "that one", "base_fingerprint": "another"})
+    with pytest.raises(ImpromptError, match="prepared with that one"):
+        text_to_image.build(
+            text_to_image.TextToImageOptions(start="base"), base, Columns.open(tmp_path / "data")
+        )
 
 
 def test_the_schedule_ends_in_almost_pure_noise():

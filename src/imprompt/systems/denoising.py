@@ -1,0 +1,65 @@
+"""What systems that learn to denoise have in common: the error of a prediction, and validating in parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as functional
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from imprompt.core.randomness import Randomness
+from imprompt.diffusion.objectives import add_noise, prediction_target
+
+
+def denoising_errors(
+    predict: Callable[[Tensor], Tensor],
+    latents: Float[Tensor, "batch channels h w"],
+    noise: Float[Tensor, "batch channels h w"],
+    alphas: Float[Tensor, " batch"],
+    prediction_type: str,
+) -> Float[Tensor, " batch"]:
+    """The squared error of each row's prediction.
+
+    `predict` gets the noisy latents; `alphas` are ᾱ at each row's timestep. What is predicted, the noise or
+    another mixture, is told by `prediction_type`, as diffusers' schedulers name it.
+
+    Source: Ho et al. 2020 (2006.11239), equation 14; Salimans & Ho (2202.00512) for v.
+    """
+    noisy = add_noise(latents, noise, alphas).contiguous(memory_format=torch.channels_last)
+    prediction = predict(noisy)
+    target = prediction_target(prediction_type, latents, noise, alphas)
+    errors = functional.mse_loss(prediction.float(), target.float(), reduction="none")
+    return errors.mean(dim=(1, 2, 3))
+
+
+def spread_timesteps(count: int, num_timesteps: int, device: torch.device) -> Int[Tensor, " count"]:
+    """Timesteps over the whole range, evenly, for validation."""
+    return ((torch.arange(count, device=device) + 0.5) / count * num_timesteps).long()
+
+
+def mean_in_parts(
+    errors: Callable[..., Tensor],
+    batch: dict[str, Tensor],
+    randomness: Randomness,
+    *others: Tensor,
+    rows_at_once: int | None,
+) -> float:
+    """The mean of `errors(batch, randomness, *others)`, a tensor (batch,), computed of so many rows at once.
+
+    Each row keeps its own randomness, so that the parts change nothing but the memory that is needed.
+    """
+    count = len(randomness)
+    size = count if rows_at_once is None else rows_at_once
+    found = []
+    for start in range(0, count, size):
+        some = slice(start, start + size)
+        found.append(
+            errors(
+                {name: values[some] for name, values in batch.items()},
+                Randomness(randomness.seed, randomness.samples[some], randomness.device),
+                *(values[some] for values in others),
+            )
+        )
+    return torch.cat(found).mean().item()
