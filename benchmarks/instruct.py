@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 
 from pages import DOCS, RESULTS, header, put, row
@@ -50,10 +51,16 @@ SEEDS_SHOWN = (3, 10, 18, 31)
 
 
 def measure(what: str, adapter: Path | None, count: int, output: Path) -> dict[str, float]:
+    from imprompt.bases import load_base
     from imprompt.evaluation.run import evaluate
 
     return evaluate(
-        what, adapter_file=adapter, base_name="diorama", count=count, output=output, **SAMPLING
+        what,
+        adapter_file=adapter,
+        load=partial(load_base, "diorama"),
+        count=count,
+        output=output,
+        **SAMPLING,
     )
 
 
