@@ -97,6 +97,7 @@ def scale_per_site(scale: Scale, sites: Sequence[Site]) -> list[float | Tensor]:
                 f"scale is a tensor of shape {tuple(scale.shape)}: one number per sample is needed."
             )
         return [scale] * len(sites)
+    numbers: list[Any]
     if isinstance(scale, Mapping):
         names = [site.name for site in sites]
         is_nested = any(isinstance(value, Mapping | Sequence) for value in scale.values())

@@ -26,6 +26,12 @@ def native_size_px(unet: Any, vae: Any) -> int:
     return sample_size * pixels_per_latent(vae)
 
 
+def height_and_width(size_px: int | tuple[int, int] | None, native_px: int) -> tuple[int, int]:
+    """Both sides of a picture in pixels: of a square, as given, or of the native square."""
+    size_px = native_px if size_px is None else size_px
+    return (size_px, size_px) if isinstance(size_px, int) else size_px
+
+
 def latent_shape(
     name: str, unet: Any, vae: Any, size_px: int | tuple[int, int] | None = None
 ) -> tuple[int, int, int]:
@@ -35,9 +41,7 @@ def latent_shape(
         ImpromptError: the autoencoder cannot make images of this size.
     """
     native = native_size_px(unet, vae)
-    if size_px is None:
-        size_px = native
-    height, width = (size_px, size_px) if isinstance(size_px, int) else size_px
+    height, width = height_and_width(size_px, native)
     factor = pixels_per_latent(vae)
     if min(height, width) < factor or height % factor or width % factor:
         raise ImpromptError(

@@ -21,12 +21,11 @@ CLASSES = ("ControlNetModel", "T2IAdapter")
 class LoadedControl:
     """A network that obeys a map: diffusers' `ControlNetModel` or `T2IAdapter`.
 
-    `kind` and `base_fingerprint` are empty if the folder does not say.
+    `kind` is that of the maps it reads, empty if the folder does not say.
     """
 
     module: Any
     kind: str = ""
-    base_fingerprint: str = ""
 
 
 def load_control(
@@ -57,7 +56,6 @@ def load_control(
     return LoadedControl(
         module.to(device).eval().requires_grad_(False),
         str(described.get("kind", "")),
-        str(described.get("base_fingerprint", "")),
     )
 
 

@@ -247,7 +247,11 @@ def read_adapter(path: Path, *, with_values: bool = True) -> Read:
             or adapter.cross_attention_dim == SHORTCUT_ONLY_WIDTH
         )
     is_foreign = checkpoint.layout != "native"
-    if is_foreign and adapter.variant == "plus" and projection.features[0].dim == IDENTITY_DIM:
+    if (
+        is_foreign
+        and adapter.variant == "plus"
+        and adapter.projection.features[0].dim == IDENTITY_DIM
+    ):
         adapter.metadata.setdefault("reads", READS_RAW_FACES)
     if isinstance(projection, FullProjection):
         projection.num_tokens = positive_number(metadata.get("num_tokens", ""))

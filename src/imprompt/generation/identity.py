@@ -1,6 +1,5 @@
 """A person to keep: one picture says who, five landmarks say where the face shall be."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 
@@ -8,17 +7,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from imprompt.adapters import Handle
 from imprompt.adapters.sites import Number, Scale
-from imprompt.bases import Base
+from imprompt.bases import Base, ClipImageEncoder
+from imprompt.bases.latent_space import height_and_width
 from imprompt.checkpoints.identity import Identity
 from imprompt.core.errors import ImpromptError
 from imprompt.encoders.face import FaceEncoder
 from imprompt.encoders.landmarks import checked_places, landmark_images, read_landmarks
-from imprompt.generation.conditions import check_time_span, is_zero
+from imprompt.generation.conditions import TokenPrompt, check_time_span, is_zero
 from imprompt.generation.controls import MapControl
 from imprompt.generation.faces import face_encoder_of, face_features, face_features_of_nothing
 from imprompt.generation.features import ImageLike, to_pixels
-from imprompt.generation.prompts import ImagePrompt
 
 Landmarks = Tensor | str | PathLike[str]
 
@@ -64,42 +64,74 @@ class IdentityPrompt:
             checked_places(self.landmarks, "IdentityPrompt")
 
     @property
-    def image_prompt(self) -> ImagePrompt:
-        """The part that is an image prompt: the face's tokens beside the text."""
-        return ImagePrompt(
-            self.image,
-            adapter=self.identity.adapter,
-            scale=self.scale,
-            start=self.start,
-            end=self.end,
-            face_encoder=self.face_encoder,
-        )
+    def is_beside_the_text(self) -> bool:
+        """Whether the adapter acts at any step."""
+        return not is_zero(self.scale) and self.start < self.end
+
+    @property
+    def is_in_the_net(self) -> bool:
+        """Whether IdentityNet acts at any step."""
+        return self.net_weight != 0 and self.start < self.end
 
 
-def identity_control(
-    prompt: IdentityPrompt, base: Base, size_px: int | tuple[int, int] | None
-) -> MapControl:
-    """The part that is a ControlNet: it reads the landmarks, and the face's tokens instead of the text.
+@dataclass(frozen=True, eq=False)
+class Person:
+    """A person as the denoising loop needs one; None is what does not act."""
+
+    prompt: TokenPrompt | None
+    """The face's tokens beside the text."""
+    control: MapControl | None
+    """IdentityNet, which reads the landmarks, and the face's tokens instead of the text."""
+
+
+def read_person(
+    prompt: IdentityPrompt,
+    base: Base,
+    handle: Handle | None,
+    encoder: ClipImageEncoder | None,
+    size_px: int | tuple[int, int] | None,
+    number: int | None = None,
+) -> Person:
+    """Reads the face, once, for both ways in which it acts.
+
+    `handle` is the adapter's, `encoder` reads what some face adapters also want of the picture, and
+    `number` is what an explanation calls this person.
 
     Raises:
         ImpromptError: the picture shows no face, or a file cannot be read.
     """
+    if not prompt.is_beside_the_text and not prompt.is_in_the_net:
+        return Person(None, None)
     adapter = prompt.identity.adapter
     faces = face_encoder_of(adapter, prompt.face_encoder)
-    features = face_features(adapter, [prompt.image], faces, base.image_encoder)
-    nothing = face_features_of_nothing(adapter, base.image_encoder)
-    size = base.image_size_px if size_px is None else size_px
-    height, width = (size, size) if isinstance(size, int) else size
-    return net_control(
-        prompt.identity,
-        base,
-        adapter.tokens(*features),
-        adapter.tokens(*nothing),
-        landmark_images(_landmarks(prompt, faces), height, width),
-        weight=0.0 if is_zero(prompt.net_weight) else prompt.net_weight,
-        start=prompt.start,
-        end=prompt.end,
-    )
+    tokens = adapter.tokens(*face_features(adapter, [prompt.image], faces, encoder))
+    zero_tokens = adapter.tokens(*face_features_of_nothing(adapter, encoder))
+    beside, control = None, None
+    if prompt.is_beside_the_text:
+        assert handle is not None
+        beside = TokenPrompt(
+            handle=handle,
+            tokens=tokens,
+            zero_tokens=zero_tokens,
+            scale=prompt.scale,
+            start=prompt.start,
+            end=prompt.end,
+            number=number,
+        )
+    if prompt.is_in_the_net:
+        control = net_control(
+            prompt.identity,
+            base,
+            tokens,
+            zero_tokens,
+            landmark_images(
+                _landmarks(prompt, faces), *height_and_width(size_px, base.image_size_px)
+            ),
+            weight=prompt.net_weight,
+            start=prompt.start,
+            end=prompt.end,
+        )
+    return Person(beside, control)
 
 
 def net_control(
@@ -123,17 +155,6 @@ def net_control(
         tokens=tokens,
         zero_tokens=zero_tokens,
     )
-
-
-def controls_of(
-    prompts: Sequence[IdentityPrompt], base: Base, size_px: int | tuple[int, int] | None
-) -> list[MapControl]:
-    """IdentityNets that act, one for each prompt whose net has a weight."""
-    return [
-        identity_control(prompt, base, size_px)
-        for prompt in prompts
-        if prompt.net_weight != 0 and prompt.start < prompt.end
-    ]
 
 
 def _landmarks(prompt: IdentityPrompt, faces: FaceEncoder) -> Tensor:

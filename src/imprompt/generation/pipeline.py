@@ -1,7 +1,6 @@
 """Images from text and image prompts: the whole way in one call."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TypeVar, cast
 
 import torch
@@ -14,7 +13,7 @@ from imprompt.core.errors import ImpromptError
 from imprompt.core.images import pixels_to_images
 from imprompt.generation.controls import Control, map_control
 from imprompt.generation.explanation import Explanation
-from imprompt.generation.identity import IdentityPrompt, controls_of
+from imprompt.generation.identity import IdentityPrompt, read_person
 from imprompt.generation.instructed import Words, one_row_if_equal
 from imprompt.generation.prompts import ImagePrompt, installed, token_prompt
 from imprompt.generation.sampler import default_batch_size, sample_latents
@@ -88,32 +87,36 @@ def generate(
             "image prompt of one: leave it out, or give one."
         )
     map_controls = [map_control(control, base, size_px) for control in controls]
-    map_controls += controls_of(identities, base, size_px)
-    image_prompts = [*image_prompts, *(person.image_prompt for person in identities)]
     effective = {n: prompt for n, prompt in enumerate(image_prompts) if prompt.is_effective}
     encoder = base.image_encoder if image_encoder is None else image_encoder
-    for image_prompt in effective.values():
-        image_prompt.adapter.to(base.device)
+    adapters = [image_prompt.adapter for image_prompt in effective.values()]
+    adapters += [person.identity.adapter for person in identities if person.is_beside_the_text]
+    # Moved outside inference mode, so that they may be trained afterwards.
+    for adapter in adapters:
+        adapter.to(base.device)
+    for person in identities:
+        person.identity.net.to(base.device, base.dtype)
     with (
         torch.inference_mode(),
-        installed(
-            base.unet, [image_prompt.adapter for image_prompt in effective.values()]
-        ) as handles,
+        installed(base.unet, adapters) as handles,
     ):
         # In one go: equal texts are encoded once, and offloaded encoders fetched once.
         text_states = _encode_texts(base, [*prompts, *negative_prompts])
         words = Words(base, one_row_if_equal(text_states[: len(prompts)], prompts))
+        token_prompts = [
+            token_prompt(image_prompt, handles[image_prompt.adapter], encoder, words, number)
+            for number, image_prompt in effective.items()
+        ]
+        for number, person in enumerate(identities, start=len(image_prompts)):
+            handle = handles.get(person.identity.adapter)
+            read = read_person(person, base, handle, encoder, size_px, number)
+            token_prompts += [] if read.prompt is None else [read.prompt]
+            map_controls += [] if read.control is None else [read.control]
         latents = sample_latents(
             base,
             text_states[: len(prompts)],
             text_states[len(prompts) :],
-            [
-                replace(
-                    token_prompt(image_prompt, handles[image_prompt.adapter], encoder, words),
-                    number=number,
-                )
-                for number, image_prompt in effective.items()
-            ],
+            token_prompts,
             steps=steps,
             guidance_scale=guidance_scale,
             image_guidance_scale=image_guidance_scale,

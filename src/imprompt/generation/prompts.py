@@ -154,8 +154,11 @@ def token_prompt(
     handle: Handle,
     encoder: ClipImageEncoder | None,
     words: Words | None = None,
+    number: int | None = None,
 ) -> TokenPrompt:
     """Encodes and projects a prompt's images; Instruct adapters need the `words` beside them.
+
+    `number` is what an explanation calls it.
 
     Raises:
         ImpromptError: an image cannot be read, or the adapter does not read what the encoder gives.
@@ -187,6 +190,7 @@ def token_prompt(
         }
     return TokenPrompt(
         handle=handle,
+        number=number,
         **tokens,
         scale=scale,
         mask=None if prompt.mask is None else mask_to_tensor(prompt.mask)[None],

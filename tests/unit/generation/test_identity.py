@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny_base import VISION_HIDDEN_DIM, vision_config
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from imprompt.adapters import create_adapter
+from imprompt.bases import ClipImageEncoder
 from imprompt.checkpoints.identity import Identity
 from imprompt.core.errors import ImpromptError
 from imprompt.encoders.face import DioramaFaceEncoder, load_face_encoder
@@ -138,6 +141,35 @@ def test_identities_stand_beside_image_prompts(base, faces, pictures, identity):
     both = generate(base, "a house", image, identities=[person], **FAST)
     assert not same(both, generate(base, "a house", image, **FAST))
     assert not same(both, generate(base, "a house", identities=[person], **FAST))
+
+
+def test_a_face_is_read_once_and_by_the_encoder_that_is_given(base, faces, pictures, identity):
+    """An adapter that reads hidden states too, on a base whose own image encoder is another."""
+    encoder = ClipImageEncoder(
+        CLIPVisionModelWithProjection(
+            CLIPVisionConfig(**{**vision_config(), "hidden_size": 2 * VISION_HIDDEN_DIM})
+        )
+    )
+    adapter = create_adapter(
+        base.unet, "faceid-plus", feature_dim=encoder.hidden_dim, id_dim=ID_DIM, lora_rank=2
+    )
+    counted = Counted(faces)
+    person = IdentityPrompt(pictures[0], Identity(adapter, identity.net), face_encoder=counted)
+    generate(base, "a house", identities=person, image_encoder=encoder, **FAST)
+    assert counted.num_read == 1 and not counted.was_gradient_possible
+    with pytest.raises(ImpromptError, match="image_encoder=load_clip"):
+        generate(base, "a house", identities=person, **FAST)
+
+
+class Counted(DioramaFaceEncoder):
+    def __init__(self, faces):
+        super().__init__(faces.network, "counted")
+        self.num_read, self.was_gradient_possible = 0, False
+
+    def embeds(self, *args, **kwargs):
+        self.num_read += 1
+        self.was_gradient_possible |= not torch.is_inference_mode_enabled()
+        return super().embeds(*args, **kwargs)
 
 
 def test_the_encoder_is_the_one_that_an_adapter_was_trained_with(base, faces, tmp_path):

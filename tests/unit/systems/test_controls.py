@@ -128,7 +128,7 @@ def test_what_is_trained_loads_in_diffusers_and_here(base, columns, kind_of_syst
         torch.testing.assert_close(value.float(), trained[name], rtol=1e-3, atol=1e-3)
     assert trained[name].dtype == torch.float32
     loaded = load_control(folder)
-    assert (loaded.kind, loaded.base_fingerprint) == ("depth", base.fingerprint())
+    assert loaded.kind == "depth"
     assert json.loads((folder / "control.json").read_text())["base"] == base.name
     going_on = system_of(base, columns, kind_of_system, start_from=str(folder))
     assert all(p.requires_grad for p in going_on.module.parameters())
