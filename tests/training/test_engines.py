@@ -61,18 +61,23 @@ def torchrun(*arguments, timeout=300):
         port = free.getsockname()[1]
     source = Path(__file__).parents[2] / "src"
     paths = f"{source}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    result = subprocess.run(
+    process = subprocess.Popen(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"),
             *("--master_addr", "127.0.0.1", "--master_port", str(port), *arguments),
         ],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""},
-        check=False,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=timeout,
     )
-    return result
+    try:
+        output, errors = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # not killed: it ends those that it started
+        process.communicate()
+        raise
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
 
 def log_of(run_folder):

@@ -1,15 +1,14 @@
 """Stable Diffusion XL, and every model that is built the same way, of any size."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from imprompt.bases import latent_space
-from imprompt.bases.clip_vision import ClipImageEncoder, fingerprint_of
+from imprompt.bases.clip_vision import ClipImageEncoder
 from imprompt.bases.folder import (
     ModelIndex,
     load_autoencoder,
@@ -21,15 +20,16 @@ from imprompt.bases.folder import (
     load_unet,
 )
 from imprompt.bases.latent_space import check_plain_latents, pixels_per_latent
-from imprompt.bases.residuals import Residuals
 from imprompt.bases.text import TextStates
-from imprompt.bases.turns import end_offload, working_device
+from imprompt.bases.turns import end_offload
+from imprompt.bases.unet_base import UNetBase
 from imprompt.core.errors import ImpromptError
 
 NUM_FRAMING = 6
 
 
-class StableDiffusionXLBase:
+@final
+class StableDiffusionXLBase(UNetBase):
     """A denoising UNet, an autoencoder, and two of CLIP's text encoders, all frozen.
 
     Beside the states of both encoders the UNet reads a pooled text state and the picture's framing:
@@ -68,20 +68,6 @@ class StableDiffusionXLBase:
         for part in self.parts().values():
             part.eval().requires_grad_(False)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.unet.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where it computes."""
-        return working_device(self.unet)
-
-    @property
-    def image_size_px(self) -> int:
-        """The side of the square images it was made for."""
-        return latent_space.native_size_px(self.unet, self.vae)
-
     def parts(self) -> dict[str, nn.Module]:
         """The networks by the name of their folder."""
         parts = {
@@ -107,18 +93,6 @@ class StableDiffusionXLBase:
         for network in networks:
             own_dtype = vae_dtype if network is self.vae else dtype
             nn.Module.to(network, device=device, dtype=own_dtype)
-
-    def fingerprint(self) -> str:
-        """Tells this base from every other: 16 hexadecimal digits."""
-        return fingerprint_of(self.parts())
-
-    def latent_shape(self, size_px: int | tuple[int, int] | None = None) -> tuple[int, int, int]:
-        """(channels, height, width) of the latents of one image of (height, width) pixels.
-
-        Raises:
-            ImpromptError: the autoencoder cannot make images of this size.
-        """
-        return latent_space.latent_shape(self.name, self.unet, self.vae, size_px)
 
     def tokenize(self, texts: Sequence[str]) -> Int[Tensor, "batch length"]:
         """Token ids of both encoders side by side, padded or cut to the encoders' length."""
@@ -156,49 +130,6 @@ class StableDiffusionXLBase:
             sequence = sequence * is_text[:, None, None]
             pooled = pooled * is_text[:, None]
         return TextStates(sequence, pooled)
-
-    def latent_distribution(
-        self, pixels: Float[Tensor, "batch 3 height width"]
-    ) -> tuple[Float[Tensor, "batch channels h w"], Float[Tensor, "batch channels h w"]]:
-        """Mean and standard deviation of the latents of images, in the denoiser's scale."""
-        return latent_space.latent_distribution(self.vae, pixels, self.device)
-
-    def encode_image(
-        self,
-        pixels: Float[Tensor, "batch 3 height width"],
-        noise: Float[Tensor, "batch channels h w"] | None = None,
-    ) -> Float[Tensor, "batch channels h w"]:
-        """Latents in the denoiser's scale: mean + standard deviation · noise, the mean without."""
-        mean, standard_deviation = self.latent_distribution(pixels)
-        return mean if noise is None else mean + standard_deviation * noise.to(mean)
-
-    def decode_image(
-        self, latents: Float[Tensor, "batch channels h w"]
-    ) -> Float[Tensor, "batch 3 height width"]:
-        """Pixels of latents, not yet clipped to [-1, 1]."""
-        return latent_space.decode(self.vae, latents, self.device)
-
-    def denoise(
-        self,
-        latents: Float[Tensor, "batch channels h w"],
-        timesteps: Tensor | int,
-        text_states: TextStates,
-        condition: Mapping[str, Any] | None = None,
-        residuals: Residuals | None = None,
-    ) -> Float[Tensor, "batch channels h w"]:
-        """The denoiser's prediction (of the kind its scheduler's `prediction_type` names).
-
-        `condition` is what an installed adapter's handle made of its tokens, `residuals` what
-        controls add. Gradients flow.
-        """
-        return self.unet(
-            latents,
-            timesteps,
-            **self.text_arguments(latents, text_states),
-            **({} if residuals is None else residuals.arguments()),
-            cross_attention_kwargs=condition,
-            return_dict=False,
-        )[0]
 
     def text_arguments(
         self, latents: Float[Tensor, "batch channels h w"], text_states: TextStates

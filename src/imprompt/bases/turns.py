@@ -34,7 +34,7 @@ def working_device(network: Any) -> torch.device:
     hook = getattr(network, "_hf_hook", None)
     if isinstance(hook, OneAtATime):
         return hook.execution_device
-    return next(network.parameters()).device
+    return network.device  # of group offloading, too, diffusers tells where it computes
 
 
 def _move(network: nn.Module, device: torch.device) -> None:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from imprompt.cli.verb import add_verb, new_picture
+from imprompt.cli.verb import add_verb, new_picture, save_picture
 
 FILTERS = ("kind", "colour", "style", "setting", "placement", "size", "camera")
 
@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> None:
             maps = None if arguments.map is None else draw_maps(drawn, arguments.map)
             images += pixels_to_images(drawn.pixels if maps is None else maps * 2 - 1)
             bar.update(len(part))
-    image_grid(images, min(arguments.columns, len(images))).save(output)
+    save_picture(image_grid(images, min(arguments.columns, len(images))), output)
     if arguments.captions:
         for scene in scenes:
             print(f"{scene.seed}\t{caption(scene)}")

@@ -18,6 +18,10 @@ UNITS = {
 }
 
 
+# These train before they measure, beside a base in full precision.
+TRAINING = ("ablation", "instruct-table")
+
+
 def add_parser(verbs: Any) -> None:
     parser = add_verb(
         verbs,
@@ -86,7 +90,7 @@ def run(arguments: argparse.Namespace) -> None:
     figures = evaluate(
         arguments.what,
         adapter_file=arguments.adapter,
-        load=lambda: load_placed_base(arguments),
+        load=lambda: load_placed_base(arguments, half_on_gpu=arguments.what not in TRAINING),
         count=arguments.count,
         steps=arguments.steps,
         sampler=arguments.sampler,

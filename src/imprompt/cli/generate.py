@@ -13,6 +13,7 @@ from imprompt.cli.verb import (
     load_placed_base,
     name_and_value,
     new_picture,
+    save_picture,
 )
 
 
@@ -215,14 +216,14 @@ def run(arguments: argparse.Namespace) -> None:
             identities=identities,
         )
     columns = arguments.num_images if len(scales) > 1 else min(len(images), 8)
-    image_grid(images, columns).save(output)
+    save_picture(image_grid(images, columns), output)
     if separate:
         for file, image in zip(separate, images, strict=True):
-            image.save(file)
+            save_picture(image, file)
     print(f"{len(images)} images in {output}")
     if explanation is not None:
         assert arguments.explain is not None
-        explanation.sheet(images).save(arguments.explain)
+        save_picture(explanation.sheet(images), arguments.explain)
         print(f"where the images acted: {arguments.explain}")
 
 

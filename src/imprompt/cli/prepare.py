@@ -153,6 +153,8 @@ def run(arguments: argparse.Namespace) -> None:
     from imprompt.data.prepare import prepare
     from imprompt.data.records import Reading
 
+    if arguments.engine == "ray" and arguments.device is None:
+        arguments.device = "cpu"  # what Ray's tasks have been given
     shortest, longest = arguments.caption_characters or (1, None)
     filters = Filters(
         min_side_px=arguments.min_side_px,

@@ -84,6 +84,10 @@ def new_picture(path: Path, *, overwrite: bool) -> Path:
             f"{path} ends with {path.suffix or 'nothing'!r}, which is no kind of picture that can be "
             "written: let it end with .png, .jpg or .webp."
         )
+    if path.is_dir():
+        raise ImpromptError(
+            f"{path} is a folder; give the name of a picture, such as {path}/a.png."
+        )
     if path.exists() and not overwrite:
         raise ImpromptError(f"{path} exists; choose another name or add --overwrite.")
     try:
@@ -91,6 +95,18 @@ def new_picture(path: Path, *, overwrite: bool) -> Path:
     except OSError as error:
         raise ImpromptError(f"Cannot make the folder {path.parent}: {error.strerror}.") from error
     return path
+
+
+def save_picture(picture: Any, path: Path) -> None:
+    """Write a PIL image to where `new_picture` said that it may go.
+
+    Raises:
+        ImpromptError: it cannot be written, for the disk is full, say.
+    """
+    try:
+        picture.save(path)
+    except OSError as error:
+        raise ImpromptError(f"{path} was not written: {error.strerror or error}.") from error
 
 
 def name_and_value(text: str, option: str) -> tuple[str, str]:

@@ -65,13 +65,14 @@ class Control:
 class MapControl:
     """A control as the denoising loop needs it.
 
-    `maps` are one for all pictures of a generation or one for each, RGB in [0, 1]. A ControlNet reads
+    `maps` are one for all pictures of a generation or one for each, RGB (or grey, for a T2I-Adapter
+    that reads such) in [0, 1]. A ControlNet reads
     the text as the denoiser does, unless `tokens` (and `zero_tokens` for the unconditional half) stand
     in its place, one for all pictures or one for each, as an IdentityNet wants.
     """
 
     module: Any
-    maps: Float[Tensor, "images 3 height width"]
+    maps: Float[Tensor, "images channels height width"]
     weight: Number = 1.0
     start: Number = 0.0
     end: Number = 1.0
@@ -105,9 +106,12 @@ def map_control(control: Control, base: Base, size_px: int | tuple[int, int] | N
         for image in images
     ]
     nn.Module.to(control.network, device=base.device, dtype=base.dtype)
+    maps = ((torch.cat(pixels) + 1) / 2).clamp(0, 1)
+    # The published T2I-Adapters for edges and sketches read grey; a ControlNet's are the latents.
+    is_grey = control.network.config.in_channels == 1
     return MapControl(
         module=control.network,
-        maps=((torch.cat(pixels) + 1) / 2).clamp(0, 1),
+        maps=maps.mean(1, keepdim=True) if is_grey else maps,
         weight=control.weight,
         start=control.start,
         end=control.end,
@@ -123,10 +127,6 @@ def check_fits(network: Any, base: Base) -> None:
         kind = str(its.adapter_type).replace("light_adapter", "full_adapter")
         given = (kind, its.downscale_factor, list(its.channels))
         wanted = layout_of(base)
-        if its.in_channels != 3:
-            raise ImpromptError(
-                f"The T2I-Adapter reads maps of {its.in_channels} channels; maps are RGB here."
-            )
     else:
         names = ("channels", "text width")
         given = (tuple(its.block_out_channels), its.cross_attention_dim)

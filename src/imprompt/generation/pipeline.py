@@ -92,8 +92,10 @@ def generate(
     adapters = [image_prompt.adapter for image_prompt in effective.values()]
     adapters += [person.identity.adapter for person in identities if person.is_beside_the_text]
     # Moved outside inference mode, so that they may be trained afterwards.
-    for network in (*adapters, *(person.identity.net for person in identities)):
-        network.to(base.device)
+    for adapter in adapters:
+        adapter.to(base.device)
+    for person in identities:
+        person.identity.net.to(base.device, base.dtype)
     with (
         torch.inference_mode(),
         installed(base.unet, adapters) as handles,

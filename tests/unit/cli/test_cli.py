@@ -181,6 +181,18 @@ def test_an_ending_that_is_no_picture_is_told_before_the_work(option, tmp_path, 
         assert name in line and ".png" in line
 
 
+def test_a_picture_that_cannot_be_written(tmp_path, capsys, monkeypatch):
+    (tmp_path / "folder.png").mkdir()
+    draw = ["diorama", "--count", 1, "--columns", 1, "--size-px", 16, "--grid"]
+    assert "is a folder" in refused(capsys, *draw, tmp_path / "folder.png", "--overwrite")
+
+    def no_room(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", no_room)
+    assert "No space left" in refused(capsys, *draw, tmp_path / "other.png")
+
+
 def test_separate_pictures_are_not_overwritten_and_nothing_is_drawn(tmp_path, capsys):
     (tmp_path / "out-001.png").write_bytes(b"mine")
     command = ["generate", "a cat", "--base", "nowhere", "--num-images", 2, "--separate"]
