@@ -50,17 +50,35 @@ PROMPTS = (
 SEEDS_SHOWN = (3, 10, 18, 31)
 
 
-def measure(what: str, adapter: Path | None, count: int, output: Path) -> dict[str, float]:
+def measure(adapter: Path | None, count: int) -> dict[str, float]:
     from imprompt.bases import load_base
     from imprompt.evaluation.run import evaluate
 
     return evaluate(
-        what,
+        "instruct",
         adapter_file=adapter,
         load=partial(load_base, "diorama"),
         count=count,
-        output=output,
+        output=Path("runs"),
         **SAMPLING,
+    )
+
+
+def compare(output: Path, pairs: int, steps: int, count: int) -> dict[str, float]:
+    from imprompt.bases import load_base
+    from imprompt.evaluation.instruct_table import measure_instruct_table
+    from imprompt.evaluation.judge import load_judge
+    from imprompt.evaluation.measure import Sampling
+
+    own = {name: value for name, value in SAMPLING.items() if name != "scale"}
+    return measure_instruct_table(
+        partial(load_base, "diorama"),
+        load_judge(),
+        Sampling(**own),
+        output,
+        count,
+        num_pairs=pairs,
+        steps=steps,
     )
 
 
@@ -141,15 +159,21 @@ def main() -> None:
     parser.add_argument("what", choices=("measure", "compare", "picture", "tables"))
     parser.add_argument("--adapter", type=Path)
     parser.add_argument("--count", type=int, default=48)
+    parser.add_argument("--pairs", type=int, default=5000, help="lessons that compare trains on")
+    parser.add_argument("--steps", type=int, default=300, help="steps of each model of compare")
     parser.add_argument("--output", type=Path, default=Path("runs/instruct-table"))
     arguments = parser.parse_args()
     if arguments.what == "picture":
         draw_picture(arguments.adapter, DOCS / "images" / "instruct.png")
         return
     figures = json.loads(FIGURES.read_text(encoding="utf-8")) if FIGURES.is_file() else {}
-    kind = {"measure": "instruct", "compare": "instruct-table"}.get(arguments.what)
-    if kind:
-        figures[kind] = measure(kind, arguments.adapter, arguments.count, arguments.output)
+    if arguments.what == "measure":
+        figures["instruct"] = measure(arguments.adapter, arguments.count)
+    elif arguments.what == "compare":
+        figures["instruct-table"] = compare(
+            arguments.output, arguments.pairs, arguments.steps, arguments.count
+        )
+    if arguments.what != "tables":
         FIGURES.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     page = DOCS / "instruct.md"
     if "instruct" in figures:

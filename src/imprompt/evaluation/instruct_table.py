@@ -10,14 +10,14 @@ Source: IP-Adapter-Instruct (2408.03209), section 4, tables 1 and 2.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from imprompt.bases import Base, load_base
+from imprompt.bases import Base
 from imprompt.checkpoints import load_adapter
 from imprompt.data.columns import default_columns
 from imprompt.data.dataset import Columns, ColumnsWriter
@@ -43,7 +43,7 @@ FIXED = {
 
 
 def measure_instruct_table(
-    base: Base,
+    load: Callable[[], Base],
     judge: Judge,
     sampling: Sampling,
     output: Path,
@@ -55,7 +55,12 @@ def measure_instruct_table(
     words_settings: list[str] | None = None,
     settings: list[str] | None = None,
 ) -> dict[str, float]:
-    """Figures of each model for each task, by name. What `output` has already is not done again."""
+    """Figures of each model for each task, by name. What `output` has already is not done again.
+
+    `load` brings the base, anew for each training and measurement, since a training leaves its adapter
+    in the base.
+    """
+    base = load()
     data = prepare(
         f"diorama-instruct:{num_pairs}",
         output / "data",
@@ -66,7 +71,7 @@ def measure_instruct_table(
     words = run_training(
         "instruct-words",
         data=data,
-        base=base.name,
+        base=load(),
         output=output / "words",
         preset=WORDS_PRESET,
         settings=words_settings or [],
@@ -82,7 +87,7 @@ def measure_instruct_table(
         file = run_training(
             "instruct",
             data=folder,
-            base=base.name,
+            base=load(),
             output=output / "runs" / name.replace(" ", "-"),
             preset=PRESET,
             settings=[
@@ -92,8 +97,7 @@ def measure_instruct_table(
                 *(settings or []),
             ],
         )
-        # Anew: the one before has been trained on, and its processors stand in its UNet.
-        own_base, adapter = load_base(base.name), load_adapter(file)
+        own_base, adapter = load(), load_adapter(file)
         label = f"{name} alone" if name in TASKS else name
         for task in (name,) if name in TASKS else TASKS:
             lessons = unseen_lessons(task, count)

@@ -69,12 +69,15 @@ def unseen_portraits(count: int, styles: Sequence[str] = STYLES) -> Portraits:
         portrait(TARGET_SEED + i, people[i % len(people)], style=styles[i % len(styles)])
         for i in range(count)
     ]
-    return Portraits(people, targets, [_reference(i, target) for i, target in enumerate(targets)])
+    references = [
+        _reference(i, people[i % len(people)], target) for i, target in enumerate(targets)
+    ]
+    return Portraits(people, targets, references)
 
 
-def _reference(number: int, target: Scene) -> Scene:
+def _reference(number: int, character: Character, target: Scene) -> Scene:
     style = OTHER_REFERENCE_STYLE if target.style == REFERENCE_STYLE else REFERENCE_STYLE
-    reference = portrait(REFERENCE_SEED + number, target.character, style=style)
+    reference = portrait(REFERENCE_SEED + number, character, style=style)
     if reference.setting == target.setting:
         following = SETTINGS[(SETTINGS.index(target.setting) + 1) % len(SETTINGS)]
         reference = replace(reference, setting=following)

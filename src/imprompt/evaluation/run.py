@@ -85,7 +85,7 @@ def evaluate(
     if what == "instructions":
         return map_instructions(base, output)
     if what == "instruct-table":
-        return measure_instruct_table(base, judge, sampling, output, count, scale)
+        return measure_instruct_table(load, judge, sampling, output, count, scale)
     adapter = load_adapter(adapter_file or shipped_adapter(), device=base.device)
     kept = measure_adapter(base, adapter, judge, sampling, count, scale).kept
     figures = {f"{name} kept, image alone": share for name, share in kept.items()}
