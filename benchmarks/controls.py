@@ -12,6 +12,7 @@ import argparse
 from pathlib import Path
 
 from pages import DOCS, RESULTS, put
+from PIL import Image
 
 from imprompt.bases import load_base
 from imprompt.checkpoints import load_adapter, load_control, shipped_controls
@@ -22,6 +23,8 @@ from imprompt.evaluation.control import measure_controls, table
 from imprompt.evaluation.judge import load_judge
 from imprompt.evaluation.map_reader import FILE, load_map_reader
 from imprompt.evaluation.measure import Sampling
+
+NOT_SHOWN = "ω = 2"
 
 
 def main() -> None:
@@ -57,13 +60,21 @@ def main() -> None:
     arguments.table.write_text(table(rows) + "\n", encoding="utf-8")
     put(DOCS / "controls.md", "controls", table(rows) + "\n")
     print(table(rows))
-    shown = arguments.shown
-    cells = []
-    for kind in folders:
-        cells += pixels_to_images(draw_maps(asked, kind)[:shown] * 2 - 1)
-    for row in rows:
-        cells += pixels_to_images(row.images[:shown])
-    image_grid(cells, shown).save(arguments.picture)
+    pictures = {f"{kind} map": draw_maps(asked, kind) * 2 - 1 for kind in folders}
+    pictures |= {row.name: row.images for row in rows if not row.name.endswith(NOT_SHOWN)}
+    labelled_rows(
+        {name: pixels_to_images(x[: arguments.shown]) for name, x in pictures.items()}
+    ).save(arguments.picture)
+
+
+def labelled_rows(rows: dict[str, list[Image.Image]]) -> Image.Image:
+    """A sheet with a row for each name, which stands below the row's first picture."""
+    cells: list[Image.Image] = []
+    labels: list[str] = []
+    for name, images in rows.items():
+        cells += [image.resize((112, 112), Image.Resampling.NEAREST) for image in images]
+        labels += [name.replace("ω =", "weight"), *[""] * (len(images) - 1)]
+    return image_grid(cells, len(cells) // len(rows), labels)
 
 
 if __name__ == "__main__":
