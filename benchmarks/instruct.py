@@ -135,7 +135,7 @@ def draw_picture(adapter_file: Path | None, path: Path) -> None:
         labels.append("image prompt")
         for instruction, text in PROMPTS:
             told = filled(instruction, scene.kind)
-            prompt = ImagePrompt(picture, adapter, instruction=told)
+            prompt = ImagePrompt(picture, adapter=adapter, instruction=told)
             asked = text.replace("{kind}", scene.kind)
             cells += generate(
                 base,
