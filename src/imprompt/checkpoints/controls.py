@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,16 @@ def load_control(
         module.to(device).eval().requires_grad_(False),
         str(described.get("kind", "")),
     )
+
+
+def save_network(network: Any, folder: Path) -> None:
+    """Write a diffusers network as its own class loads it, in half precision; it stays as it is.
+
+    A network that was read from a folder remembers which; what is written does not tell.
+    """
+    copied = deepcopy(network).half().to(memory_format=torch.contiguous_format)
+    copied.register_to_config(_name_or_path="")
+    copied.save_pretrained(folder)
 
 
 def shipped_controls() -> dict[str, Path]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from imprompt.bases import Base, Residuals, TextStates
 from imprompt.checkpoints import load_control
-from imprompt.checkpoints.controls import DESCRIPTION
+from imprompt.checkpoints.controls import DESCRIPTION, save_network
 from imprompt.core.errors import ImpromptError
 from imprompt.core.randomness import Randomness
 from imprompt.data.columns import CONTROL
@@ -164,8 +163,7 @@ class ControlSystem:
 
     def export(self, path: Path) -> None:
         """Write a folder that diffusers' own class loads, in half precision, and what it reads."""
-        copied = deepcopy(self.module).half().to(memory_format=torch.contiguous_format)
-        copied.save_pretrained(path)
+        save_network(self.module, path)
         described = {
             "kind": self._kind,
             "base": self.base.name,

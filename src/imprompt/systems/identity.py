@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +24,7 @@ from imprompt.adapters import Handle, ImagePromptAdapter, create_adapter
 from imprompt.bases import Base
 from imprompt.bases.latent_space import pixels_per_latent
 from imprompt.checkpoints import load_adapter, save_adapter
+from imprompt.checkpoints.controls import save_network
 from imprompt.checkpoints.identity import ADAPTER_FILE, CONTROLNET_FOLDER, load_identity_net
 from imprompt.core.config import check_range
 from imprompt.core.randomness import Randomness
@@ -184,8 +184,7 @@ class IdentitySystem:
             "reads": "id_embeds",
         }
         save_adapter(self._adapter, path / ADAPTER_FILE, metadata, dtype=torch.float16)
-        net = deepcopy(self._net).half().to(memory_format=torch.contiguous_format)
-        net.save_pretrained(path / CONTROLNET_FOLDER)
+        save_network(self._net, path / CONTROLNET_FOLDER)
         described = {"kind": "identity", **metadata, **self._adapter.metadata}
         (path / "identity.json").write_text(
             json.dumps(described, indent=2) + "\n", encoding="utf-8"

@@ -2,69 +2,17 @@
 (with IMPROMPT_SLOW_TESTS=1) three real steps of the one training loop on random weights."""
 
 import os
-from typing import Any
 
 import pytest
 import torch
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from full_size_base import full_size_base
 
-from imprompt.bases.stable_diffusion import StableDiffusionBase
-from imprompt.bases.stable_diffusion_xl import StableDiffusionXLBase
 from imprompt.data.dataset import Columns, ColumnsWriter
 from imprompt.systems import controlnet, t2i_adapter
 from imprompt.systems.controlnet import ControlNetOptions, control_residuals, create_controlnet
 from imprompt.systems.t2i_adapter import T2IAdapterOptions, adapter_residuals, create_t2i_adapter
 from imprompt.training.config import TrainConfig
 from imprompt.training.loop import train
-
-XL: dict[str, Any] = {
-    "cross_attention_dim": 2048,
-    "sample_size": 128,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "block_out_channels": (320, 640, 1280),
-    "attention_head_dim": (5, 10, 20),
-    "transformer_layers_per_block": (1, 2, 10),
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 1280 + 6 * 256,
-}
-
-
-def full_size_base(device: str, is_xl: bool = False) -> Any:
-    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-
-    def text(hidden: int, layers: int, heads: int, kind: Any = CLIPTextModel, **more: Any) -> Any:
-        config = CLIPTextConfig(
-            hidden_size=hidden,
-            intermediate_size=4 * hidden,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            **more,
-        )
-        return kind(config)
-
-    with torch.device(device):
-        vae = AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512),
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            layers_per_block=2,
-        )
-        unet: dict[str, Any] = XL if is_xl else {"cross_attention_dim": 768, "sample_size": 64}
-        parts: dict[str, Any] = {
-            "name": "full size",
-            "unet": UNet2DConditionModel(**unet),
-            "vae": vae,
-            "text_encoder": text(768, 12, 12),
-            "tokenizer": None,
-            "scheduler": DDIMScheduler(),
-        }
-        if not is_xl:
-            return StableDiffusionBase(**parts)
-        second = text(1280, 2, 20, CLIPTextModelWithProjection, projection_dim=1280)
-        return StableDiffusionXLBase(**parts, text_encoder_2=second, tokenizer_2=None)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,64 @@
+"""What comes with the package loads, fits the embedded base, and tells nothing of where it was made."""
+
+import json
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+
+import imprompt
+from imprompt.checkpoints import load_control, shipped_controls
+from imprompt.checkpoints.controls import save_network
+from imprompt.checkpoints.identity import load_identity
+from imprompt.checkpoints.shipped import (
+    shipped_adapter,
+    shipped_identity,
+    shipped_instruct_adapter,
+)
+from imprompt.evaluation.map_reader import load_map_reader
+from imprompt.evaluation.portraits import load_face_judge
+from imprompt.generation.faces import face_encoder_of
+
+WEIGHTS = Path(imprompt.__file__).parent / "weights"
+
+
+@pytest.fixture(scope="module")
+def base():
+    return imprompt.load_base("diorama")
+
+
+def test_all_of_it_loads_and_was_made_for_this_base(base):
+    fingerprint = base.fingerprint()
+    identity = load_identity(shipped_identity())
+    adapters = [imprompt.load_adapter(f) for f in (shipped_adapter(), shipped_instruct_adapter())]
+    for adapter in (*adapters, identity.adapter):
+        assert adapter.metadata["base_fingerprint"] == fingerprint
+        with adapter.install(base.unet):
+            pass
+    assert [adapter.variant for adapter in adapters] == ["base", "instruct"]
+    assert face_encoder_of(identity.adapter).name == "diorama"
+    controls = shipped_controls()
+    assert set(controls) == {"segmentation", "depth"}
+    for kind, folder in controls.items():
+        assert load_control(folder).kind == kind
+        assert json.loads((folder / "control.json").read_text())["base_fingerprint"] == fingerprint
+    assert load_face_judge().fingerprint() != face_encoder_of(identity.adapter).fingerprint()
+    load_map_reader()
+
+
+def test_no_file_names_the_place_it_was_made_at():
+    files = sorted(WEIGHTS.rglob("*.json"))
+    assert len(files) > 5
+    for file in files:
+        assert not json.loads(file.read_text()).get("_name_or_path"), file
+
+
+def test_what_is_written_does_not_name_the_folder_it_was_read_from(tmp_path):
+    network = diffusers.T2IAdapter(channels=[32, 32], num_res_blocks=1)
+    network.save_pretrained(tmp_path / "first")
+    read = load_control(tmp_path / "first").module
+    save_network(read, tmp_path / "second")
+    assert str(tmp_path) not in (tmp_path / "second" / "config.json").read_text()
+    assert next(read.parameters()).dtype == torch.float32
+    load_control(tmp_path / "second")
