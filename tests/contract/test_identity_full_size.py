@@ -8,14 +8,6 @@ from full_size_base import full_size_base, step, two_rows, untrained
 
 from imprompt.systems import face_id, identity
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        "IMPROMPT_SLOW_TESTS" not in os.environ,
-        reason="takes minutes and 12 GB; set IMPROMPT_SLOW_TESTS=1",
-    ),
-]
-
 
 @pytest.fixture
 def columns(tmp_path, monkeypatch):
@@ -51,6 +43,11 @@ def test_face_id_has_the_published_shapes(columns):
     step(system, columns, 0, "meta")
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(
+    "IMPROMPT_SLOW_TESTS" not in os.environ,
+    reason="takes minutes and 12 GB; set IMPROMPT_SLOW_TESTS=1",
+)
 def test_identity_takes_three_real_steps(columns):
     system = identity.build(
         identity.IdentityOptions(zero_entry=False), full_size_base("cpu"), columns
