@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass
 
 import torch
@@ -104,3 +105,7 @@ def leave_processes(processes: Processes) -> None:
     """Part from the others in an orderly way; without it a launcher complains."""
     if processes.engine != "single" and dist.is_initialized():
         dist.destroy_process_group()
+        # An engine may still refer to the group, whose threads then live on. They let go of the last
+        # tensors a moment after the call that sent them has returned, and need the interpreter for it:
+        # one that finds it ending aborts the process.
+        time.sleep(0.5)

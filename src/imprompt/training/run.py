@@ -20,7 +20,7 @@ from imprompt.encoders.clip import load_named_clip
 from imprompt.systems.protocol import System
 from imprompt.training.card import write_card
 from imprompt.training.config import PRECISIONS, TrainConfig
-from imprompt.training.loop import train
+from imprompt.training.loop import Interrupted, train
 from imprompt.training.output import say
 from imprompt.training.parallel import trained_parameters
 from imprompt.training.processes import join_processes, leave_processes
@@ -211,6 +211,9 @@ def run_training(
             export_name=EXPORT_NAMES.get(system_name, "export"),
             processes=processes,
         )
+    except Interrupted:  # all of them stop at the same step
+        leave_processes(processes)
+        raise
     finally:
         if isinstance(columns, PairsOnTheFly) and columns.unusable:
             process = f"-{processes.rank}" if processes.rank else ""
