@@ -4,7 +4,8 @@ What a face encoder says of the picture becomes tokens. The denoiser reads them 
 image prompt; and IdentityNet, a ControlNet, reads them instead of the text, with the landmarks as its
 picture, so that it knows nothing but who and where. Both learn together.
 
-Source: Wang et al. (2401.07519), section 3; no weights of the base change and no condition is dropped.
+Source: Wang et al. (2401.07519), section 3; no weights of the base change. No condition is dropped there;
+here it can be (`drop_all`), since guidance then has a branch that was taught to know nobody.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ from imprompt.bases.latent_space import pixels_per_latent
 from imprompt.checkpoints import load_adapter, save_adapter
 from imprompt.checkpoints.controls import save_network
 from imprompt.checkpoints.identity import ADAPTER_FILE, CONTROLNET_FOLDER, load_identity_net
-from imprompt.core.config import check_range
+from imprompt.core.config import check_range, check_shares
 from imprompt.core.randomness import Randomness
 from imprompt.data.rows import Rows
 from imprompt.diffusion.objectives import alphas_cumprod_of
 from imprompt.encoders.landmarks import landmark_images
 from imprompt.systems.controlnet import control_residuals, create_controlnet
 from imprompt.systems.denoising import denoising_errors, mean_in_parts, spread_timesteps
-from imprompt.systems.image_prompt import check_same_base, sample_latents
+from imprompt.systems.image_prompt import check_same_base, replace_rows, sample_latents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +47,14 @@ class IdentityOptions:
     """Layers of the resampler."""
     zero_entry: bool = True
     """Whether the landmarks' own entry begins at zero, too. Without, a small model learns sooner."""
+    drop_all: float = 0.0
+    """Share of samples that see neither text nor face, for classifier-free guidance; landmarks stay."""
     start_from: str = ""
     """A folder that an earlier training exported, to go on from; empty starts anew."""
 
     def __post_init__(self) -> None:
         check_range(self, ("num_tokens", "depth"), 1)
+        check_shares(self, ("drop_all",))
 
 
 def build(options: IdentityOptions, base: Base, columns: Rows) -> IdentitySystem:
@@ -76,7 +80,7 @@ def build(options: IdentityOptions, base: Base, columns: Rows) -> IdentitySystem
         )
         net = create_controlnet(base, zero_entry=options.zero_entry)
     net.float().to(base.device, memory_format=torch.channels_last).requires_grad_(True)
-    system = IdentitySystem(base, adapter.to(base.device), net)
+    system = IdentitySystem(base, adapter.to(base.device), net, drop_all=options.drop_all)
     adapter.metadata["face_encoder"] = str(columns.meta.get("face_encoder", ""))
     return system
 
@@ -93,7 +97,14 @@ class IdentitySystem:
 
     columns = ("latent_mean", "latent_logvar", "id_embeds", "landmarks", "text_ids")
 
-    def __init__(self, base: Base, adapter: ImagePromptAdapter, identity_net: Any) -> None:
+    def __init__(
+        self,
+        base: Base,
+        adapter: ImagePromptAdapter,
+        identity_net: Any,
+        *,
+        drop_all: float = 0.0,
+    ) -> None:
         self.base = base
         self.module = _Together(adapter, identity_net)
         self.draw: Callable[[], Image.Image] | None = None
@@ -103,6 +114,8 @@ class IdentitySystem:
         self._adapter = adapter
         self._handle: Handle = adapter.install(base.unet)
         self._net = identity_net
+        self._drop_all = drop_all
+        self._empty_ids = base.tokenize([""]).to(base.device)
         self._alphas = alphas_cumprod_of(base.scheduler.config).to(base.device)
         self._prediction = str(base.scheduler.config["prediction_type"])
 
@@ -110,6 +123,13 @@ class IdentitySystem:
         self, batch: dict[str, Tensor], randomness: Randomness
     ) -> tuple[Tensor, dict[str, float | Tensor]]:
         """The base's own loss, given the text, the face and the landmarks."""
+        nothing = randomness.uniform("drop") < self._drop_all
+        faces = batch["id_embeds"].float()
+        batch = {
+            **batch,
+            "id_embeds": replace_rows(faces, torch.zeros_like(faces[:1]), nothing),
+            "text_ids": replace_rows(batch["text_ids"], self._empty_ids, nothing),
+        }
         timesteps = (randomness.uniform("timestep") * len(self._alphas)).long()
         return self._errors(batch, randomness, timesteps).mean(), {}
 

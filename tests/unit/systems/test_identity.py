@@ -74,6 +74,22 @@ def test_adapter_and_identity_net_train_together_and_nothing_else(base, columns)
     assert all(torch.equal(v, before[k]) for k, v in base.unet.state_dict().items())
 
 
+def test_what_is_dropped_is_not_seen(base, columns):
+    options = identity.IdentityOptions(num_tokens=3, depth=1, zero_entry=False, drop_all=1)
+    system = identity.build(options, base, columns)
+    batch = trained(system, columns)
+    others = {
+        **batch,
+        "id_embeds": batch["id_embeds"].flip(0),
+        "text_ids": base.tokenize(["a boat at night"] * COUNT),
+    }
+    moved = {**batch, "landmarks": 1 - batch["landmarks"]}
+    loss, of_others, of_moved = (
+        system.loss(rows, Randomness(0, range(COUNT)))[0] for rows in (batch, others, moved)
+    )
+    assert loss == of_others != of_moved
+
+
 def test_identity_net_reads_the_face_and_the_landmarks_but_not_the_text(base, columns):
     options = identity.IdentityOptions(num_tokens=3, depth=1, zero_entry=False)
     system = identity.build(options, base, columns)
