@@ -75,7 +75,7 @@ def test_adapter_and_identity_net_train_together_and_nothing_else(base, columns)
 
 
 def test_what_is_dropped_is_not_seen(base, columns):
-    options = identity.IdentityOptions(num_tokens=3, depth=1, zero_entry=False, drop_all=1)
+    options = identity.IdentityOptions(num_tokens=3, depth=1, zero_entry=False, drop_all=1.0)
     system = identity.build(options, base, columns)
     batch = trained(system, columns)
     others = {
