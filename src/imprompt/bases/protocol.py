@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from imprompt.bases.clip_vision import ClipImageEncoder
 from imprompt.bases.residuals import Residuals
 from imprompt.bases.text import TextStates
+from imprompt.core.errors import ImpromptError
 
 
 @runtime_checkable  # for the type checks of the tests
@@ -103,3 +104,18 @@ class Base(Protocol):
     ) -> dict[str, Any]:
         """How text reaches the UNet, or a ControlNet made from it: as keyword arguments."""
         ...
+
+
+def image_encoder_of(base: Base) -> ClipImageEncoder:
+    """The encoder that reads image prompts for this base.
+
+    Raises:
+        ImpromptError: it has none.
+    """
+    if base.image_encoder is None:
+        raise ImpromptError(
+            f"{base.name} has no image encoder, which image prompts need: name one with "
+            "--image-encoder (h94/IP-Adapter:models/image_encoder is ViT-H), or put it into the "
+            "base's folder as image_encoder/."
+        )
+    return base.image_encoder

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from imprompt.bases import Base, ClipImageEncoder
+from imprompt.bases import Base, image_encoder_of
 from imprompt.core.errors import ImpromptError
 from imprompt.core.images import image_to_pixels
 from imprompt.data.faces import loaded_face_encoder
@@ -137,17 +137,17 @@ def latents(base: Base, batch: Batch) -> Tensor:
 
 def image_embeds(base: Base, batch: Batch) -> Tensor:
     """The image encoder's projected vector: float16 (batch, dim)."""
-    return _encoder(base).embeds(batch.pixels).cpu().half()
+    return image_encoder_of(base).embeds(batch.pixels).cpu().half()
 
 
 def hidden_states(base: Base, batch: Batch) -> Tensor:
     """The image encoder's penultimate states: float16 (batch, length, dim)."""
-    return _encoder(base).hidden_states(batch.pixels).cpu().half()
+    return image_encoder_of(base).hidden_states(batch.pixels).cpu().half()
 
 
 def condition_states(base: Base, batch: Batch) -> Tensor:
     """The image encoder's penultimate states of the condition image: float16 (batch, length, dim)."""
-    return _encoder(base).hidden_states(batch.condition_pixels).cpu().half()
+    return image_encoder_of(base).hidden_states(batch.condition_pixels).cpu().half()
 
 
 def instruction_ids(base: Base, batch: Batch) -> Tensor:
@@ -235,7 +235,7 @@ def id_embeds(base: Base, batch: Batch) -> Tensor:
 def reference_hidden_states(base: Base, batch: Batch) -> Tensor:
     """The image encoder's penultimate states of the reference's face: float16 (batch, length, dim)."""
     crops = _faces(batch).crops(batch.reference_pixels)
-    return _encoder(base).hidden_states(crops).cpu().half()
+    return image_encoder_of(base).hidden_states(crops).cpu().half()
 
 
 def _faces(batch: Batch) -> FaceEncoder:
@@ -253,17 +253,7 @@ def _character(scene: Scene) -> Character:
 def check_has_encoders(base: Base, columns: Sequence[str]) -> None:
     """Raise an ImpromptError if a column needs an image encoder that the base does not have."""
     if not IMAGE_ENCODER_COLUMNS.isdisjoint(columns):
-        _encoder(base)
-
-
-def _encoder(base: Base) -> ClipImageEncoder:
-    if base.image_encoder is None:
-        raise ImpromptError(
-            f"{base.name} has no image encoder, which image prompts need: name one with "
-            "--image-encoder (h94/IP-Adapter:models/image_encoder is ViT-H), or put it into the "
-            "base's folder as image_encoder/."
-        )
-    return base.image_encoder
+        image_encoder_of(base)
 
 
 def _scenes(batch: Batch) -> list[Scene]:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from imprompt.adapters import create_adapter
-from imprompt.bases import Base, TextStates
+from imprompt.bases import Base, TextStates, image_encoder_of
 from imprompt.checkpoints import load_adapter
 from imprompt.data.dataset import Columns
 from imprompt.data.prepare import prepare
@@ -68,8 +68,7 @@ def measure_ablation(
     fitted_file = trained("image-prompt", "decoupled-fitted", "true")
     concatenated_file = trained("concatenation", "concatenated", "false")
     base = load()
-    assert base.image_encoder is not None
-    untrained = create_adapter(base.unet, feature_dim=base.image_encoder.embed_dim)
+    untrained = create_adapter(base.unet, feature_dim=image_encoder_of(base).embed_dim)
     concatenated = build(ConcatenationOptions(), base, Columns.open(data)).module
     concatenated.load_state_dict(load_file(concatenated_file))
     decoupled = load_adapter(decoupled_file)
@@ -101,10 +100,9 @@ def _measure_concatenated(
     base: Base, module: ConcatenatedTokens, judge: Judge, sampling: Sampling, count: int
 ) -> dict[str, float]:
     """As `measure_adapter`, with image tokens appended to the empty text's states."""
-    assert base.image_encoder is not None
     scenes = unseen_scenes(count, first=10_000)
     references = render(scenes, base.image_size_px).pixels
-    embeds = base.image_encoder.embeds(references)
+    embeds = image_encoder_of(base).embeds(references)
     empty = base.encode_text([""])
 
     def joined(embeds: Tensor) -> TextStates:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from imprompt.bases import Base
+from imprompt.bases import Base, image_encoder_of
 from imprompt.diorama import caption, render, sample_scene
 from imprompt.encoders.instruction import instruction_states
 from imprompt.evaluation.measure import UNSEEN_SEED
@@ -28,7 +28,6 @@ class ClipScores:
 
     @torch.no_grad()
     def __init__(self, base: Base, num_scenes: int = NUM_SCENES) -> None:
-        assert base.image_encoder is not None
         self.base = base
         scenes = [sample_scene(UNSEEN_SEED + FIRST_SCENE + i) for i in range(num_scenes)]
         pixels = torch.cat([render(scenes[i : i + 64]).pixels for i in range(0, num_scenes, 64)])
@@ -42,8 +41,8 @@ class ClipScores:
     @torch.no_grad()
     def of_images(self, pixels: Tensor) -> Tensor:
         """Directions of pictures (batch, 3, height, width) in [-1, 1]: (batch, dim)."""
-        assert self.base.image_encoder is not None
-        parts = [self.base.image_encoder.embeds(part) for part in pixels.split(64)]
+        encoder = image_encoder_of(self.base)
+        parts = [encoder.embeds(part) for part in pixels.split(64)]
         return functional.normalize(torch.cat(parts).float().cpu(), dim=1)
 
     @torch.no_grad()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from imprompt.adapters import ImagePromptAdapter
-from imprompt.bases import Base
+from imprompt.bases import Base, image_encoder_of
 from imprompt.data.instruct_scenes import InstructExample, instruct_example
 from imprompt.data.instructions import TASKS
 from imprompt.diorama import caption, phrases, render
@@ -94,16 +94,16 @@ def lesson_prompt(
     scale: float,
 ) -> TokenPrompt:
     """The image prompt of each lesson, for one batch of generations."""
-    assert base.image_encoder is not None
+    encoder = image_encoder_of(base)
     embedding = adapter.metadata.get(METADATA_KEY, "tokens")
     told = instruction_states(base, [lesson.instruction for lesson in lessons], embedding)
     texts = base.encode_text([lesson.prompt for lesson in lessons]).sequence
     silent, empty = instruction_states(base, [""], embedding), base.encode_text([""]).sequence
-    states = base.image_encoder.hidden_states(references)
+    states = encoder.hidden_states(references)
     return TokenPrompt(
         handle=handle,
         tokens=adapter.tokens(states, told, texts),
-        zero_tokens=adapter.tokens(base.image_encoder.zero_hidden_states(), silent, empty),
+        zero_tokens=adapter.tokens(encoder.zero_hidden_states(), silent, empty),
         scale=scale,
     )
 

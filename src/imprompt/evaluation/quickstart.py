@@ -14,7 +14,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from imprompt.adapters import ImagePromptAdapter
-from imprompt.bases import Base, load_base
+from imprompt.bases import Base, image_encoder_of, load_base
 from imprompt.checkpoints import load_adapter
 from imprompt.core.images import pixels_to_images
 from imprompt.data.dataset import Columns
@@ -153,8 +153,7 @@ def _validation_losses(log_file: Path) -> list[dict[str, float | int]]:
 
 def _nearest(base: Base, images: Tensor, columns: Columns) -> Tensor:
     """The training pictures whose image embeddings are nearest to those of generated ones."""
-    assert base.image_encoder is not None
-    generated = functional.normalize(base.image_encoder.embeds(images), dim=1)
+    generated = functional.normalize(image_encoder_of(base).embeds(images), dim=1)
     trained = columns.rows(range(len(columns)), ["image_embeds"])["image_embeds"].float()
     rows = (generated @ functional.normalize(trained, dim=1).T).argmax(1)
     return render([sample_scene(FIRST_SEED + int(row)) for row in rows]).pixels

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from imprompt.adapters import create_adapter
-from imprompt.bases import Base, TextStates
+from imprompt.bases import Base, TextStates, image_encoder_of
 from imprompt.core.errors import ImpromptError
 from imprompt.data.rows import Rows
 from imprompt.systems.image_prompt import ImagePromptOptions, ImagePromptSystem, check_same_base
@@ -54,9 +54,7 @@ def build(options: ConcatenationOptions, base: Base, columns: Rows) -> ImageProm
         raise ImpromptError(
             "Concatenated tokens cannot be fitted to captions: fit_to_captions=false."
         )
-    if base.image_encoder is None:
-        raise ImpromptError(f"{base.name} has no image encoder, which image prompts need.")
-    embed_dim = base.image_encoder.embed_dim
+    embed_dim = image_encoder_of(base).embed_dim
     num_tokens = options.num_tokens or 4
     decoupled = create_adapter(base.unet, feature_dim=embed_dim, num_tokens=num_tokens)
     budget = sum(parameter.numel() for parameter in decoupled.parameters())

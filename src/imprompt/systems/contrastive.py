@@ -25,7 +25,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from imprompt.bases import Base
+from imprompt.bases import Base, image_encoder_of
 from imprompt.core.randomness import Randomness
 from imprompt.data.rows import Rows
 from imprompt.systems.protocol import starts_from_base
@@ -134,9 +134,8 @@ def build(options: ContrastiveOptions, base: Base, columns: Rows) -> Contrastive
     """The system for columns of pixels and token ids."""
     text, vision = create_encoders(base.tokenizer)
     if starts_from_base(options.start):
-        assert base.image_encoder is not None
         text.load_state_dict(base.text_encoder.state_dict(), strict=False)
-        vision.load_state_dict(base.image_encoder.model.state_dict())
+        vision.load_state_dict(image_encoder_of(base).model.state_dict())
     system = ContrastiveSystem(text, vision)
     system.module.text.requires_grad_(not options.lock_text)
     return system

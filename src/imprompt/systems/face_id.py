@@ -15,7 +15,7 @@ import torch
 
 from imprompt.adapters import create_adapter
 from imprompt.adapters.projection import FacePlusProjection
-from imprompt.bases import Base
+from imprompt.bases import Base, image_encoder_of
 from imprompt.checkpoints import load_adapter
 from imprompt.core.errors import ImpromptError
 from imprompt.data.rows import Rows
@@ -78,9 +78,7 @@ def build(options: FaceIdOptions, base: Base, columns: Rows) -> ImagePromptSyste
     adapter.metadata["face_encoder"] = str(columns.meta.get("face_encoder", ""))
     dropped = {"id_embeds": torch.zeros(1, adapter.projection.features[0].dim)}
     if options.variant == "faceid-plus":
-        if base.image_encoder is None:
-            raise ImpromptError(f"{base.name} has no image encoder, which faceid-plus needs.")
-        dropped["reference_hidden_states"] = base.image_encoder.zero_hidden_states()
+        dropped["reference_hidden_states"] = image_encoder_of(base).zero_hidden_states()
     handle = adapter.to(base.device).install(base.unet)
     return ImagePromptSystem(
         base,

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from imprompt.adapters import ImagePromptAdapter, create_adapter
 from imprompt.adapters.projection import LinearProjection
-from imprompt.bases import Base, TextStates
+from imprompt.bases import Base, TextStates, image_encoder_of
 from imprompt.checkpoints import load_adapter, save_adapter
 from imprompt.core.config import check_range, check_shares
 from imprompt.core.errors import ImpromptError
@@ -70,9 +70,7 @@ def build(options: ImagePromptOptions, base: Base, columns: Rows) -> ImagePrompt
             f"The variant {options.variant!r} is not trained here; choose {', '.join(VARIANTS)}."
         )
     check_same_base(columns, base)
-    encoder = base.image_encoder
-    if encoder is None:
-        raise ImpromptError(f"{base.name} has no image encoder, which image prompts need.")
+    encoder = image_encoder_of(base)
     is_global = options.variant == "base"
     if options.start_from:
         adapter = load_adapter(options.start_from)

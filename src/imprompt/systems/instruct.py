@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from imprompt.adapters import ImagePromptAdapter, create_adapter
-from imprompt.bases import Base
+from imprompt.bases import Base, image_encoder_of
 from imprompt.checkpoints import load_adapter, save_adapter
 from imprompt.core.config import check_range, check_shares
 from imprompt.core.errors import ImpromptError
@@ -84,9 +84,7 @@ def instruct_adapter(options: InstructOptions, base: Base) -> ImagePromptAdapter
             f"instruction_embedding is {options.instruction_embedding!r}; choose "
             f"{' or '.join(EMBEDDINGS)}."
         )
-    encoder = base.image_encoder
-    if encoder is None:
-        raise ImpromptError(f"{base.name} has no image encoder, which image prompts need.")
+    encoder = image_encoder_of(base)
     if options.start_from:
         adapter = load_adapter(options.start_from)
         if adapter.variant == "plus":
@@ -149,7 +147,6 @@ class InstructSystem:
     """Trains an Instruct adapter on pairs with a condition image and an instruction."""
 
     def __init__(self, base: Base, adapter: ImagePromptAdapter, options: InstructOptions) -> None:
-        assert base.image_encoder is not None
         self.base = base
         self.module = adapter
         self.options = options
@@ -165,7 +162,7 @@ class InstructSystem:
         self.rows_at_once: int | None = None
         """How many rows are validated together; set by the loop, None is all."""
         self._handle = adapter.install(base.unet)
-        self._no_image = base.image_encoder.zero_hidden_states().float().to(base.device)
+        self._no_image = image_encoder_of(base).zero_hidden_states().float().to(base.device)
         self._empty_ids = base.tokenize([""]).to(base.device)
         self._alphas = alphas_cumprod_of(base.scheduler.config).to(base.device)
         self._prediction = str(base.scheduler.config["prediction_type"])

@@ -53,7 +53,6 @@ class InstructWordsSystem:
     def __init__(
         self, base: Base, adapter: ImagePromptAdapter, options: InstructOptions, kept_ids: Tensor
     ) -> None:
-        assert base.image_encoder is not None
         self.base = base
         self.adapter = adapter
         self.options = options
