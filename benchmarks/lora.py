@@ -20,6 +20,7 @@ from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
+from imprompt.adapters.site_presets import preset_scales
 from imprompt.bases import load_base
 from imprompt.bases.extensions import add_lora
 from imprompt.checkpoints import load_adapter
@@ -128,13 +129,15 @@ def main() -> None:
     sampling = Sampling(steps=20, sampler="dpm-solver++", guidance_scale=4.0)
     features, nothing = image_features(base, adapter, drawn.pixels)
 
-    def prompted(scale: float, texts: list[str]) -> torch.Tensor:
+    def prompted(scale: float, texts: list[str], preset: str | None = None) -> torch.Tensor:
         with adapter.install(base.unet) as handle:
+            sites = [site for site in handle.sites if site.is_cross]
+            scales = preset_scales(preset, sites, scale) if preset else scale
             prompt = TokenPrompt(
                 handle=handle,
                 tokens=adapter.tokens(features).detach(),
                 zero_tokens=adapter.tokens(nothing).detach(),
-                scale=scale,
+                scale=scales,
             )
             return draw(base, texts, [prompt] if scale else [], sampling)
 
@@ -150,6 +153,7 @@ def main() -> None:
         ("LoRA, text alone", prompted(0.0, nouns)),
         ("LoRA and image prompt, λ = 0.5", prompted(0.5, empty)),
         ("LoRA and image prompt, λ = 1", prompted(1.0, empty)),
+        ("LoRA and image prompt, λ = 1, weak output", prompted(1.0, empty, "weak output")),
         ("LoRA, image prompt (λ = 0.5) and text", prompted(0.5, nouns)),
     ]
     lines = ["| | object of the reference | blueprint |", "|---|---:|---:|"]

@@ -4,6 +4,8 @@ from pathlib import Path
 
 from imprompt.core.errors import ImpromptError
 
+# At the 7.5 of larger models its colours run over.
+GUIDANCE_SCALE = 4.0
 FOLDER = Path(__file__).parent.parent / "weights" / "diorama-base"
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from imprompt.bases.diorama import diorama_folder
+from imprompt.bases.diorama import GUIDANCE_SCALE, diorama_folder
 from imprompt.bases.folder import read_index
 from imprompt.bases.placement import checked_device
 from imprompt.bases.protocol import Base
@@ -43,7 +43,9 @@ def load_base(
     device = checked_device(device)
     text = str(name_or_path)
     if text == "diorama":
-        return _load(diorama_folder(), text, dtype, device)
+        base = _load(diorama_folder(), text, dtype, device)
+        base.guidance_scale = GUIDANCE_SCALE
+        return base
     path = Path(name_or_path)
     if path.is_dir():
         return _load(path, path.resolve().name, dtype, device)

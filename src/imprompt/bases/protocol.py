@@ -24,6 +24,8 @@ class Base(Protocol):
     tokenizer: Any
     scheduler: Any
     image_encoder: ClipImageEncoder | None
+    guidance_scale: float
+    """How strongly it is best guided by text, where nothing else is asked for."""
 
     @property
     def dtype(self) -> torch.dtype: ...

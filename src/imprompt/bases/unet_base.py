@@ -23,6 +23,8 @@ class UNetBase(ABC):
     name: str
     unet: Any
     vae: Any
+    guidance_scale: float = 7.5
+    """How strongly it is best guided by text, where nothing else is asked for."""
 
     @abstractmethod
     def parts(self) -> dict[str, nn.Module]:

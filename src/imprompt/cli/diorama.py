@@ -62,4 +62,4 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.captions:
         for scene in scenes:
             print(f"{scene.seed}\t{caption(scene)}")
-    print(f"{len(images)} scenes in {output}")
+    print(f"{len(images)} scene{'s' if len(images) > 1 else ''} in {output}")

@@ -82,7 +82,9 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("--negative-prompt", help="what to get away from")
     parser.add_argument("--num-images", type=int, default=4, help="how many images (4)")
     parser.add_argument("--steps", type=int, default=50, help="sampler steps (50)")
-    parser.add_argument("--guidance-scale", type=float, default=7.5, help="guidance (7.5)")
+    parser.add_argument(
+        "--guidance-scale", type=float, help="guidance (as the base likes it: 7.5; diorama 4)"
+    )
     parser.add_argument(
         "--image-guidance-scale", type=float, help="guidance towards the images, if it shall differ"
     )

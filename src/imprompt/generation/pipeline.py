@@ -27,7 +27,7 @@ def generate(
     negative_prompt: str | Sequence[str | None] | None = None,
     num_images: int = 1,
     steps: int = 50,
-    guidance_scale: Number = 7.5,
+    guidance_scale: Number | None = None,
     image_guidance_scale: Number | None = None,
     instruction_guidance_scale: Number | None = None,
     guidance_rescale: Number = 0.0,
@@ -53,7 +53,7 @@ def generate(
         num_images: how many images of one prompt. With several prompts it is their number.
         steps: of the sampler. Their cost is all there is.
         guidance_scale: how far to go beyond what the prompts say; 1 is not at all, at half the
-            cost.
+            cost. By default as the base is best guided: 7.5, and 4 for "diorama".
         image_guidance_scale: the same for the image prompts alone, if it shall differ; half more
             cost.
         instruction_guidance_scale: the same for what image prompts of an Instruct adapter are told,
@@ -118,7 +118,7 @@ def generate(
             text_states[len(prompts) :],
             token_prompts,
             steps=steps,
-            guidance_scale=guidance_scale,
+            guidance_scale=base.guidance_scale if guidance_scale is None else guidance_scale,
             image_guidance_scale=image_guidance_scale,
             instruction_guidance_scale=instruction_guidance_scale,
             guidance_rescale=guidance_rescale,

@@ -141,7 +141,7 @@ def test_a_stock_pipeline_draws_from_the_embedded_base() -> None:
         latents=initial_noise(0, [0], base.latent_shape()),
         output_type="np",
     ).images
-    (ours,) = generate(base, "a red house", steps=4, progress=False)
+    (ours,) = generate(base, "a red house", steps=4, guidance_scale=7.5, progress=False)
     assert abs(numpy.asarray(ours) - theirs * 255).max() <= 1
     assert base.image_encoder is not None
 
@@ -233,3 +233,14 @@ def test_sizes_that_cannot_be_are_refused(folder: Path) -> None:
     for size_px in (30, 0, -4, (32, 33)):
         with pytest.raises(ImpromptError, match="multiples of 4 px"):
             base.latent_shape(size_px)
+
+
+def test_every_base_has_a_guidance_of_its_own(folder: Path) -> None:
+    base = load_base(folder)
+    assert (base.guidance_scale, load_base("diorama").guidance_scale) == (7.5, 4.0)
+    base.guidance_scale = 3.0
+    unsaid, said, other = (
+        generate(base, "a house", steps=2, progress=False, **asked)[0].tobytes()
+        for asked in ({}, {"guidance_scale": 3.0}, {"guidance_scale": 7.5})
+    )
+    assert unsaid == said != other
