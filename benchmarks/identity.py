@@ -26,7 +26,7 @@ from imprompt.evaluation.portraits import drawn, templates, unseen_portraits
 
 IMAGES = DOCS / "images"
 FIGURES = RESULTS / "identity.json"
-GUIDANCE = 2.0  # nothing was dropped in training, so no branch without the face was learnt
+GUIDANCE = 2.0
 SEED = 8_000_000
 VISIBLE = 0.15  # of a channel's range in [-1, 1]
 
