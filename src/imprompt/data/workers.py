@@ -101,6 +101,7 @@ def work_on_ray(workers: int, job: Job, report: Report) -> None:
     """
     try:
         import ray  # type: ignore[import-not-found]
+        from ray.exceptions import RayError  # type: ignore[import-not-found]
         from ray.util.queue import Empty as NothingYet  # type: ignore[import-not-found]
         from ray.util.queue import Queue  # type: ignore[import-not-found]
     except ImportError as error:
@@ -119,7 +120,7 @@ def work_on_ray(workers: int, job: Job, report: Report) -> None:
                 ended, waiting = ray.wait(waiting, timeout=0) if waiting else ([], [])
                 for failure in filter(None, ray.get(ended)):
                     raise ImpromptError(failure) from None
-    except ray.exceptions.RayError as error:
+    except RayError as error:
         raise ImpromptError(f"A Ray task failed: {error}") from error
     finally:
         for running in waiting:
