@@ -43,8 +43,7 @@ from imprompt.training.run import run_training
 FIRST_SEED = 3_000_000
 NUM_STEPS = 680  # fewer than the preset's, so that all of it ends within ten minutes on two cores
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
-GALLERY = Sampling(steps=50, guidance_scale=4.0)
-JUDGED = Sampling(steps=25, guidance_scale=4.0, sampler="dpm-solver++")
+SAMPLING = Sampling(steps=25, guidance_scale=4.0, sampler="dpm-solver++")
 
 NEXT_STEPS = """\
 imprompt generate --image photo.png --adapter {adapter}
@@ -95,10 +94,10 @@ def quickstart(
     base = load_base("diorama")
     adapter = load_adapter(adapter_file)
     with timing.stage("generate and judge image prompts"):
-        alone = measure_adapter(base, adapter, judge, JUDGED, count=num_judged)
+        alone = measure_adapter(base, adapter, judge, SAMPLING, count=num_judged)
     with timing.stage("generate and judge image with text"):
         sweep = measure_text_and_image(
-            base, adapter, judge, JUDGED, count=max(4, num_judged // 2), scales=SCALES
+            base, adapter, judge, SAMPLING, count=max(4, num_judged // 2), scales=SCALES
         )
     with timing.stage("draw the gallery"):
         gallery = _draw_gallery(base, adapter, alone)
@@ -135,14 +134,14 @@ def _draw_gallery(base: Base, adapter: ImagePromptAdapter, alone: ImagePromptRes
 
         def made(words: list[str], tokens: Tensor, scale: float) -> Tensor:
             prompt = TokenPrompt(handle=handle, tokens=tokens, zero_tokens=zero, scale=scale)
-            return draw(base, words, [prompt], GALLERY)
+            return draw(base, words, [prompt], SAMPLING)
 
         by_scale = torch.stack([made([""] * count, tokens, scale) for scale in SCALES], 1)
         variations = torch.stack(
             [made([""] * 6, tokens[i : i + 1].repeat(6, 1, 1), 1.0) for i in range(min(3, count))]
         )
         with_text = torch.stack([made([text] * count, tokens, 0.5) for text in texts], 1)
-    bare = draw(base, [""] * count, (), GALLERY, show_progress=False)
+    bare = draw(base, [""] * count, (), SAMPLING, show_progress=False)
     return Gallery(by_scale, variations, with_text, texts, bool(torch.equal(bare, by_scale[:, 0])))
 
 
