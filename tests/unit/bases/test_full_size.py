@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from full_size_base import XL
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -26,19 +27,7 @@ UNETS: dict[str, dict[str, Any]] = {
         "use_linear_projection": True,
         "upcast_attention": True,
     },
-    "XL": {
-        "cross_attention_dim": 2048,
-        "sample_size": 128,
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        "block_out_channels": (320, 640, 1280),
-        "attention_head_dim": (5, 10, 20),
-        "transformer_layers_per_block": (1, 2, 10),
-        "use_linear_projection": True,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 1280 + 6 * 256,
-    },
+    "XL": XL,
 }
 TEXT_ENCODERS: dict[str, dict[str, int | str]] = {
     "CLIP-L": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
