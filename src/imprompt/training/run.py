@@ -29,7 +29,7 @@ from imprompt.training.processes import join_processes, leave_processes
 SYSTEMS: dict[str, tuple[str, str]] = {
     "image-prompt": ("imprompt.systems.image_prompt", "ImagePromptOptions"),
     "instruct": ("imprompt.systems.instruct", "InstructOptions"),
-    "instruct-words": ("imprompt.systems.instruct_words", "InstructOptions"),
+    "instruct-words": ("imprompt.systems.instruct_words", "InstructWordsOptions"),
     "concatenation": ("imprompt.systems.concatenation", "ConcatenationOptions"),
     "controlnet": ("imprompt.systems.controlnet", "ControlNetOptions"),
     "t2i-adapter": ("imprompt.systems.t2i_adapter", "T2IAdapterOptions"),

@@ -17,9 +17,11 @@ from imprompt.data.prepare import prepare
 from imprompt.encoders.instruction import instruction_states
 from imprompt.systems import instruct, instruct_words
 from imprompt.systems.instruct import InstructOptions, InstructSystem, drops
+from imprompt.systems.instruct_words import InstructWordsOptions
 from imprompt.training.run import run_training
 
 SMALL = InstructOptions(num_tokens=3, resampler_dim=64, depth=1)
+WORDS = InstructWordsOptions(num_tokens=3, resampler_dim=64, depth=1)
 KEEP_ALL = replace(SMALL, drop_image=0.0, drop_text=0.0, drop_instruction=0.0, drop_all=0.0)
 SETTINGS = ["system.num_tokens=3", "system.resampler_dim=64", "system.depth=1"]
 
@@ -124,7 +126,7 @@ def test_pooled_is_the_state_at_the_end(base):
 
 
 def test_words_teach_the_resampler_alone(base, columns):
-    system = instruct_words.build(SMALL, base, columns)
+    system = instruct_words.build(WORDS, base, columns)
     sites = {i: w.to_k_ip.weight.clone() for i, w in system.adapter.site_weights.items()}
     batch = columns.rows(range(10), system.columns)
     optimizer = torch.optim.Adam(system.module.parameters(), lr=3e-3)
