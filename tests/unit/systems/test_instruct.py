@@ -143,6 +143,49 @@ def test_words_teach_the_resampler_alone(base, columns):
     )
 
 
+def test_added_tokens_learn_words_while_the_others_say_what_they_said(base, columns, tmp_path):
+    old = create_adapter(base.unet, "instruct", feature_dim=24, num_tokens=3, resampler_dim=64)
+    save_adapter(old, tmp_path / "old.safetensors", {"base_fingerprint": base.fingerprint()})
+    options = replace(WORDS, start_from=str(tmp_path / "old.safetensors"), added_tokens=4)
+    system = instruct_words.build(options, base, columns)
+    grown = system.adapter.state_dict()
+    latents = grown.pop("image_proj.latents")
+    assert torch.equal(latents[:, :3], old.state_dict()["image_proj.latents"])
+    assert latents.shape[1] == 7 and latents[:, 3:].std() > 0
+    assert all(torch.equal(grown[name], old.state_dict()[name]) for name in grown)
+    batch, randomness = columns.rows(range(10), system.columns), Randomness(0, range(10))
+    before = system.validate(batch, randomness)
+    optimizer = torch.optim.Adam(system.module.parameters(), lr=3e-3)
+    for _ in range(40):
+        loss, _ = system.loss(batch, randomness)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    after = system.validate(batch, randomness)
+    assert after["unsaid"] < 0.7 * before["unsaid"]
+    assert after["lost_of_before"] < before["lost_of_before"]
+    system.export(tmp_path / "grown.safetensors")
+    assert load_adapter(tmp_path / "grown.safetensors").num_tokens == 7
+
+
+def test_a_compositions_words_may_count_more(base, columns):
+    rows = [i for i in range(20) if columns.rows([i], ["task_ids"])["task_ids"] == 3]
+    one, four = (
+        instruct_words.build(replace(WORDS, layout_weight=w), base, columns) for w in (1.0, 4.0)
+    )
+    four.module.load_state_dict(one.module.state_dict())
+    losses = []
+    for system in (one, four):
+        batch = columns.rows(rows, system.columns)
+        losses.append(system.loss(batch, Randomness(0, rows))[0])
+    torch.testing.assert_close(losses[1], 4 * losses[0])
+
+
+def test_tokens_are_added_to_an_adapter_only():
+    with pytest.raises(ImpromptError, match="none is named"):
+        InstructWordsOptions(added_tokens=4)
+
+
 def test_from_words_to_images_by_the_products_own_command(folder, tmp_path):
     train = ["train.steps=3", "train.batch_size=4", "train.validation_rows=5"]
 
