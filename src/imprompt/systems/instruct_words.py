@@ -104,7 +104,7 @@ class InstructWordsSystem:
         kept_ids: Tensor,
         before: ImagePromptAdapter | None = None,
     ) -> None:
-        """kept_ids: words of some of the data, for mean and deviation. before: the adapter without the
+        """kept_ids: words of some of the data, for their deviation. before: the adapter without the
         tokens that were added to it, whose own go on saying what it says."""
         self.base = base
         self.adapter = adapter
@@ -118,12 +118,11 @@ class InstructWordsSystem:
         self._num_held = 0 if before is None else before.num_tokens or 0
         with torch.no_grad():
             states = self._words(kept_ids)
-            self._mean = states.mean((0, 1))
             self._deviation = states.std((0, 1)).clamp(min=SMALLEST_DEVIATION)
             projection = adapter.image_proj
             if not options.start_from and isinstance(projection, InstructResampler):
                 projection.norm_out.weight.copy_(self._deviation)
-                projection.norm_out.bias.copy_(self._mean)
+                projection.norm_out.bias.copy_(states.mean((0, 1)))
 
     @torch.no_grad()
     def _words(self, kept_ids: Tensor) -> Tensor:
