@@ -113,20 +113,25 @@ def instruct_adapter(options: InstructOptions, base: Base) -> ImagePromptAdapter
     return adapter.to(base.device)
 
 
+def new_like(adapter: ImagePromptAdapter, base: Base, more_tokens: int = 0) -> ImagePromptAdapter:
+    """A new Instruct adapter of the shape of this Plus or Instruct adapter, and so many tokens more."""
+    _, num_tokens, dim = adapter.state_dict()["image_proj.latents"].shape
+    return create_adapter(
+        base.unet,
+        "instruct",
+        feature_dim=adapter.projection.features[0].dim,
+        num_tokens=num_tokens + more_tokens,
+        resampler_dim=dim,
+        depth=len(adapter.image_proj.get_submodule("layers")._modules),
+    )
+
+
 @torch.no_grad()
 def begun_as_plus(plus: ImagePromptAdapter, base: Base) -> ImagePromptAdapter:
     """An Instruct adapter whose tokens are at first, but for nearly nothing, those of a Plus adapter."""
     weights = plus.state_dict()
-    latents, query = weights["image_proj.latents"], weights["image_proj.layers.0.0.to_q.weight"]
-    depth = len(plus.image_proj.get_submodule("layers")._modules)
-    adapter = create_adapter(
-        base.unet,
-        "instruct",
-        feature_dim=plus.projection.features[0].dim,
-        num_tokens=latents.shape[1],
-        resampler_dim=latents.shape[2],
-        depth=depth,
-    )
+    query = weights["image_proj.layers.0.0.to_q.weight"]
+    adapter = new_like(plus, base)
     own = adapter.state_dict()
     if query.shape != own["image_proj.layers.0.0.to_q.weight"].shape:
         raise ImpromptError(

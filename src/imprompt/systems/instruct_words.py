@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from imprompt.adapters import ImagePromptAdapter, create_adapter
+from imprompt.adapters import ImagePromptAdapter
 from imprompt.adapters.resampler import InstructResampler
 from imprompt.bases import Base, TextStates
 from imprompt.checkpoints import save_adapter
@@ -33,7 +33,7 @@ from imprompt.data.rows import Rows
 from imprompt.encoders.instruction import instruction_states
 from imprompt.systems.denoising import mean_in_parts
 from imprompt.systems.image_prompt import check_same_base, replace_rows
-from imprompt.systems.instruct import InstructOptions, instruct_adapter
+from imprompt.systems.instruct import InstructOptions, instruct_adapter, new_like
 
 NUM_ROWS_FOR_SCALE = 2048
 SMALLEST_DEVIATION = 1e-3
@@ -79,14 +79,7 @@ def with_more_tokens(adapter: ImagePromptAdapter, base: Base, count: int) -> Ima
     """The same Instruct adapter with `count` tokens more, new ones, after its own."""
     weights = adapter.state_dict()
     latents = weights["image_proj.latents"]
-    grown = create_adapter(
-        base.unet,
-        adapter.variant,
-        feature_dim=adapter.projection.features[0].dim,
-        num_tokens=latents.shape[1] + count,
-        resampler_dim=latents.shape[2],
-        depth=len(adapter.image_proj.get_submodule("layers")._modules),
-    )
+    grown = new_like(adapter, base, count)
     new = grown.state_dict()["image_proj.latents"][:, -count:].to(latents)
     grown.load_state_dict({**weights, "image_proj.latents": torch.cat([latents, new], dim=1)})
     grown.metadata.update(adapter.metadata)
