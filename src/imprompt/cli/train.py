@@ -50,7 +50,9 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument(
         "--data",
         required=True,
-        help="what `imprompt prepare` made, or a source that it reads, encoded anew at every step",
+        nargs="+",
+        help="what `imprompt prepare` made (several folders are joined), or a source that it reads, "
+        "encoded anew at every step",
     )
     parser.add_argument("--size-px", type=int, help="of a source: side of the images")
     parser.add_argument(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from imprompt.bases import Base, load_base
 from imprompt.core.config import build, read_toml, to_toml, with_settings
 from imprompt.core.errors import ImpromptError
 from imprompt.data.dataset import Columns
+from imprompt.data.joined import JoinedColumns
 from imprompt.data.on_the_fly import PairsOnTheFly
 from imprompt.data.records import Reading
 from imprompt.data.rows import FirstRows, Rows
@@ -44,6 +45,7 @@ SYSTEMS: dict[str, tuple[str, str]] = {
 }
 # What decides which model reads the faces in photos, where a system reads faces.
 VARIANTS = {"face-id": "faceid", "identity": "identity"}
+_FACES_ARE_READ = "{} is prepared: its faces are read already. Leave --face-encoder out."
 PRESETS = Path(__file__).parent.parent / "presets"
 EXPORT_NAMES = {
     "image-prompt": "adapter.safetensors",
@@ -112,7 +114,7 @@ def prepare_run(
 
 
 def open_data(
-    data: Path | str,
+    data: Path | str | Sequence[Path | str],
     base: Base,
     size_px: int | None = None,
     reading: Reading | None = None,
@@ -122,16 +124,23 @@ def open_data(
 ) -> Rows:
     """What `imprompt prepare` made, or a source that it would read, to be encoded on the fly.
 
+    Several are joined; all of them must be prepared.
+
     Raises:
-        ImpromptError: it is neither, or it is prepared and a face encoder is given.
+        ImpromptError: it is neither, or it is prepared and a face encoder is given; of several, one is
+            not prepared, or they do not fit together.
     """
+    if not isinstance(data, Path | str):
+        if len(data) > 1:
+            if face_encoder is not None:
+                raise ImpromptError(_FACES_ARE_READ.format(" ".join(map(str, data))))
+            return JoinedColumns([Columns.open(part) for part in data])
+        (data,) = data
     name = str(data)
     is_prepared = any((Path(name) / file).exists() for file in ("meta.json", "begun.json"))
     if is_prepared or "://" in name or (":" not in name and not Path(name).exists()):
         if face_encoder is not None:
-            raise ImpromptError(
-                f"{name} is prepared: its faces are read already. Leave --face-encoder out."
-            )
+            raise ImpromptError(_FACES_ARE_READ.format(name))
         return Columns.open(data)
     try:
         return PairsOnTheFly(
@@ -149,7 +158,7 @@ def open_data(
 def run_training(
     system_name: str,
     *,
-    data: Path | str,
+    data: Path | str | Sequence[Path | str],
     base: str | Base,
     image_encoder: str | None = None,
     output: Path,
@@ -165,7 +174,7 @@ def run_training(
     """Train a system; the same call goes on where the last one stopped.
 
     A base that is given as an object is moved to where the run computes.
-    `data` are prepared, or a source of pairs, which is then read as `reading` says and encoded at
+    `data` are prepared, in one folder or several, or a source of pairs, which is then read as `reading` says and encoded at
     `size_px` (by default the base's) whenever a step needs it; `face_encoder` reads its faces, as in
     `prepare`.
     `engine` is single, ddp, zero2 or fsdp2; `auto` is ddp where torchrun started several processes.

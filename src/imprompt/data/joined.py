@@ -1,0 +1,85 @@
+"""Several prepared folders as one, as IP-Adapter was trained on LAION-2B and COYO-700M together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from imprompt.core.errors import ImpromptError
+from imprompt.data.dataset import Columns
+from imprompt.data.rows import Fetched
+
+_MUST_AGREE = ("base", "base_fingerprint", "size_px", "face_encoder")
+
+
+class JoinedColumns:
+    """The rows of several prepared data one after another, drawn with equal chance.
+
+    What is held out are the last rows, those of the last folder.
+    """
+
+    def __init__(self, parts: Sequence[Columns]) -> None:
+        """
+        Raises:
+            ImpromptError: they were encoded by different models or at different sizes.
+        """
+        first = parts[0]
+        for part in parts[1:]:
+            for name in _MUST_AGREE:
+                one, other = first.meta.get(name), part.meta.get(name)
+                if None not in (one, other) and one != other:
+                    raise ImpromptError(
+                        f"{part.path} cannot be trained on together with {first.path}: "
+                        f"its {name} is {other}, not {one}."
+                    )
+        self._parts = tuple(parts)
+        self._ends = np.cumsum([len(part) for part in parts])
+        self.path = " + ".join(str(part.path) for part in parts)
+        self.meta: Mapping[str, Any] = {
+            **{name: first.meta[name] for name in _MUST_AGREE if name in first.meta},
+            "source": " + ".join(str(part.meta.get("source", part.path)) for part in parts),
+            "count": len(self),
+        }
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The columns that all of them have."""
+        others = [set(part.names) for part in self._parts[1:]]
+        return tuple(
+            name for name in self._parts[0].names if all(name in other for other in others)
+        )
+
+    def require(self, names: Sequence[str]) -> None:
+        """Raise an ImpromptError unless each of them has all these columns."""
+        for part in self._parts:
+            part.require(names)
+
+    def rows(
+        self, indices: Sequence[int] | range | np.ndarray, names: Sequence[str]
+    ) -> dict[str, Tensor]:
+        """The given rows of the given columns, in the given order."""
+        indices = np.asarray(indices, dtype=np.int64)
+        if indices.size and not (-len(self) <= indices.min() and indices.max() < len(self)):
+            raise IndexError(f"{self.path} has rows 0 to {len(self) - 1}")
+        indices = np.where(indices < 0, indices + len(self), indices)
+        owners = np.searchsorted(self._ends, indices, side="right")
+        order = np.argsort(owners, kind="stable")
+        back = torch.from_numpy(np.argsort(order, kind="stable"))
+        begins = np.concatenate(([0], self._ends))
+        pieces = [
+            part.rows(indices[order][owners[order] == number] - begins[number], names)
+            for number, part in enumerate(self._parts)
+        ]
+        return {name: torch.cat([piece[name] for piece in pieces])[back] for name in names}
+
+    def fetch(self, indices: np.ndarray, names: Sequence[str]) -> Fetched:
+        """The same, for reading ahead: nothing is left to do when the result is called."""
+        values = self.rows(indices, names)
+        return lambda: values

@@ -1,0 +1,75 @@
+"""Several prepared folders train as one."""
+
+import numpy as np
+import pytest
+import torch
+from small_system import SmallSystem, write_numbers
+from tiny_base import write_tiny_base
+
+from imprompt.bases import load_base
+from imprompt.core.errors import ImpromptError
+from imprompt.data.dataset import Columns, ColumnsWriter
+from imprompt.data.joined import JoinedColumns
+from imprompt.training.config import TrainConfig
+from imprompt.training.loop import train
+from imprompt.training.run import open_data
+
+
+def numbered(folder, first, count, **meta):
+    """Prepared data whose rows know their number."""
+    folder.mkdir()
+    writer = ColumnsWriter(folder, count)
+    x = torch.arange(first, first + count, dtype=torch.float32)[:, None]
+    writer.write(0, {"x": x, f"only_{first}": x})
+    writer.finish(count, {"source": f"numbers from {first}", "base": "b", **meta})
+    return Columns.open(folder)
+
+
+def test_rows_come_in_the_order_asked_for(tmp_path):
+    joined = JoinedColumns(
+        [
+            numbered(tmp_path / "a", 0, 5),
+            numbered(tmp_path / "b", 5, 3),
+            numbered(tmp_path / "c", 8, 4),
+        ]
+    )
+    assert len(joined) == 12
+    asked = np.array([11, 0, 7, 5, 4, 5, -1, -12])
+    for read in (joined.rows(asked, ["x"]), joined.fetch(asked, ["x"])()):
+        assert read["x"][:, 0].tolist() == [11, 0, 7, 5, 4, 5, 11, 0]
+    assert joined.rows([], ["x"])["x"].shape == (0, 1)
+    with pytest.raises(IndexError, match="rows 0 to 11"):
+        joined.rows([12], ["x"])
+
+
+def test_columns_are_those_that_all_have(tmp_path):
+    joined = JoinedColumns([numbered(tmp_path / "a", 0, 5), numbered(tmp_path / "b", 5, 3)])
+    assert joined.names == ("x",)
+    assert joined.meta["source"] == "numbers from 0 + numbers from 5"
+    joined.require(["x"])
+    with pytest.raises(ImpromptError, match="b lacks the column only_0"):
+        joined.require(["only_0"])
+
+
+def test_data_of_different_models_or_sizes_are_told_apart(tmp_path):
+    first = numbered(tmp_path / "a", 0, 5, size_px=64)
+    without_faces = numbered(tmp_path / "b", 5, 3, size_px=64)
+    with_faces = numbered(tmp_path / "c", 8, 3, size_px=64, face_encoder="f")
+    assert JoinedColumns([first, without_faces, with_faces]).meta["size_px"] == 64
+    with pytest.raises(ImpromptError, match="its size_px is 32, not 64"):
+        JoinedColumns([first, numbered(tmp_path / "d", 8, 3, size_px=32)])
+
+
+def test_a_run_sees_all_of_them_and_one_alone_is_itself(tmp_path):
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        write_numbers(folder, 32)
+    base = load_base(write_tiny_base(tmp_path / "base"))
+    data = open_data(folders, base)
+    config = TrainConfig(steps=40, batch_size=16, learning_rate=0.1, validation_rows=8)
+    system = SmallSystem()
+    train(system, data, config, tmp_path / "run")
+    assert system.validate(data.rows(range(56, 64), ["x", "y"]), None)["error"] < 0.1
+    assert open_data([folders[0]], base).path == folders[0]
+    with pytest.raises(ImpromptError, match="Leave --face-encoder out"):
+        open_data(folders, base, face_encoder="diorama")
