@@ -3,8 +3,7 @@
     python benchmarks/accelerator/training_gpu.py            # about ten minutes
     python benchmarks/accelerator/training_gpu.py --batches 1
 
-Completes ../results/training-cuda.json, case by case, the most wanted first. Wanted are 1.6 times the
-recipe's samples per second at 512 px, twice at 256 px, and less than half of its memory at batch 1.
+Completes ../results/training-cuda.json, case by case, the most wanted first.
 """
 
 from __future__ import annotations

@@ -54,15 +54,22 @@ def add_parser(verbs: Any) -> None:
             "instruct-table",
             "instructions",
         ),
+        help="what is measured: an image-prompt adapter (the default), the base, the judge; two ways of "
+        "joining tokens (ablation); a person kept; controls; Instruct, its comparison with rivals, or a map "
+        "of its instructions",
     )
     parser.add_argument("--base", default="diorama", help="diorama, or a folder")
     add_place_arguments(parser, "float32 on a CPU, float16 on a GPU")
     parser.add_argument("--count", type=int, default=96, help="how many images (96)")
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--sampler", default="ddim")
-    parser.add_argument("--guidance-scale", type=float, default=7.5)
+    parser.add_argument("--steps", type=int, default=50, help="of the sampler (50)")
+    parser.add_argument(
+        "--sampler", default="ddim", help="as for generate: ddim, dpm-solver++ … (ddim)"
+    )
+    parser.add_argument("--guidance-scale", type=float, help="the base's own if not given")
     parser.add_argument("--scale", type=float, default=1.0, help="λ for image prompts alone (1.0)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the noise; scenes stay the same (0)"
+    )
     parser.add_argument(
         "--output", type=Path, help="folder of the ablation's runs, or of pictures (runs/WHAT)"
     )

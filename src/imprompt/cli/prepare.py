@@ -50,7 +50,8 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument(
         "source",
         help="folder of images or of .tar archives, .tar, .json, .jsonl, .csv, .tsv or .parquet list, "
-        "dataset on disk, diorama:COUNT[:FIRST_SEED], or diorama-people:COUNT",
+        "dataset on disk, or of the embedded world diorama:COUNT, diorama-people:COUNT or "
+        "diorama-instruct:COUNT, each with :FIRST_SEED if wanted",
     )
     parser.add_argument("output", type=Path, help="folder of the prepared data")
     parser.add_argument("--base", default="diorama", help="diorama, a folder, a file or a hub id")

@@ -113,7 +113,7 @@ def _measure_concatenated(
         joined(embeds),
         joined(torch.zeros_like(embeds[:1])),
         steps=sampling.steps,
-        guidance_scale=sampling.guidance_scale,
+        guidance_scale=sampling.guidance(base),
         sampler=sampling.sampler,
         seed=sampling.seed,
         show_progress=True,

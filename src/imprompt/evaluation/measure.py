@@ -29,9 +29,14 @@ class Sampling:
     """How images are drawn for a measurement."""
 
     steps: int = 50
-    guidance_scale: float = 7.5
+    guidance_scale: float | None = None
+    """None is the base's own."""
     sampler: str = "ddim"
     seed: int = 0
+
+    def guidance(self, base: Base) -> float:
+        """The guidance scale to draw with."""
+        return base.guidance_scale if self.guidance_scale is None else self.guidance_scale
 
 
 def unseen_scenes(count: int, first: int = 0) -> list[Scene]:
@@ -59,7 +64,7 @@ def draw(
             base.encode_text([None]),
             prompts,
             steps=sampling.steps,
-            guidance_scale=sampling.guidance_scale,
+            guidance_scale=sampling.guidance(base),
             sampler=sampling.sampler,
             seed=sampling.seed,
             show_progress=show_progress,

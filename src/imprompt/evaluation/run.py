@@ -41,7 +41,7 @@ def evaluate(
     count: int,
     steps: int,
     sampler: str,
-    guidance_scale: float,
+    guidance_scale: float | None,
     scale: float,
     seed: int,
     output: Path,
@@ -51,7 +51,8 @@ def evaluate(
     """Named figures: shares in [0, 1], but for distances, similarities and sizes, as their names say.
 
     `what` is judge, base, adapter, ablation, identity, control, instruct,
-    instruct-table or instructions. `load` brings the base, which the judge does without.
+    instruct-table or instructions. Without a guidance scale the base's own is taken. `load` brings the base,
+    which the judge does without.
 
     Raises:
         ImpromptError: a part is missing, there is no control to measure, nothing to draw.
