@@ -49,18 +49,19 @@ def unseen_scenes(count: int, first: int = 0) -> list[Scene]:
 
 def draw(
     base: Base,
-    texts: Sequence[str],
+    texts: Sequence[str] | Tensor,
     prompts: Sequence[TokenPrompt],
     sampling: Sampling,
     *,
     show_progress: bool = True,
     controls: Sequence[MapControl] = (),
 ) -> Tensor:
-    """Pixels (images, 3, size, size) in [-1, 1] for texts, ready token prompts and controls."""
+    """Pixels (images, 3, size, size) in [-1, 1] for texts (or their token ids), ready token prompts and
+    controls."""
     with torch.inference_mode():
         latents = sample_latents(
             base,
-            base.encode_text(list(texts)),
+            base.encode_text(texts if isinstance(texts, Tensor) else list(texts)),
             base.encode_text([None]),
             prompts,
             steps=sampling.steps,

@@ -1,59 +1,141 @@
-"""Pictures of what a training has learned, drawn with fixed seeds at every validation."""
+"""Pictures of what a training has learned, drawn with fixed seeds at every validation.
+
+Above stands what a control was shown (a map, landmarks), then the held-out picture, below it what is drawn.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from PIL import Image
+from torch import Tensor
 
+from imprompt.adapters import ImagePromptAdapter
 from imprompt.bases import Base
 from imprompt.core.images import image_grid, pixels_to_images
 from imprompt.data.rows import Rows
+from imprompt.encoders.landmarks import landmark_images
 from imprompt.evaluation.measure import Sampling, draw
 from imprompt.generation.conditions import TokenPrompt
+from imprompt.generation.controls import MapControl
+from imprompt.systems.control import ControlSystem
+from imprompt.systems.identity import IdentitySystem
 from imprompt.systems.image_prompt import ImagePromptSystem
+from imprompt.systems.instruct import InstructSystem
 from imprompt.systems.protocol import System
 
 PREVIEW = Sampling(steps=20, guidance_scale=4.0, seed=0)
 
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What the pictures of a preview are made of."""
+
+    texts: Sequence[str] | Tensor
+    """One for each picture, or their token ids."""
+    tokens: Tensor | None = None
+    """(pictures, tokens, dim), of the adapter that is trained, if one is."""
+    zero_tokens: Tensor | None = None
+    controls: Sequence[MapControl] = ()
+
 
 def set_up_previews(system: System, base: Base, data: Rows, num_images: int) -> None:
-    """Let an image-prompt system draw: the last rows' pictures, and below each one made of its features alone.
+    """Let a system that trains beside the base draw held-out rows.
 
     Other systems say themselves what they draw, if anything.
     """
-    from imprompt.adapters import ImagePromptAdapter
-
-    if (
-        num_images < 1
-        or type(system) is not ImagePromptSystem
-        or not isinstance(system.module, ImagePromptAdapter)
-        or system.draw is not None
-    ):
+    ask, adapter = _asking(system, base)
+    if num_images < 1 or ask is None or getattr(system, "draw", None) is not None:
         return
-    system.draw = _drawer(system, base, data, num_images)
+    held_out: Batch = {}
 
-
-def _drawer(
-    system: ImagePromptSystem, base: Base, data: Rows, num_images: int
-) -> Callable[[], Image.Image]:
-    held_out: dict[str, torch.Tensor] = {}
-
-    def made() -> Image.Image:
+    def drawn() -> Image.Image:
         if not held_out:
             rows = range(max(0, len(data) - num_images), len(data))
-            held_out.update(data.rows(rows, system.columns))
-        adapter, dropped = system.module, system.dropped_features
-        count = len(held_out["latent_mean"])
-        with adapter.install(base.unet) as handle, torch.inference_mode():
-            tokens = adapter.tokens(*(held_out[n].to(base.device).float() for n in dropped))
-            zero_tokens = adapter.tokens(*dropped.values())
-            prompt = TokenPrompt(handle=handle, tokens=tokens, zero_tokens=zero_tokens, scale=1.0)
-            drawn = draw(base, [""] * count, [prompt], PREVIEW, show_progress=False)
+            read = data.rows(rows, system.columns)
+            held_out.update({name: values.to(base.device) for name, values in read.items()})
+        with torch.inference_mode():
+            asked = ask(held_out)
+            made = _drawn(base, asked, adapter)
             scale = float(base.vae.config.scaling_factor)
-            latents = held_out["latent_mean"].to(base.device, base.dtype) * scale
+            latents = held_out["latent_mean"].to(base.dtype) * scale
             pictures = base.decode_image(latents).float().clamp(-1, 1).cpu()
-        return image_grid(pixels_to_images(torch.cat([pictures, drawn])), columns=count)
+        shown = [control.maps.expand(-1, 3, -1, -1).cpu() * 2 - 1 for control in asked.controls]
+        rows_of_pixels = torch.cat([*shown, pictures, made])
+        return image_grid(pixels_to_images(rows_of_pixels), columns=len(made))
 
-    return made
+    system.draw = drawn  # type: ignore[attr-defined]
+
+
+def _asking(
+    system: System, base: Base
+) -> tuple[Callable[[Batch], Asked] | None, ImagePromptAdapter | None]:
+    """How held-out rows are asked for, and the adapter that is to be heard.
+
+    Image prompts are drawn from the image alone, all else from everything it was trained on.
+    """
+    if isinstance(system, InstructSystem):
+        return lambda rows: _of_instruct(system, rows), system.module
+    if isinstance(system, ControlSystem):
+        return lambda rows: _of_control(system, rows), None
+    if isinstance(system, IdentitySystem):
+        return lambda rows: _of_identity(system, base, rows), system.module.adapter
+    if isinstance(system, ImagePromptSystem) and isinstance(system.module, ImagePromptAdapter):
+        return lambda rows: _of_image_prompt(system, rows), system.module
+    return None, None
+
+
+def _of_image_prompt(system: ImagePromptSystem, rows: Batch) -> Asked:
+    features = [rows[name].float() for name in system.dropped_features]
+    return Asked(
+        texts=[""] * len(features[0]),
+        tokens=system.module.tokens(*features),
+        zero_tokens=system.module.tokens(*system.dropped_features.values()),
+    )
+
+
+def _of_instruct(system: InstructSystem, rows: Batch) -> Asked:
+    def tokens(batch: Batch) -> Tensor:
+        return system.tokens(batch, system.base.encode_text(batch["text_ids"]))
+
+    return Asked(
+        texts=rows["text_ids"],
+        tokens=tokens(rows),
+        zero_tokens=tokens(system.nothing(rows))[:1],
+    )
+
+
+def _of_control(system: ControlSystem, rows: Batch) -> Asked:
+    control = MapControl(module=system.module, maps=system.maps(rows))
+    return Asked(texts=rows["text_ids"], controls=[control])
+
+
+def _of_identity(system: IdentitySystem, base: Base, rows: Batch) -> Asked:
+    adapter, faces = system.module.adapter, rows["id_embeds"].float()[:, None]
+    tokens, zero_tokens = adapter.tokens(faces), adapter.tokens(torch.zeros_like(faces[:1]))
+    size_px = base.image_size_px
+    control = MapControl(
+        module=system.module.identity_net,
+        maps=landmark_images(rows["landmarks"], size_px, size_px),
+        tokens=tokens,
+        zero_tokens=zero_tokens,
+    )
+    return Asked(texts=rows["text_ids"], tokens=tokens, zero_tokens=zero_tokens, controls=[control])
+
+
+def _drawn(base: Base, asked: Asked, adapter: ImagePromptAdapter | None) -> Tensor:
+    """Pixels of what is asked for."""
+    if adapter is None or asked.tokens is None or asked.zero_tokens is None:
+        prompts: list[TokenPrompt] = []
+        return draw(
+            base, asked.texts, prompts, PREVIEW, controls=asked.controls, show_progress=False
+        )
+    with adapter.install(base.unet) as handle:
+        prompt = TokenPrompt(handle=handle, tokens=asked.tokens, zero_tokens=asked.zero_tokens)
+        return draw(
+            base, asked.texts, [prompt], PREVIEW, controls=asked.controls, show_progress=False
+        )

@@ -70,7 +70,8 @@ def build(options: AutoencoderOptions, base: Base, columns: Rows) -> Autoencoder
     module = (
         base.vae.requires_grad_(True) if starts_from_base(options.start) else create_autoencoder()
     )
-    return AutoencoderSystem(module.to(memory_format=torch.channels_last), options.kl_weight)
+    module = module.to(base.device, memory_format=torch.channels_last)
+    return AutoencoderSystem(module, options.kl_weight)
 
 
 class AutoencoderSystem:

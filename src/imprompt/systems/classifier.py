@@ -74,9 +74,9 @@ class ClassifierOptions:
 
 
 def build(options: ClassifierOptions, base: Base, columns: Rows) -> ClassifierSystem:
-    """The system for columns of pixels and labels; the base has no part in it."""
+    """The system for columns of pixels and labels; of the base only where it computes matters."""
     judge: Any = Judge(options.width)
-    return ClassifierSystem(judge.to(memory_format=torch.channels_last))
+    return ClassifierSystem(judge.to(base.device, memory_format=torch.channels_last))
 
 
 class ClassifierSystem:

@@ -138,6 +138,7 @@ def build(options: ContrastiveOptions, base: Base, columns: Rows) -> Contrastive
         vision.load_state_dict(image_encoder_of(base).model.state_dict())
     system = ContrastiveSystem(text, vision)
     system.module.text.requires_grad_(not options.lock_text)
+    system.module.to(base.device)
     return system
 
 

@@ -127,11 +127,14 @@ class ControlSystem:
         def predict(noisy: Tensor) -> Tensor:
             residuals = None
             if has_control:
-                maps = batch[CONTROL + self._kind].float() / 255
-                residuals = self._read(noisy, timesteps, text_states, maps)
+                residuals = self._read(noisy, timesteps, text_states, self.maps(batch))
             return self.base.denoise(noisy, timesteps, text_states, residuals=residuals)
 
         return denoising_errors(predict, latents, noise, alphas, self._prediction)
+
+    def maps(self, batch: dict[str, Tensor]) -> Tensor:
+        """What is read: (batch, channels, height, width) in [0, 1]."""
+        return batch[CONTROL + self._kind].float() / 255
 
     @torch.no_grad()
     def validate(self, batch: dict[str, Tensor], randomness: Randomness) -> dict[str, float]:

@@ -59,7 +59,7 @@ class FaceEncoderOptions:
 
 
 def build(options: FaceEncoderOptions, base: Base, columns: Rows) -> FaceEncoderSystem:
-    """The system for columns of portraits; the base has no part in it."""
+    """The system for columns of portraits; of the base only where it computes matters."""
     columns.require(["character"])
     # Those held out have directions, too: they are more to be told from.
     columns = columns.whole if isinstance(columns, FirstRows) else columns
@@ -71,6 +71,7 @@ def build(options: FaceEncoderOptions, base: Base, columns: Rows) -> FaceEncoder
         network = load_face_network(Path(options.start_from)).requires_grad_(True)
     network.to(memory_format=torch.channels_last)
     system = FaceEncoderSystem(network, numbers, replace(options, embed_dim=network.embed_dim))
+    system.module.to(base.device)
     if options.start_from:
         system.set_directions(columns)
     return system
@@ -105,9 +106,12 @@ class FaceEncoderSystem:
         for start in range(0, len(columns), 128):
             some = range(start, min(start + 128, len(columns)))
             rows = columns.rows(some, ["pixels", "character"])
-            embeds, _ = self.module.network(rows["pixels"].float() / 127.5 - 1.0)
+            pixels = rows["pixels"].to(directions.device).float() / 127.5 - 1.0
+            embeds, _ = self.module.network(pixels)
             persons = torch.searchsorted(self._characters, rows["character"])
-            directions.index_add_(0, persons, functional.normalize(embeds, dim=1))
+            directions.index_add_(
+                0, persons.to(directions.device), functional.normalize(embeds, dim=1)
+            )
         self.module.directions.copy_(functional.normalize(directions, dim=1))
 
     def loss(

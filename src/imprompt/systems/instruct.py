@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from imprompt.adapters import ImagePromptAdapter, create_adapter
-from imprompt.bases import Base, image_encoder_of
+from imprompt.bases import Base, TextStates, image_encoder_of
 from imprompt.checkpoints import load_adapter, save_adapter
 from imprompt.core.config import check_range, check_shares
 from imprompt.core.errors import ImpromptError
@@ -193,13 +193,7 @@ class InstructSystem:
         noise = randomness.normal("noise", tuple(latents.shape[1:]))
         alphas = self._alphas[timesteps]
         text_states = self.base.encode_text(batch["text_ids"])
-        instructions = instruction_states(
-            self.base, batch["instruction_ids"], self.options.instruction_embedding
-        )
-        tokens = self.module.tokens(
-            batch["condition_states"].float(), instructions, text_states.sequence
-        )
-        condition = self._handle.condition(tokens)
+        condition = self._handle.condition(self.tokens(batch, text_states))
         return denoising_errors(
             lambda noisy: self.base.denoise(noisy, timesteps, text_states, condition),
             latents,
@@ -207,6 +201,20 @@ class InstructSystem:
             alphas,
             self._prediction,
         )
+
+    def tokens(self, batch: dict[str, Tensor], text_states: TextStates) -> Tensor:
+        """What the adapter makes of images, instructions and these texts, (batch, tokens, dim)."""
+        instructions = instruction_states(
+            self.base, batch["instruction_ids"], self.options.instruction_embedding
+        )
+        return self.module.tokens(
+            batch["condition_states"].float(), instructions, text_states.sequence
+        )
+
+    def nothing(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The same batch without image, text and instruction."""
+        always = torch.ones(len(batch["text_ids"]), dtype=torch.bool, device=self._alphas.device)
+        return without(batch, always, always, always, self._no_image, self._empty_ids)
 
     @torch.no_grad()
     def validate(self, batch: dict[str, Tensor], randomness: Randomness) -> dict[str, float]:

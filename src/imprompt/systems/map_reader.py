@@ -111,9 +111,9 @@ class MapReaderOptions:
 
 
 def build(options: MapReaderOptions, base: Base, columns: Rows) -> MapReaderSystem:
-    """The system for columns of pixels and of all four control maps; the base has no part in it."""
+    """The system for columns of pixels and of all four control maps; of the base only where it computes matters."""
     reader: Any = MapReader(options.width)
-    return MapReaderSystem(reader.to(memory_format=torch.channels_last))
+    return MapReaderSystem(reader.to(base.device, memory_format=torch.channels_last))
 
 
 class MapReaderSystem:

@@ -94,7 +94,7 @@ def build(options: TextToImageOptions, base: Base, columns: Rows) -> TextToImage
     else:
         unet = create_unet(base.vae.config.latent_channels, base.text_encoder.config.hidden_size)
     return TextToImageSystem(
-        unet.to(memory_format=torch.channels_last),
+        unet.to(base.device, memory_format=torch.channels_last),
         base.text_encoder,
         base.tokenize([""])[0],
         base.scheduler if starts_from_base(options.start) else create_scheduler(),
@@ -105,8 +105,7 @@ def build(options: TextToImageOptions, base: Base, columns: Rows) -> TextToImage
 class TextToImageSystem:
     """Trains a UNet on `latents` (rows, channels, h, w; unit variance) and `phrasing_ids` (rows, phrasings, tokens).
 
-    `text_states` turns ids (batch, tokens) into the frozen text encoder's states; `empty_ids` (tokens,)
-    stand for a dropped caption.
+    `text_encoder` is frozen; `empty_ids` (tokens,) stand for a dropped caption.
     """
 
     columns = ("latents", "phrasing_ids")

@@ -12,6 +12,7 @@ from imprompt.data.dataset import Columns, ColumnsWriter
 from imprompt.diorama import COLOURS, KINDS, SETTINGS, STYLES, caption, render, sample_scene
 from imprompt.evaluation.judge import load_judge
 from imprompt.systems import autoencoder, classifier, contrastive, text_to_image
+from imprompt.training.run import prepare_run
 
 CAPTIONS = [caption(sample_scene(seed), i) for seed in range(40) for i in range(6)]
 
@@ -147,3 +148,20 @@ def test_judge_learns_and_is_saved_whole(batch, tmp_path):
     with torch.no_grad():
         for name, logits in system.module(pixels).items():
             torch.testing.assert_close(again(pixels)[name], logits, atol=2e-2, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["autoencoder", "classifier", "contrastive", "face-encoder", "map-reader", "text-to-image"],
+)
+def test_what_is_trained_is_where_the_base_is(name, tmp_path):
+    base = load_base(write_tiny_base(tmp_path / "base"))
+    fingerprint = base.fingerprint()
+    writer = ColumnsWriter(tmp_path, 4)
+    writer.write(0, {"character": torch.arange(4)})
+    writer.finish(4, {"base_fingerprint": fingerprint})
+    base.fingerprint = lambda: fingerprint
+    base.to("meta")  # for want of a GPU: another device than data and new networks are on
+    columns = Columns.open(tmp_path)
+    system, _, _ = prepare_run(name, base, columns, None, ["train.steps=1"])
+    assert {p.device.type for p in system.module.parameters()} == {"meta"}

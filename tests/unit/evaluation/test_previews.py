@@ -1,0 +1,57 @@
+"""Every system that trains beside the base draws what it has learned."""
+
+import pytest
+from PIL import Image, ImageChops
+from tiny_base import write_tiny_base
+
+from imprompt.bases import load_base
+from imprompt.data.dataset import Columns
+from imprompt.data.prepare import prepare
+from imprompt.evaluation import previews
+from imprompt.evaluation.previews import set_up_previews
+from imprompt.training.run import prepare_run
+
+COUNT = 3
+CASES = {
+    "image-prompt": ("diorama:6", {}, [], 2),
+    "instruct": ("diorama-instruct:6", {"variant": "instruct"}, [], 2),
+    "identity": ("diorama-people:8", {"variant": "identity"}, [], 3),
+    "face-id": ("diorama-people:8", {"variant": "faceid"}, [], 2),
+    "controlnet": (
+        "diorama:6",
+        {"columns": ("latent_mean", "latent_logvar", "text_ids", "control_depth")},
+        ["system.kind=depth"],
+        3,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def base_folder(tmp_path_factory):
+    return write_tiny_base(tmp_path_factory.mktemp("base") / "tiny")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_preview_shows_rows_of_pictures(name, base_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(previews, "PREVIEW", previews.Sampling(steps=2, guidance_scale=4.0))
+    source, how, settings, num_rows = CASES[name]
+    base = load_base(base_folder)
+    columns = Columns.open(prepare(source, tmp_path / "data", base, **how))
+    settings = ["train.steps=1", "train.validation_rows=4", *settings]
+    system, _, _ = prepare_run(name, base, columns, None, settings)
+    set_up_previews(system, base, columns, COUNT)
+    picture = system.preview()
+    assert isinstance(picture, Image.Image)
+    width, height = picture.size
+    assert abs(width / COUNT - height / num_rows) < 0.2 * width / COUNT
+    assert ImageChops.difference(picture, system.preview()).getbbox() is None  # fixed seeds
+    last = picture.crop((0, height * (num_rows - 1) // num_rows, width, height))
+    assert len(set(last.convert("L").getdata())) > 8
+
+
+def test_systems_beside_no_base_and_none_wanted_draw_nothing(base_folder, tmp_path):
+    base = load_base(base_folder)
+    columns = Columns.open(prepare("diorama:6", tmp_path / "data", base))
+    system, _, _ = prepare_run("image-prompt", base, columns, None, ["train.steps=1"])
+    set_up_previews(system, base, columns, 0)
+    assert system.preview() is None
