@@ -78,14 +78,15 @@ def _asking(
 
     Image prompts are drawn from the image alone, all else from everything it was trained on.
     """
-    if isinstance(system, InstructSystem):
-        return lambda rows: _of_instruct(system, rows), system.module
+    module = system.module
+    if isinstance(system, InstructSystem) and isinstance(module, ImagePromptAdapter):
+        return lambda rows: _of_instruct(system, rows), module
     if isinstance(system, ControlSystem):
         return lambda rows: _of_control(system, rows), None
     if isinstance(system, IdentitySystem):
-        return lambda rows: _of_identity(system, base, rows), system.module.adapter
-    if isinstance(system, ImagePromptSystem) and isinstance(system.module, ImagePromptAdapter):
-        return lambda rows: _of_image_prompt(system, rows), system.module
+        return lambda rows: _of_identity(system, base, rows), system.adapter
+    if isinstance(system, ImagePromptSystem) and isinstance(module, ImagePromptAdapter):
+        return lambda rows: _of_image_prompt(system, rows), module
     return None, None
 
 
@@ -115,11 +116,11 @@ def _of_control(system: ControlSystem, rows: Batch) -> Asked:
 
 
 def _of_identity(system: IdentitySystem, base: Base, rows: Batch) -> Asked:
-    adapter, faces = system.module.adapter, rows["id_embeds"].float()[:, None]
+    adapter, faces = system.adapter, rows["id_embeds"].float()[:, None]
     tokens, zero_tokens = adapter.tokens(faces), adapter.tokens(torch.zeros_like(faces[:1]))
     size_px = base.image_size_px
     control = MapControl(
-        module=system.module.identity_net,
+        module=system.net,
         maps=landmark_images(rows["landmarks"], size_px, size_px),
         tokens=tokens,
         zero_tokens=zero_tokens,

@@ -111,9 +111,9 @@ class IdentitySystem:
         """Makes the picture of a preview; set by whoever can generate."""
         self.rows_at_once: int | None = None
         """How many rows are validated together; set by the loop, None is all."""
-        self._adapter = adapter
+        self.adapter = adapter
         self._handle: Handle = adapter.install(base.unet)
-        self._net = identity_net
+        self.net = identity_net
         self._drop_all = drop_all
         self._empty_ids = base.tokenize([""]).to(base.device)
         self._alphas = alphas_cumprod_of(base.scheduler.config).to(base.device)
@@ -147,7 +147,7 @@ class IdentitySystem:
         noise = randomness.normal("noise", tuple(latents.shape[1:]))
         alphas = self._alphas[timesteps]
         text_states = self.base.encode_text(batch["text_ids"])
-        tokens = self._adapter.tokens(batch["id_embeds"].float()[:, None])
+        tokens = self.adapter.tokens(batch["id_embeds"].float()[:, None])
 
         def predict(noisy: Tensor) -> Tensor:
             residuals = None
@@ -155,7 +155,7 @@ class IdentitySystem:
                 factor = pixels_per_latent(self.base.vae)
                 height, width = (side * factor for side in noisy.shape[-2:])
                 residuals = control_residuals(
-                    self._net,
+                    self.net,
                     self.base,
                     noisy,
                     timesteps,
@@ -203,9 +203,9 @@ class IdentitySystem:
             "base_fingerprint": self.base.fingerprint(),
             "reads": "id_embeds",
         }
-        save_adapter(self._adapter, path / ADAPTER_FILE, metadata, dtype=torch.float16)
-        save_network(self._net, path / CONTROLNET_FOLDER)
-        described = {"kind": "identity", **metadata, **self._adapter.metadata}
+        save_adapter(self.adapter, path / ADAPTER_FILE, metadata, dtype=torch.float16)
+        save_network(self.net, path / CONTROLNET_FOLDER)
+        described = {"kind": "identity", **metadata, **self.adapter.metadata}
         (path / "identity.json").write_text(
             json.dumps(described, indent=2) + "\n", encoding="utf-8"
         )
