@@ -131,8 +131,8 @@ With `site_preset="style"`: λ in the last block, which draws colour and style, 
 
 The ablation of the paper (2308.06721, section 4.4.2): image tokens with keys and values of their own,
 against image tokens appended to the text's and read by the frozen ones, with as many trainable
-parameters. Same pairs, steps and settings (preset `diorama-image-prompt`); {COUNTS["ablation"]} unseen image prompts,
-empty text, λ = 1. The last row is ours: its projection began as the least-squares fit to captions. The
+parameters. Same pairs, steps and settings (preset `diorama-image-prompt`); {COUNTS["ablation"]} unseen
+image prompts, empty text, λ = 1. The last row is ours: its projection began as the least-squares fit to captions. The
 paper's order was found after a million steps and need not hold after 800: here the table decides.
 
 {ablation_table(results["ablation"])}

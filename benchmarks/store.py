@@ -26,7 +26,6 @@ from typing import Any
 import numpy as np
 
 DIM, NUM_IDS, ADDED_DIM, PIECE, BATCH = 1024, 77, 128, 4096, 32
-ID_BYTES = 8
 
 
 def pieces(num_rows: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:

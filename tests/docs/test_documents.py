@@ -2,28 +2,37 @@
 
 import re
 import shlex
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 
 from imprompt.cli.main import create_parser
-from imprompt.core.config import read_toml
+from imprompt.core.config import build, read_toml, with_settings
 from imprompt.core.images import pixels_to_images
+from imprompt.data.columns import default_columns
 from imprompt.diorama import render, sample_scene
-from imprompt.training.run import PRESETS, SYSTEMS
+from imprompt.training.config import TrainConfig
+from imprompt.training.run import PRESETS, SYSTEMS, preset_path
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def commands() -> list[str]:
+def blocks() -> list[list[str]]:
+    """The commands of each example, without what launches them."""
     found = []
     for document in DOCUMENTS:
         for block in re.findall(r"```sh\n(.*?)```", document.read_text(), re.S):
             lines = block.replace("\\\n", " ").splitlines()
-            found += [line.strip() for line in lines if line.strip().startswith("imprompt ")]
-    return found
+            matches = [re.match(r"\s*(?:torchrun .*-m )?(imprompt [^…]*)$", line) for line in lines]
+            found.append([match[1].strip() for match in matches if match])
+    return [block for block in found if block]
+
+
+def commands() -> list[str]:
+    return [command for block in blocks() for command in block]
 
 
 @pytest.mark.parametrize("command", commands())
@@ -36,7 +45,39 @@ def test_commands_can_be_typed(command):
         return
     if parsed.verb == "train":
         assert parsed.system in SYSTEMS
-        assert parsed.preset is None or (PRESETS / f"{parsed.preset}.toml").is_file()
+        tables = with_settings(read_toml(preset_path(parsed.preset)), parsed.set)
+        build(TrainConfig, tables["train"], "train.")
+        module, options = SYSTEMS[parsed.system]
+        build(getattr(import_module(module), options), tables.get("system", {}), "system.")
+
+
+def test_what_an_example_prepares_is_what_it_trains_on():
+    """Columns that the presets' systems read are among those that the example's first command writes."""
+    read = {
+        "image-prompt": {"image_embeds"},
+        "instruct": {"condition_states", "instruction_ids"},
+        "instruct-words": {"kept_ids"},
+        "identity": {"id_embeds", "landmarks"},
+        "face-id": {"id_embeds"},
+        "controlnet": {"latent_mean"},
+        "t2i-adapter": {"latent_mean"},
+    }
+    seen = 0
+    for block in blocks():
+        written: dict[str, set[str]] = {}
+        for command in block:
+            arguments = shlex.split(command, comments=True)[1:]
+            if arguments[0] not in ("prepare", "train") or "--settings" in arguments:
+                continue
+            parsed = create_parser().parse_args(arguments)
+            if parsed.verb == "prepare":
+                columns = parsed.columns or default_columns(parsed.variant)
+                written.setdefault(str(parsed.output), set()).update(columns)
+            elif set(parsed.data) <= set(written):
+                seen += 1
+                for data in parsed.data:
+                    assert read.get(parsed.system, set()) <= written[data], command
+    assert seen >= 5
 
 
 def test_there_are_commands_to_type():
@@ -52,16 +93,11 @@ def test_links_lead_somewhere(document):
 
 @pytest.mark.parametrize("preset", sorted(PRESETS.glob("*.toml")), ids=lambda path: path.stem)
 def test_presets_fit_their_systems(preset):
-    import importlib
-
-    from imprompt.core.config import build
-    from imprompt.training.config import TrainConfig
-
     tables = read_toml(preset)
     build(TrainConfig, tables["train"], "train.")
     name = preset.stem.removeprefix("diorama-")
     module, options = SYSTEMS["image-prompt" if name == "shipped" else name]
-    build(getattr(importlib.import_module(module), options), tables.get("system", {}), "system.")
+    build(getattr(import_module(module), options), tables.get("system", {}), "system.")
 
 
 def test_make_targets_of_the_readme_exist():

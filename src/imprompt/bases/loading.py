@@ -24,9 +24,9 @@ FORMS = (
 
 def load_base(
     name_or_path: str | PathLike[str],
+    *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-    *,
     config: str | PathLike[str] | None = None,
 ) -> Base:
     """A frozen text-to-image model, its weights in `dtype` whatever they are stored in.

@@ -30,7 +30,10 @@ class LoadedControl:
 
 
 def load_control(
-    folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    folder: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
 ) -> LoadedControl:
     """A ControlNet or a T2I-Adapter from a folder, frozen.
 

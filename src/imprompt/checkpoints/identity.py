@@ -39,6 +39,7 @@ class Identity:
 
 def load_identity(
     folder: str | PathLike[str],
+    *,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
 ) -> Identity:
@@ -76,7 +77,7 @@ def load_identity_net(
     """
     if not (folder / "config.json").is_file():
         raise ImpromptError(f"{folder} holds no IdentityNet (its config.json is missing).")
-    net = load_control(folder, device, dtype).module
+    net = load_control(folder, dtype=dtype, device=device).module
     if type(net).__name__ != "ControlNetModel":
         raise ImpromptError(f"{folder} holds a {type(net).__name__}; IdentityNet is a ControlNet.")
     return net

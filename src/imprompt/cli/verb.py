@@ -52,7 +52,7 @@ def load_placed_base(arguments: argparse.Namespace, *, half_on_gpu: bool = True)
     dtype = torch.float16 if half_on_gpu and str(device).startswith("cuda") else torch.float32
     if arguments.dtype is not None:
         dtype = getattr(torch, arguments.dtype)
-    base = load_base(arguments.base, dtype, device)
+    base = load_base(arguments.base, dtype=dtype, device=device)
     if getattr(arguments, "image_encoder", None) is not None:
         from imprompt.encoders.clip import load_named_clip
 

@@ -140,5 +140,6 @@ class Filters:
         if self.max_aspect is not None and aspect > self.max_aspect:
             raise Unusable(
                 "image aspect",
-                f"the image is {width_px} × {height_px} px, {aspect:.2f} : 1; at most {self.max_aspect:g} : 1 is wanted",
+                f"the image is {width_px} × {height_px} px, {aspect:.2f} : 1; at most "
+                f"{self.max_aspect:g} : 1 is wanted",
             )

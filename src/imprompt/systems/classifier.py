@@ -80,7 +80,7 @@ def build(options: ClassifierOptions, base: Base, columns: Rows) -> ClassifierSy
 
 
 class ClassifierSystem:
-    """Trains the judge on `pixels` (uint8) and `labels` (rows, 4): class numbers in the order of `ATTRIBUTES`."""
+    """Trains the judge on `pixels` (uint8) and `labels` (rows, 4), class numbers as in `ATTRIBUTES`."""
 
     columns = ("pixels", "labels")
     rows_are_coupled = True  # normalised together

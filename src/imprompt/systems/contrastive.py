@@ -34,7 +34,7 @@ MAX_TOKENS = 32
 
 
 def train_tokenizer(captions: Iterable[str], vocabulary_size: int = 1024) -> CLIPTokenizer:
-    """A byte-pair tokenizer in CLIP's format, learned from captions; any other text still splits into bytes."""
+    """A byte-pair tokenizer in CLIP's format, learned from captions; other text still splits into bytes."""
     start, end = "<|startoftext|>", "<|endoftext|>"
     learner = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token=end))
     learner.normalizer = normalizers.Lowercase()
@@ -143,7 +143,7 @@ def build(options: ContrastiveOptions, base: Base, columns: Rows) -> Contrastive
 
 
 class ContrastiveSystem:
-    """Trains both towers on `pixels` (uint8) and `phrasing_ids` (rows, phrasings, tokens), one phrasing a time.
+    """Trains both towers on `pixels` (uint8) and one of `phrasing_ids` (rows, phrasings, tokens) at a time.
 
     `pixel_mean` and `pixel_std` are the vision tower's normalisation of pixels in [0, 1].
     """

@@ -111,7 +111,7 @@ class MapReaderOptions:
 
 
 def build(options: MapReaderOptions, base: Base, columns: Rows) -> MapReaderSystem:
-    """The system for columns of pixels and of all four control maps; of the base only where it computes matters."""
+    """The system for columns of pixels and all control maps; of the base only where it computes matters."""
     reader: Any = MapReader(options.width)
     return MapReaderSystem(reader.to(base.device, memory_format=torch.channels_last))
 

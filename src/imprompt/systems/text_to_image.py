@@ -103,7 +103,9 @@ def build(options: TextToImageOptions, base: Base, columns: Rows) -> TextToImage
 
 
 class TextToImageSystem:
-    """Trains a UNet on `latents` (rows, channels, h, w; unit variance) and `phrasing_ids` (rows, phrasings, tokens).
+    """Trains a UNet on `latents` (rows, channels, h, w; unit variance) and captions.
+
+    These are `phrasing_ids` (rows, phrasings, tokens), of which one is drawn at a time.
 
     `text_encoder` is frozen; `empty_ids` (tokens,) stand for a dropped caption.
     """

@@ -174,9 +174,9 @@ def run_training(
     """Train a system; the same call goes on where the last one stopped.
 
     A base that is given as an object is moved to where the run computes.
-    `data` are prepared, in one folder or several, or a source of pairs, which is then read as `reading` says and encoded at
-    `size_px` (by default the base's) whenever a step needs it; `face_encoder` reads its faces, as in
-    `prepare`.
+    `data` are prepared, in one folder or several, or a source of pairs, which is read as `reading` says
+    and encoded at `size_px` (by default the base's) whenever a step needs it; `face_encoder` reads its
+    faces, as in `prepare`.
     `engine` is single, ddp, zero2 or fsdp2; `auto` is ddp where torchrun started several processes.
     `num_processes` is how many there must be. `image_encoder`, as NAME or NAME:SUBFOLDER, is given to
     a base that brings none: the one that the data were prepared with. `set_up_previews` may let the

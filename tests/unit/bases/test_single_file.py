@@ -210,7 +210,7 @@ def test_an_xl_file_is_the_same_model_as_its_folder(xl_folder: Path, tmp_path: P
 def test_an_xl_file_in_half_precision(xl_folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "community.safetensors"
     save_file({name: x.half() for name, x in original_names(xl_folder).items()}, file)
-    single = load_base(file, torch.float16, config=xl_folder)
+    single = load_base(file, dtype=torch.float16, config=xl_folder)
     assert single.dtype == torch.float16 and single.vae.dtype == torch.float32
 
 
