@@ -26,6 +26,8 @@ class Base(Protocol):
     image_encoder: ClipImageEncoder | None
     guidance_scale: float
     """How strongly it is best guided by text, where nothing else is asked for."""
+    reads_framing: bool
+    """Whether the denoiser reads of which picture it sees which part: `TextStates.framing`."""
 
     @property
     def dtype(self) -> torch.dtype: ...

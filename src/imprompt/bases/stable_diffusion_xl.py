@@ -40,6 +40,8 @@ class StableDiffusionXLBase(UNetBase):
     Source: Podell et al. (2307.01952), sections 2.1 (encoders) and 2.2 (framing).
     """
 
+    reads_framing: bool = True
+
     def __init__(
         self,
         *,

@@ -25,7 +25,8 @@ class TextStates:
 
     framing: Float[Tensor, "batch 6"] | None = None
     """Of which picture this is which part, in pixels: its height and width, top and left of the
-    part, height and width of the part. None is the whole of a picture as large as the latents."""
+    part (in the picture as it was resized), height and width of the part. None is the whole of a
+    picture as large as the latents."""
 
     def __len__(self) -> int:
         return len(self.sequence)

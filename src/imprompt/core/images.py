@@ -91,12 +91,20 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def resize_and_center_crop(image: Image.Image, size_px: int) -> Image.Image:
     """The shortest side to `size_px` (bicubic), then the square in the middle."""
-    ratio = size_px / min(image.size)
-    width, height = (max(size_px, round(side * ratio)) for side in image.size)
-    if (width, height) != image.size:
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - size_px) // 2, (height - size_px) // 2
+    size, (left, top) = center_crop(image.size, size_px)
+    if size != image.size:
+        image = image.resize(size, Image.Resampling.BICUBIC)
     return image.crop((left, top, left + size_px, top + size_px))
+
+
+def center_crop(size: tuple[int, int], size_px: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """What a picture of (width, height) is resized to, and left and top of the square in its middle.
+
+    Left and top count the pixels of the resized picture.
+    """
+    ratio = size_px / min(size)
+    width, height = (max(size_px, round(side * ratio)) for side in size)
+    return (width, height), ((width - size_px) // 2, (height - size_px) // 2)
 
 
 def image_to_pixels(image: Image.Image) -> Float[Tensor, "3 height width"]:

@@ -61,6 +61,8 @@ class Batch:
     """Of each pair the control maps that came with it, by kind."""
     conditions: Sequence[Condition] = ()
     condition_pixels: Tensor = field(default_factory=lambda: torch.empty(0, 3, 0, 0))
+    framings: Sequence[tuple[int, ...]] = ()
+    """Of each pair what was cut out of its image: see `data.pairs.framing_of`."""
 
     known: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """What one column computed and another needs."""
@@ -105,6 +107,13 @@ def default_columns(variant: str) -> tuple[str, ...]:
     return ("latent_mean", "latent_logvar", *features[variant], "text_ids")
 
 
+def with_framing(base: Base, columns: Sequence[str]) -> tuple[str, ...]:
+    """These columns and, beside latents, the framing where the base's denoiser reads it."""
+    if base.reads_framing and "latent_mean" in columns and FRAMING not in columns:
+        return (*columns, FRAMING)
+    return tuple(columns)
+
+
 def _latent_distribution(base: Base, batch: Batch) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation, computed once for the columns that are made of them."""
     if "latents" not in batch.known:
@@ -133,6 +142,11 @@ def latent_logvar(base: Base, batch: Batch) -> Tensor:
 def latents(base: Base, batch: Batch) -> Tensor:
     """Mean latents in the denoiser's scale, for training the base: float16."""
     return _latent_distribution(base, batch)[0].cpu().half()
+
+
+def framing(base: Base, batch: Batch) -> Tensor:
+    """Of which picture the latents are which part: float32 (batch, 6), see `TextStates.framing`."""
+    return torch.tensor(batch.framings, dtype=torch.float32)
 
 
 def image_embeds(base: Base, batch: Batch) -> Tensor:
@@ -268,6 +282,7 @@ def _scenes(batch: Batch) -> list[Scene]:
 COLUMNS: dict[str, Callable[[Base, Batch], Tensor]] = {
     "latent_mean": latent_mean,
     "latent_logvar": latent_logvar,
+    "framing": framing,
     "image_embeds": image_embeds,
     "hidden_states": hidden_states,
     "condition_states": condition_states,
@@ -289,6 +304,8 @@ CONDITION_COLUMNS = frozenset({"condition_states", "instruction_ids", "kept_ids"
 IMAGE_ENCODER_COLUMNS = frozenset(
     {"image_embeds", "hidden_states", "condition_states", "reference_hidden_states"}
 )
+FRAMING = "framing"
+"""The column that goes with latents where the base reads it."""
 CONTROL = "control_"
 """Begins the names of the columns of control maps; the kind follows: control_depth, …"""
 

@@ -346,6 +346,7 @@ def encode_rows(
         [one.maps for one in loaded],
         conditions,
         other_pixels,
+        [one.framing for one in loaded],
     )
     return {name: encoder_of(name)(base, batch) for name in columns}
 

@@ -24,7 +24,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from imprompt.core.errors import ImpromptError
-from imprompt.core.images import image_to_pixels, open_image, resize_and_center_crop
+from imprompt.core.images import (
+    center_crop,
+    image_to_pixels,
+    open_image,
+    resize_and_center_crop,
+)
 from imprompt.data.filters import Filters, Unusable
 from imprompt.diorama import Render, Scene, render
 
@@ -89,11 +94,15 @@ class Part:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A pair that can be used. `content` tells the image (and if wanted the caption) from others."""
+    """A pair that can be used. `content` tells the image (and if wanted the caption) from others.
+
+    `framing` is what was cut out of the image, see `framing_of`.
+    """
 
     picture: object
     caption: str
     content: int
+    framing: tuple[int, ...]
     reference: object = None
     maps: Mapping[str, Image.Image] = field(default_factory=dict)
     condition: Condition | None = None
@@ -218,10 +227,11 @@ def load(
         if isinstance(reference, Path):
             reference = _open(reference, reference.name, size_px, None, "reference missing").picture
         image = _open(pair.image, pair.name, size_px, filters)
+        framing = framing_of(image.size, size_px)
         maps = {k: _read_map(file, k, image.size, size_px) for k, file in pair.maps.items()}
         if not with_condition:
             number = _content(image.content, caption, filters)
-            return Loaded(image.picture, caption, number, reference, maps)
+            return Loaded(image.picture, caption, number, framing, reference, maps)
         if pair.read_condition is None:
             raise Unusable("condition missing", "it has no condition image and no instruction")
         condition = pair.read_condition()
@@ -229,7 +239,9 @@ def load(
         # The same target may be asked for in several ways.
         parts = (image.content, other.content, condition.instruction.encode())
         number = _content(b"\0".join(parts), caption, filters)
-        return Loaded(image.picture, caption, number, reference, maps, condition, other.picture)
+        return Loaded(
+            image.picture, caption, number, framing, reference, maps, condition, other.picture
+        )
     except Unusable:
         raise
     except ImpromptError as error:
@@ -239,6 +251,17 @@ def load(
         raise Unusable(
             "image damaged", f"reading failed: {type(error).__name__}: {error}"
         ) from error
+
+
+def framing_of(size: tuple[int, int], size_px: int) -> tuple[int, ...]:
+    """The six numbers that Stable Diffusion XL reads of a picture of (width, height), in its order.
+
+    Height and width in the file, top and left of the square in the resized picture, its height and width.
+
+    Source: Podell et al. (2307.01952), section 2.2; IP-Adapter's training script for XL gives the same.
+    """
+    _, (left, top) = center_crop(size, size_px)
+    return (size[1], size[0], top, left, size_px, size_px)
 
 
 @dataclass(frozen=True)

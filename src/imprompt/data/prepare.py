@@ -21,7 +21,7 @@ import torch
 from imprompt.bases import Base
 from imprompt.core.errors import ImpromptError
 from imprompt.core.progress import progress
-from imprompt.data.columns import check_has_encoders, default_columns, encoder_of
+from imprompt.data.columns import check_has_encoders, default_columns, encoder_of, with_framing
 from imprompt.data.encoding import Progress, Report, Work, encode_part, missing_columns
 from imprompt.data.faces import default_face_encoder, loaded_face_encoder
 from imprompt.data.filters import Filters
@@ -53,8 +53,8 @@ def prepare(
 ) -> Path:
     """Encode all pairs of a source into the folder `output`; the same call resumes.
 
-    `columns` are by default what an image-prompt adapter of `variant` is trained on. Columns that a
-    finished folder lacks are added to it. Several processes may work on one folder: `workers` of this
+    `columns` are by default what an image-prompt adapter of `variant` is trained on; beside latents a
+    base that reads framing gets that, too. Columns that a finished folder lacks are added to it. Several processes may work on one folder: `workers` of this
     machine or, with the engine `ray`, of a cluster; or `num_shards` calls, each with another `shard`,
     of which the last to end makes the folder whole. `face_encoder` reads the columns `id_embeds` and,
     of photos, `landmarks`; see `load_face_encoder`. By default it is the embedded world's for its own
@@ -65,7 +65,7 @@ def prepare(
     """
     size_px = base.image_size_px if size_px is None else size_px
     base.latent_shape(size_px)  # says clearly if the base cannot do this size
-    columns = default_columns(variant) if columns is None else tuple(columns)
+    columns = with_framing(base, default_columns(variant) if columns is None else columns)
     for name in columns:
         encoder_of(name)  # says clearly if there is no such column
     check_has_encoders(base, columns)

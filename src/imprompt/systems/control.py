@@ -24,7 +24,12 @@ from imprompt.core.randomness import Randomness
 from imprompt.data.columns import CONTROL
 from imprompt.data.rows import Rows
 from imprompt.diffusion.objectives import alphas_cumprod_of
-from imprompt.systems.denoising import denoising_errors, mean_in_parts, spread_timesteps
+from imprompt.systems.denoising import (
+    denoising_errors,
+    mean_in_parts,
+    spread_timesteps,
+    text_states_of,
+)
 from imprompt.systems.image_prompt import check_same_base, replace_rows, sample_latents
 
 Read = Callable[[Tensor, Tensor, TextStates, Tensor], Residuals]
@@ -120,9 +125,8 @@ class ControlSystem:
         latents = sample_latents(batch, randomness, self.base)
         noise = randomness.normal("noise", tuple(latents.shape[1:]))
         alphas = self._alphas[timesteps]
-        text_states = self.base.encode_text(
-            replace_rows(batch["text_ids"], self._empty_ids, no_text)
-        )
+        text_ids = replace_rows(batch["text_ids"], self._empty_ids, no_text)
+        text_states = text_states_of(self.base, text_ids, batch)
 
         def predict(noisy: Tensor) -> Tensor:
             residuals = None

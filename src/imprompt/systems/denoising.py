@@ -1,16 +1,42 @@
-"""What systems that learn to denoise have in common: the error of a prediction, and validating in parts."""
+"""What systems that learn to denoise have in common: texts with their framing, the error of a prediction,
+and validating in parts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as functional
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from imprompt.bases import Base, TextStates
+from imprompt.core.errors import ImpromptError
 from imprompt.core.randomness import Randomness
+from imprompt.data.columns import FRAMING
+from imprompt.data.rows import Rows
 from imprompt.diffusion.objectives import add_noise, prediction_target
+
+
+def framing_columns(columns: Sequence[str], base: Base, data: Rows) -> tuple[str, ...]:
+    """What is read beside a system's own columns: the framing, if it denoises, the base reads it and the
+    data have it. Data that were prepared without show whole pictures."""
+    if not base.reads_framing or "latent_mean" not in columns:
+        return ()
+    try:
+        data.require([FRAMING])
+    except ImpromptError:
+        return ()
+    return (FRAMING,)
+
+
+def text_states_of(
+    base: Base, text_ids: Int[Tensor, "batch length"], batch: dict[str, Tensor]
+) -> TextStates:
+    """What the denoiser reads of texts, and of the framing of a batch's pictures where that was read."""
+    text_states = base.encode_text(text_ids)
+    return replace(text_states, framing=batch[FRAMING]) if FRAMING in batch else text_states
 
 
 def denoising_errors(

@@ -33,7 +33,12 @@ from imprompt.data.rows import Rows
 from imprompt.diffusion.objectives import alphas_cumprod_of
 from imprompt.encoders.landmarks import landmark_images
 from imprompt.systems.controlnet import control_residuals, create_controlnet
-from imprompt.systems.denoising import denoising_errors, mean_in_parts, spread_timesteps
+from imprompt.systems.denoising import (
+    denoising_errors,
+    mean_in_parts,
+    spread_timesteps,
+    text_states_of,
+)
 from imprompt.systems.image_prompt import check_same_base, replace_rows, sample_latents
 
 
@@ -146,7 +151,7 @@ class IdentitySystem:
         latents = sample_latents(batch, randomness, self.base)
         noise = randomness.normal("noise", tuple(latents.shape[1:]))
         alphas = self._alphas[timesteps]
-        text_states = self.base.encode_text(batch["text_ids"])
+        text_states = text_states_of(self.base, batch["text_ids"], batch)
         tokens = self.adapter.tokens(batch["id_embeds"].float()[:, None])
 
         def predict(noisy: Tensor) -> Tensor:

@@ -27,7 +27,12 @@ from imprompt.core.errors import ImpromptError
 from imprompt.core.randomness import Randomness
 from imprompt.data.rows import Rows
 from imprompt.diffusion.objectives import alphas_cumprod_of, min_snr_weights
-from imprompt.systems.denoising import denoising_errors, mean_in_parts, spread_timesteps
+from imprompt.systems.denoising import (
+    denoising_errors,
+    mean_in_parts,
+    spread_timesteps,
+    text_states_of,
+)
 from imprompt.systems.warm_start import fit_to_captions
 
 VARIANTS = ("base", "plus", "full")
@@ -177,9 +182,8 @@ class ImagePromptSystem:
             for name, dropped in self.dropped_features.items()
         ]
         tokens = self.module.tokens(*features)
-        text_states = self.base.encode_text(
-            replace_rows(batch["text_ids"], self._empty_ids, no_text)
-        )
+        text_ids = replace_rows(batch["text_ids"], self._empty_ids, no_text)
+        text_states = text_states_of(self.base, text_ids, batch)
         text_states, condition = self._join(text_states, tokens)
         return denoising_errors(
             lambda noisy: self.base.denoise(noisy, timesteps, text_states, condition),

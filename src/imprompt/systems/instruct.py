@@ -26,7 +26,12 @@ from imprompt.core.randomness import Randomness
 from imprompt.data.rows import Rows
 from imprompt.diffusion.objectives import alphas_cumprod_of, min_snr_weights
 from imprompt.encoders.instruction import EMBEDDINGS, METADATA_KEY, instruction_states
-from imprompt.systems.denoising import denoising_errors, mean_in_parts, spread_timesteps
+from imprompt.systems.denoising import (
+    denoising_errors,
+    mean_in_parts,
+    spread_timesteps,
+    text_states_of,
+)
 from imprompt.systems.image_prompt import check_same_base, replace_rows, sample_latents
 
 NEARLY_NOTHING = 1e-4
@@ -192,7 +197,7 @@ class InstructSystem:
         latents = sample_latents(batch, randomness, self.base)
         noise = randomness.normal("noise", tuple(latents.shape[1:]))
         alphas = self._alphas[timesteps]
-        text_states = self.base.encode_text(batch["text_ids"])
+        text_states = text_states_of(self.base, batch["text_ids"], batch)
         condition = self._handle.condition(self.tokens(batch, text_states))
         return denoising_errors(
             lambda noisy: self.base.denoise(noisy, timesteps, text_states, condition),

@@ -11,6 +11,7 @@ from typing import Any
 from imprompt.bases import Base, load_base
 from imprompt.core.config import build, read_toml, to_toml, with_settings
 from imprompt.core.errors import ImpromptError
+from imprompt.data.columns import FRAMING
 from imprompt.data.dataset import Columns
 from imprompt.data.joined import JoinedColumns
 from imprompt.data.on_the_fly import PairsOnTheFly
@@ -18,6 +19,7 @@ from imprompt.data.records import Reading
 from imprompt.data.rows import FirstRows, Rows
 from imprompt.data.store import told
 from imprompt.encoders.clip import load_named_clip
+from imprompt.systems.denoising import framing_columns
 from imprompt.systems.protocol import System
 from imprompt.training.card import write_card
 from imprompt.training.config import PRECISIONS, TrainConfig
@@ -107,7 +109,8 @@ def prepare_run(
         columns.hold_out(config.validation_rows)
     # What a system begins with must not know the rows it is validated on.
     num_rows = max(1, len(columns) - config.validation_rows)
-    system = module.build(options, base, FirstRows(columns, num_rows))
+    system: System = module.build(options, base, FirstRows(columns, num_rows))
+    system.columns = (*system.columns, *framing_columns(system.columns, base, columns))
     for _, parameter in trained_parameters(system.module):
         parameter.data = parameter.data.float()  # what learns is kept in full precision
     return system, config, resolved
@@ -210,13 +213,16 @@ def run_training(
     system, config, resolved = prepare_run(system_name, loaded, columns, preset, settings or [])
     if set_up_previews is not None:
         set_up_previews(system, loaded, columns, config.preview_images)
+    identity: dict[str, Any] = {"system": {"name": system_name, **resolved["system"]}}
+    if FRAMING in system.columns:  # may have been added to data that a run was begun on without
+        identity[FRAMING] = True
     try:
         export = train(
             system,
             columns,
             config,
             output,
-            identity={"system": {"name": system_name, **resolved["system"]}},
+            identity=identity,
             export_name=EXPORT_NAMES.get(system_name, "export"),
             processes=processes,
         )
