@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from imprompt.cli.verb import add_image_encoder_argument, add_verb
+from imprompt.cli.verb import add_device_argument, add_image_encoder_argument, add_verb
 
 
 class _ShowSettings(argparse.Action):
@@ -73,6 +73,7 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder of this run")
     parser.add_argument("--base", default="diorama", help="diorama, a folder, a file or a hub id")
     add_image_encoder_argument(parser)
+    add_device_argument(parser, "; of several processes each takes its own")
     parser.add_argument("--preset", help="name of a preset, or a TOML file")
     parser.add_argument(
         "--engine",
@@ -106,6 +107,7 @@ def run(arguments: argparse.Namespace) -> None:
         settings=arguments.set,
         engine=arguments.engine,
         num_processes=arguments.processes,
+        device=arguments.device,
         set_up_previews=set_up_previews,
         size_px=arguments.size_px,
         face_encoder=arguments.face_encoder,

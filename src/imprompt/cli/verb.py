@@ -29,10 +29,15 @@ def add_verb(
 
 def add_place_arguments(parser: Any, dtype: str) -> None:
     """Where the base computes, and in which precision; `dtype` says what the default is."""
-    parser.add_argument(
-        "--device", help="cpu, cuda, cuda:1, mps, … (default: a GPU, where there is one)"
-    )
+    add_device_argument(parser)
     parser.add_argument("--dtype", choices=DTYPES, help=f"precision of the base (default: {dtype})")
+
+
+def add_device_argument(parser: Any, more: str = "") -> None:
+    """Where it is computed; `more` goes on after the default in the help."""
+    parser.add_argument(
+        "--device", help=f"cpu, cuda, cuda:1, mps, … (default: a GPU, where there is one{more})"
+    )
 
 
 def load_placed_base(arguments: argparse.Namespace, *, half_on_gpu: bool = True) -> Any:

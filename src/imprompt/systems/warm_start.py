@@ -72,10 +72,9 @@ def ridge_regression(
 ) -> tuple[Float[Tensor, "input_dim output_dim"], Float[Tensor, " output_dim"]]:
     """Weight and bias of the linear map with the least squared error, shrunk a little."""
     input_mean, target_mean = inputs.mean(0), targets.mean(0)
-    centred = (inputs - input_mean).double()
+    centred = (inputs - input_mean).cpu().double()  # not every device has doubles
     covariance = centred.T @ centred
     shrinkage = RIDGE * covariance.diagonal().mean() * torch.eye(len(covariance)).to(covariance)
-    weight = torch.linalg.solve(
-        covariance + shrinkage, centred.T @ (targets - target_mean).double()
-    ).to(targets)
+    products = centred.T @ (targets - target_mean).cpu().double()
+    weight = torch.linalg.solve(covariance + shrinkage, products).to(targets)
     return weight, target_mean - input_mean @ weight

@@ -54,7 +54,7 @@ class Ledger:
         """
         for step, names, found in self._waiting:
             num_parts = self._config.gradient_accumulation_steps
-            table = found.double().cpu()
+            table = found.cpu().double()  # not every device has doubles
             self._check(step, table[:, :num_parts], table[:, -1])
             means = table.mean(0).tolist()
             loss = sum(means[:num_parts]) / num_parts

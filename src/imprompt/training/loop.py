@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def train(
             f"{data.path} has {len(data)} rows and {config.validation_rows} are held out for "
             "validation: nothing is left to train on. Prepare more pairs or lower validation_rows."
         )
-    processes = join_processes() if processes is None else processes
+    processes = _found_processes(system) if processes is None else processes
     if processes.is_main:
         others = dict(identity or {})
         if getattr(system, "rows_are_coupled", False):
@@ -211,6 +212,14 @@ def _check_gradients(state: TrainingState) -> None:
             f"{len(without)} of {len(state.names)} trainable parameters receive no gradient, "
             f"the first: {state.names[without[0]]}. Freeze them or use them in the loss."
         )
+
+
+def _found_processes(system: System) -> Processes:
+    """The processes that a launcher started; or this one alone, where the system is already."""
+    found = join_processes()
+    if found.engine != "single":
+        return found
+    return replace(found, device=next(system.module.parameters()).device)
 
 
 def _to(columns: dict[str, Tensor], processes: Processes) -> dict[str, Tensor]:

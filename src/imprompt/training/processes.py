@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from imprompt.bases.placement import checked_device, default_device
 from imprompt.core.errors import ImpromptError
 
 ENGINES = ("single", "ddp", "zero2", "fsdp2")
@@ -51,14 +52,18 @@ class Processes:
             self.any(False)
 
 
-def join_processes(engine: str = "auto", expected: int | None = None) -> Processes:
+def join_processes(
+    engine: str = "auto", expected: int | None = None, device: torch.device | str | None = None
+) -> Processes:
     """Find the other processes of a run that torchrun (or another launcher) started.
 
     `auto` is one process, or DDP where a launcher started several. `expected` is how many there must be:
-    some launchers start one and say nothing.
+    some launchers start one and say nothing. `device` is where one process computes, by default a GPU
+    where there is one; of several each takes its own.
 
     Raises:
-        ImpromptError: an unknown engine, one without a launcher, or another number of processes.
+        ImpromptError: an unknown engine, one without a launcher, or another number of processes; a device
+            that is not there, or one for several processes.
     """
     launched = int(os.environ.get("WORLD_SIZE", "0"))
     if engine == "auto":
@@ -73,11 +78,16 @@ def join_processes(engine: str = "auto", expected: int | None = None) -> Process
         raise ImpromptError(
             f"The engine {engine} needs a launcher: torchrun --nproc_per_node 2 -m imprompt train …"
         )
-    cuda = torch.cuda.is_available()
     if engine == "single":
-        processes = Processes(engine, 0, 1, torch.device("cuda" if cuda else "cpu"))
+        chosen = default_device() if device is None else checked_device(device)
+        processes = Processes(engine, 0, 1, chosen)
+    elif device is not None:
+        raise ImpromptError(
+            f"The device {str(device)!r} is for one process, and the engine {engine} is for several, each "
+            "with a device of its own: leave --device out, or start one process with --engine single."
+        )
     else:
-        processes = _join(engine, launched, cuda)
+        processes = _join(engine, launched, torch.cuda.is_available())
     if expected is not None and processes.count != expected:
         raise ImpromptError(
             f"{expected} processes were asked for, and there {'are' if processes.count > 1 else 'is'} "

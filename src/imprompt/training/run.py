@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from imprompt.bases import Base, load_base
 from imprompt.core.config import build, read_toml, to_toml, with_settings
 from imprompt.core.errors import ImpromptError
@@ -169,6 +171,7 @@ def run_training(
     settings: list[str] | None = None,
     engine: str = "auto",
     num_processes: int | None = None,
+    device: torch.device | str | None = None,
     size_px: int | None = None,
     reading: Reading | None = None,
     face_encoder: str | None = None,
@@ -181,7 +184,8 @@ def run_training(
     and encoded at `size_px` (by default the base's) whenever a step needs it; `face_encoder` reads its
     faces, as in `prepare`.
     `engine` is single, ddp, zero2 or fsdp2; `auto` is ddp where torchrun started several processes.
-    `num_processes` is how many there must be. `image_encoder`, as NAME or NAME:SUBFOLDER, is given to
+    `num_processes` is how many there must be, and `device` where one process alone computes (by default a
+    GPU, where there is one). `image_encoder`, as NAME or NAME:SUBFOLDER, is given to
     a base that brings none: the one that the data were prepared with. `set_up_previews` may let the
     system draw.
 
@@ -192,7 +196,7 @@ def run_training(
         ImpromptError: whatever of this does not fit together.
         Interrupted: stopped by a signal, after saving.
     """
-    processes = join_processes(engine, num_processes)
+    processes = join_processes(engine, num_processes, device)
     if isinstance(base, str):
         loaded = load_base(base, device=processes.device)
     else:

@@ -75,6 +75,8 @@ def matrix_product_speed(device: torch.device, dtype: torch.dtype) -> float:
 def _wait_for(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 class Speed:

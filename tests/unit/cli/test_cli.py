@@ -144,7 +144,9 @@ def test_a_base_computes_where_and_how_it_is_told(base_folder, tmp_path, capsys)
     full = drawn_by(command, tmp_path / "full.png")
     half = drawn_by([*command, "--dtype", "bfloat16"], tmp_path / "half.png")
     assert full != half
-    for verb in (command, ["prepare", "diorama:2", tmp_path / "data"], ["evaluate"]):
+    prepare = ["prepare", "diorama:2", tmp_path / "data"]
+    train = ["train", "image-prompt", "--data", tmp_path / "data", "--output", tmp_path / "run"]
+    for verb in (command, prepare, ["evaluate"], train):
         line = refused(capsys, *verb, "--base", base_folder, "--device", "cuda:63")
         assert "cuda:63" in line and "here is: cpu" in line
 
