@@ -4,11 +4,12 @@ BIN := .venv/bin
 # Threads that wait by spinning make everything many times slower where others use the cores, too.
 export GOMP_SPINCOUNT ?= 500
 
-.PHONY: quickstart test check format help
+.PHONY: quickstart test test-slow check format help
 
 help:
 	@echo "make quickstart   train and use an image-prompt adapter here, and open report.html"
 	@echo "make test         run the tests"
+	@echo "make test-slow    run the tests, also those that take minutes or up to 12 GB"
 	@echo "make check        style, types, import directions"
 	@echo "make format       put the code in its style"
 
@@ -17,6 +18,9 @@ quickstart: .venv/installed
 
 test: .venv/installed-test
 	$(BIN)/python -m pytest -q
+
+test-slow: .venv/installed-test
+	IMPROMPT_SLOW_TESTS=1 $(BIN)/python -m pytest -q
 
 check: .venv/installed-dev
 	$(BIN)/ruff check src tests benchmarks

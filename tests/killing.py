@@ -9,7 +9,9 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-NUM_KILLS = 20 if os.environ.get("IMPROMPT_SLOW_TESTS") else 5
+from slow import SLOW_TESTS
+
+NUM_KILLS = 20 if SLOW_TESTS else 5
 SECONDS_AT_MOST = 300
 
 

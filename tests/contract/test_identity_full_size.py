@@ -1,10 +1,9 @@
 """Identity and face-id on a model of Stable Diffusion 1.5's size: its shapes, and three real steps."""
 
-import os
-
 import pytest
 import torch
 from full_size_base import full_size_base, step, two_rows, untrained
+from slow import needs_slow_tests
 
 from imprompt.systems import face_id, identity
 
@@ -44,10 +43,7 @@ def test_face_id_has_the_published_shapes(columns):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    "IMPROMPT_SLOW_TESTS" not in os.environ,
-    reason="takes minutes and 12 GB; set IMPROMPT_SLOW_TESTS=1",
-)
+@needs_slow_tests("takes minutes and 12 GB")
 def test_identity_takes_three_real_steps(columns):
     system = identity.build(
         identity.IdentityOptions(zero_entry=False), full_size_base("cpu"), columns

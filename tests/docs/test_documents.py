@@ -102,7 +102,7 @@ def test_presets_fit_their_systems(preset):
 
 def test_make_targets_of_the_readme_exist():
     makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"make (\w+)", (ROOT / "README.md").read_text()):
+    for target in re.findall(r"make ([\w-]+)", (ROOT / "README.md").read_text()):
         assert f"\n{target}:" in makefile, target
 
 

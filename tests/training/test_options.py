@@ -160,7 +160,6 @@ def test_how_far_ahead_is_read_and_by_how_many_changes_no_batch(columns):
 )
 def test_what_cannot_be_done_here_is_told(columns, tmp_path, changes, message):
     if changes.get("report_to") == "wandb":
-        pytest.importorskip("imprompt")
         import importlib.util
 
         if importlib.util.find_spec("wandb"):

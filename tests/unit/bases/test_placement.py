@@ -1,6 +1,5 @@
 """Devices, precisions, and the ways to save memory or time: none of them changes the picture."""
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,6 +8,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from slow import needs_slow_tests
 from tiny_base import VISION_EMBED_DIM, build_parts, write_tiny_base, write_tiny_xl_base
 from torch import Tensor, nn
 
@@ -232,13 +232,7 @@ assert abs(expected[1] - bare).max() > 1
         pytest.param(
             "1",
             "inductor",
-            marks=[
-                pytest.mark.slow,
-                pytest.mark.skipif(
-                    "IMPROMPT_SLOW_TESTS" not in os.environ,
-                    reason="takes a minute or two; set IMPROMPT_SLOW_TESTS=1",
-                ),
-            ],
+            marks=[pytest.mark.slow, needs_slow_tests("takes a minute or two")],
         ),
     ],
 )

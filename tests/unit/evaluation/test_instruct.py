@@ -1,8 +1,7 @@
 """The measurement of Instruct: what is asked, what is read off renders, layouts, CLIP scores."""
 
-import os
-
 import pytest
+from slow import needs_slow_tests
 
 from imprompt.adapters import create_adapter
 from imprompt.bases import load_base
@@ -21,10 +20,7 @@ from imprompt.evaluation.map_reader import load_map_reader
 from imprompt.evaluation.measure import Sampling
 
 COUNT = 16
-slow = pytest.mark.skipif(
-    "IMPROMPT_SLOW_TESTS" not in os.environ,
-    reason="draws hundreds of scenes; set IMPROMPT_SLOW_TESTS=1",
-)
+slow = needs_slow_tests("draws hundreds of scenes")
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,8 @@
 """The map of instructions: points, how far tasks stand apart, and the picture."""
 
-import os
-
 import numpy as np
 import pytest
+from slow import needs_slow_tests
 
 from imprompt.bases import load_base
 from imprompt.evaluation.instruction_map import (
@@ -28,7 +27,7 @@ def test_every_task_is_drawn_in_its_colour():
     assert set(COLOURS) <= found
 
 
-@pytest.mark.skipif("IMPROMPT_SLOW_TESTS" not in os.environ, reason="t-SNE; IMPROMPT_SLOW_TESTS=1")
+@needs_slow_tests("computes a t-SNE")
 def test_instructions_of_a_task_lie_together():
     pytest.importorskip("sklearn")
     texts, tasks = all_instructions()

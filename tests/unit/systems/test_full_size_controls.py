@@ -1,11 +1,10 @@
 """ControlNet and T2I-Adapter of Stable Diffusion 1.5's and XL's size: shapes on the meta device, and
 (with IMPROMPT_SLOW_TESTS=1) three real steps of the one training loop on random weights."""
 
-import os
-
 import pytest
 import torch
 from full_size_base import full_size_base
+from slow import needs_slow_tests
 
 from imprompt.data.dataset import Columns, ColumnsWriter
 from imprompt.systems import controlnet, t2i_adapter
@@ -38,9 +37,7 @@ def test_shapes_at_full_size(is_xl, num_controlnet, num_adapter):
     assert base.denoise(latents, timestep, states, residuals=both).shape == latents.shape
 
 
-@pytest.mark.skipif(
-    os.environ.get("IMPROMPT_SLOW_TESTS") != "1", reason="11 GB and minutes: IMPROMPT_SLOW_TESTS=1"
-)
+@needs_slow_tests("takes minutes and 11 GB")
 @pytest.mark.parametrize("name", ["controlnet", "t2i-adapter"])
 def test_three_real_steps_at_full_size(name, tmp_path):
     base = full_size_base("cpu")

@@ -1,10 +1,9 @@
 """Instruct on a model of Stable Diffusion 1.5's size: its published shapes, and three real steps."""
 
-import os
-
 import pytest
 import torch
 from full_size_base import full_size_base, step, two_rows, untrained
+from slow import needs_slow_tests
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from imprompt.bases import ClipImageEncoder
@@ -49,10 +48,7 @@ def test_it_has_the_published_shapes(columns):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    "IMPROMPT_SLOW_TESTS" not in os.environ,
-    reason="takes minutes and 8 GB; set IMPROMPT_SLOW_TESTS=1",
-)
+@needs_slow_tests("takes minutes and 8 GB")
 def test_it_takes_three_real_steps(columns):
     system = instruct.build(InstructOptions(), random_base("cpu"), columns)
     optimizer = torch.optim.AdamW(system.module.parameters(), lr=1e-4)
