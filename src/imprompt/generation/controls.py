@@ -123,9 +123,12 @@ def check_fits(network: Any, base: Base) -> None:
     own, its = base.unet.config, network.config
     if hasattr(its, "adapter_type"):
         names = ("type", "downscaling", "channels")
-        # A light adapter gives maps of the very shapes that a full one does.
-        kind = str(its.adapter_type).replace("light_adapter", "full_adapter")
-        given = (kind, its.downscale_factor, list(its.channels))
+        kind, channels = str(its.adapter_type), list(its.channels)
+        # A light adapter gives maps of the very shapes that a full one does, but its last block,
+        # which is as wide as the one before, is not listed.
+        if kind == "light_adapter":
+            kind, channels = "full_adapter", [*channels, channels[-1]]
+        given = (kind, its.downscale_factor, channels)
         wanted = layout_of(base)
     else:
         names = ("channels", "text width")

@@ -1,5 +1,7 @@
 """Controls in generation: alone as diffusers does it, several at once, with image prompts."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from diffusers import (
     StableDiffusionAdapterPipeline,
     StableDiffusionControlNetPipeline,
     T2IAdapter,
+    UNet2DConditionModel,
 )
 from PIL import Image
 from tiny_base import write_tiny_base
@@ -238,6 +241,32 @@ def test_a_t2i_adapter_of_another_family_is_refused(base, controls, change, reas
     other = T2IAdapter(num_res_blocks=1, **{**shape, **change})
     with pytest.raises(ImpromptError, match=reason):
         generate(base, "", controls=Control(image=Image.new("RGB", (8, 8)), model=other))
+
+
+def light_adapter(channels):
+    torch.manual_seed(1)
+    return T2IAdapter(
+        channels=channels, num_res_blocks=1, downscale_factor=4, adapter_type="light_adapter"
+    )
+
+
+def test_a_light_t2i_adapter_lists_a_block_less(base_folder, pictures, tmp_path):
+    """As the published one for colours does: 320, 640, 1280 for a UNet of 320, 640, 1280, 1280."""
+    folder = tmp_path / "base"
+    shutil.copytree(base_folder, folder)
+    config = {**load_base(base_folder).unet.config, "block_out_channels": (8, 8)}
+    torch.manual_seed(0)
+    UNet2DConditionModel.from_config(config).save_pretrained(folder / "unet")
+    base = load_base(folder)
+    light = light_adapter([8])
+    assert [feature.shape[1] for feature in light(torch.zeros(1, 3, SIZE, SIZE))] == [8, 8]
+    bare, drawn = (
+        generate(base, "a cat", controls=controls, **OPTIONS)[0]
+        for controls in ((), Control(image=pictures[0], model=light, weight=20.0))
+    )
+    assert difference(bare, drawn) > 0
+    with pytest.raises(ImpromptError, match="its channels is"):
+        generate(base, "", controls=Control(image=pictures[0], model=light_adapter([8, 8])))
 
 
 def test_the_command_line(base_folder, controls, pictures, tmp_path, capsys, monkeypatch):
