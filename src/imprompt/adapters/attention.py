@@ -78,6 +78,8 @@ class SiteLora(NamedTuple):
     key: LowRank
     value: LowRank
     out: LowRank
+    # The adapter's own weight, by which LoRA is known to be the same, scaled and cast or not.
+    source: Float[Tensor, "rank in_dim"]
 
 
 class SiteCondition(NamedTuple):
@@ -258,7 +260,9 @@ def lora_hooks(attn: Any, loras: Sequence[SiteLora]) -> Generator[None, None, No
     hooks = [
         layer.register_forward_hook(added(addition))
         for lora in loras
-        for layer, addition in zip(layers, lora, strict=True)
+        for layer, addition in zip(
+            layers, (lora.query, lora.key, lora.value, lora.out), strict=True
+        )
     ]
     try:
         yield

@@ -106,7 +106,5 @@ def combine(*conditions: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def joined_loras(first: tuple[SiteLora, ...], second: tuple[SiteLora, ...]) -> tuple[SiteLora, ...]:
-    known = [lora.query.down for lora in first]
-    return first + tuple(
-        lora for lora in second if not any(lora.query.down is down for down in known)
-    )
+    known = [lora.source for lora in first]
+    return first + tuple(lora for lora in second if not any(lora.source is own for own in known))

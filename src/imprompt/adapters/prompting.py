@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from imprompt.adapters.attention import KeyValue, SiteCondition
+from imprompt.adapters.casting import cast_lora
 from imprompt.core.errors import ImpromptError
 
 
@@ -56,10 +57,7 @@ def rows_of_batch(batch: int, num_parts: int, num_prompts: int) -> list[int]:
 def select_rows(
     condition: Mapping[int, SiteCondition], rows: list[int], like: Tensor
 ) -> dict[int, SiteCondition]:
-    """The condition of a batch whose row j reads prompt rows[j], where and as `like` is.
-
-    LoRA stays the very tensors it was: by these it is known to be the same in several prompts.
-    """
+    """The condition of a batch whose row j reads prompt rows[j], where and as `like` is."""
     index = torch.tensor(rows)
 
     def select(x: Tensor) -> Tensor:
@@ -72,6 +70,9 @@ def select_rows(
         return prompt._replace(key=select(prompt.key), value=select(prompt.value), mask=mask)
 
     return {
-        index_of_site: site._replace(prompts=tuple(of_prompt(prompt) for prompt in site.prompts))
+        index_of_site: site._replace(
+            prompts=tuple(of_prompt(prompt) for prompt in site.prompts),
+            loras=tuple(cast_lora(lora, lambda x: x.to(like)) for lora in site.loras),
+        )
         for index_of_site, site in condition.items()
     }

@@ -59,6 +59,7 @@ class SiteWeights(nn.Module):
             key=tensors(self.to_k_lora),
             value=tensors(self.to_v_lora),
             out=tensors(self.to_out_lora),
+            source=self.to_q_lora.down.weight,
         )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from imprompt.adapters import Handle, combine
 from imprompt.adapters.attention import CONDITION_KEY, SiteCondition
+from imprompt.adapters.casting import cast_conditions
 from imprompt.adapters.sites import Number, Scale
 from imprompt.core.errors import ImpromptError
 from imprompt.generation.explanation import Explanation
@@ -112,8 +113,8 @@ def conditions_by_step(
 
     `rows` says which images of the generation this batch has. K' and V' of a prompt are computed
     here, once, and only if it is active at some step. An `explanation` sees what they do. With the
-    very `text_states` that every step brings to the UNet, the text's K and V are computed here too,
-    and with the `latent_size` the masks at each site.
+    very `text_states` that every step brings to the UNet, all is as precise as these, and the text's
+    K and V are computed here too, and with the `latent_size` the masks at each site.
     """
     batch = len(range(*rows.indices(num_images)))
     # For each step the prompts that act, each with its factor.
@@ -145,7 +146,11 @@ def conditions_by_step(
         if active
     }
     if combined:
-        prepared = prompts[0].handle.prepare(list(combined.values()), text_states, latent_size)
+        ready = list(combined.values())
+        if text_states is not None:
+            # An adapter may be more precise than its base: cast here, not at every site and step.
+            ready = cast_conditions(ready, text_states)
+        prepared = prompts[0].handle.prepare(ready, text_states, latent_size)
         combined = dict(zip(combined, prepared, strict=True))
     return [combined.get(active) for active in active_by_step]
 
