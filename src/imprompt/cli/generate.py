@@ -168,6 +168,15 @@ def _add_image_arguments(group: Any) -> None:
     group.add_argument(
         "--site-preset", help='where in the UNet λ counts: style, composition, "ease in", …'
     )
+    group.add_argument(
+        "--lora-scale", type=float, default=1.0, help="weight of a face-id adapter's LoRA (1.0)"
+    )
+    group.add_argument(
+        "--shortcut-scale",
+        type=float,
+        default=1.0,
+        help="looks of a face, for face-id-plus v2 (1.0)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -265,6 +274,8 @@ def _image_prompts(
             crop=arguments.crop,
             negative=arguments.negative_image,
             face_encoder=arguments.face_encoder,
+            lora_scale=arguments.lora_scale,
+            shortcut_scale=arguments.shortcut_scale,
         )
         for group, instruction in zip(groups, told * (len(groups) // len(told)), strict=True)
     ]

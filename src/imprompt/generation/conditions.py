@@ -28,7 +28,8 @@ class TokenPrompt:
     `tokens` are one for all images of a generation, or one for each of them; `zero_tokens` are what
     the adapter makes of no image, for the unconditional half. Where tokens depend on the text or an
     instruction, `image_only_tokens` are those of the image alone and `uninstructed_tokens` those of
-    image and text.
+    image and text. `lora_scale` is the weight of a face-id adapter's LoRA, which acts from start to
+    end whatever λ is there.
 
     Raises:
         ImpromptError: start and end are no time span, or the tensors do not fit each other.
@@ -42,6 +43,7 @@ class TokenPrompt:
     start: Number = 0.0
     end: Number = 1.0
     over_time: Sequence[Number] = (1.0,)
+    lora_scale: Number = 1.0
     image_only_tokens: Float[Tensor, "some tokens dim"] | None = None
     uninstructed_tokens: Float[Tensor, "others tokens dim"] | None = None
     number: int | None = None
@@ -57,8 +59,15 @@ class TokenPrompt:
                 "(1, tokens, dim)."
             )
 
+    def is_active(self, step: int, num_steps: int) -> bool:
+        """Whether it does anything at this step, counted from 0, with its tokens or with its LoRA."""
+        if self.factor_at(step, num_steps) != 0:
+            return True
+        brings_lora = any(weights.lora_rank for weights in self.handle.weights.values())
+        return self.lora_scale != 0 and brings_lora and self.start <= step / num_steps < self.end
+
     def factor_at(self, step: int, num_steps: int) -> float:
-        """What λ is multiplied with at this step, counted from 0; 0 where it has no effect."""
+        """What λ is multiplied with at this step, counted from 0; 0 where the tokens do not act."""
         time = step / num_steps
         if is_zero(self.scale) or not self.start <= time < self.end:
             return 0.0
@@ -120,9 +129,9 @@ def conditions_by_step(
     # For each step the prompts that act, each with its factor.
     active_by_step = [
         tuple(
-            (j, factor)
+            (j, prompt.factor_at(step, num_steps))
             for j, prompt in enumerate(prompts)
-            if (factor := prompt.factor_at(step, num_steps)) != 0
+            if prompt.is_active(step, num_steps)
         )
         for step in range(num_steps)
     ]
@@ -156,10 +165,13 @@ def conditions_by_step(
 
 
 def weakened(condition: dict[str, Any], factor: float) -> dict[str, Any]:
-    """A condition whose image attentions count `factor` times as much."""
+    """A condition whose image attentions count `factor` times as much; at 0 its LoRA is left."""
     if factor == 1:
         return condition
     sites: Mapping[int, SiteCondition] = condition[CONDITION_KEY]
+    if factor == 0:
+        left = {i: site._replace(prompts=()) for i, site in sites.items() if site.loras}
+        return {**condition, CONDITION_KEY: left}
     changed = {
         index: site._replace(
             prompts=tuple(kv._replace(value=kv.value * factor) for kv in site.prompts)
@@ -189,7 +201,7 @@ def _condition(
     if isinstance(scale, Tensor) and scale.ndim == 1:
         scale = _rows(scale, rows, batch, num_images, "scale").repeat(len(branches))
     stacked = torch.cat([shown[branch] for branch in branches])
-    return prompt.handle.condition(stacked, scale=scale, mask=mask)
+    return prompt.handle.condition(stacked, scale=scale, mask=mask, lora_scale=prompt.lora_scale)
 
 
 def _rows(values: Tensor, rows: slice, batch: int, num_images: int, what: str) -> Tensor:

@@ -53,9 +53,10 @@ class ImagePrompt:
 
     scale: Scale = field(default=1.0, kw_only=True)
     """λ, the weight beside the text: one number, one per cross-attention site, or a mapping from
-    parts of the UNet ("up", "mid_block", …) to numbers. 0 costs nothing and does nothing. Parts that
-    a mapping does not list have 1; in diffusers' nested form, {"up": {"block_0": [0.0, 1.0, 0.0]}},
-    they have 0, as in diffusers. See `imprompt.adapters.sites.scale_per_site`."""
+    parts of the UNet ("up", "mid_block", …) to numbers. 0 costs nothing and does nothing (but see
+    `lora_scale`). Parts that a mapping does not list have 1; in diffusers' nested form, {"up":
+    {"block_0": [0.0, 1.0, 0.0]}}, they have 0, as in diffusers. See
+    `imprompt.adapters.sites.scale_per_site`."""
 
     site_preset: str | None = field(default=None, kw_only=True)
     """How `scale`, then one number, is spread over the UNet: "style", "composition", … (see
@@ -93,6 +94,14 @@ class ImagePrompt:
     """Who reads the face, for adapters that read identity vectors: by default the encoder that the
     adapter was trained with, if it is known here, or else insightface."""
 
+    lora_scale: Number = field(default=1.0, kw_only=True)
+    """Weight of a face-id adapter's LoRA, which acts from start to end whatever `scale` is; 0 is
+    without it. Of several prompts of one adapter it acts once, with the first one's weight."""
+
+    shortcut_scale: Number = field(default=1.0, kw_only=True)
+    """How much the face's looks count beside its identity, for face-id-plus adapters of the second
+    generation (the authors' `s_scale`)."""
+
     def __post_init__(self) -> None:
         check_time_span(self.start, self.end)
         check_over_time(self.over_time)
@@ -110,6 +119,16 @@ class ImagePrompt:
                 f"The {self.adapter.variant} adapter cannot be told {self.instruction!r}: only "
                 "Instruct adapters read instructions."
             )
+        if self.lora_scale != 1 and not self.adapter.lora_rank:
+            raise ImpromptError(
+                f"The {self.adapter.variant} adapter brings no LoRA that a lora_scale could weigh: "
+                "only face-id adapters do."
+            )
+        if self.shortcut_scale != 1 and not getattr(self.adapter.image_proj, "shortcut", False):
+            raise ImpromptError(
+                f"The {self.adapter.variant} adapter has no shortcut that a shortcut_scale could "
+                "weigh: only face-id-plus adapters of the second generation do."
+            )
         if self.site_preset is not None and not isinstance(self.scale, int | float):
             raise ImpromptError("With a site_preset the scale is one number, which it spreads.")
         if self.image_weights is not None and self.crop == "tiles":
@@ -126,8 +145,10 @@ class ImagePrompt:
 
     @property
     def is_effective(self) -> bool:
-        """Whether it acts at any step at all."""
-        return not is_zero(self.scale) and self.start < self.end and any(self.over_time)
+        """Whether it acts at any step at all, with its tokens or with its LoRA."""
+        brings_lora = self.lora_scale != 0 and self.adapter.lora_rank > 0
+        acts = brings_lora or (not is_zero(self.scale) and any(self.over_time))
+        return acts and self.start < self.end
 
 
 @contextmanager
@@ -183,10 +204,13 @@ def token_prompt(
             "uninstructed_tokens": made.uninstructed,
         }
     else:
+        options: dict[str, float] = {}
+        if adapter.variant == "faceid-plus":
+            options["shortcut_scale"] = float(prompt.shortcut_scale)
         # Several images are one prompt: the attention reads the tokens of all of them.
         tokens = {
-            "tokens": adapter.tokens(*features).flatten(0, 1)[None],
-            "zero_tokens": adapter.tokens(*against).repeat(1, len(features[0]), 1),
+            "tokens": adapter.tokens(*features, **options).flatten(0, 1)[None],
+            "zero_tokens": adapter.tokens(*against, **options).repeat(1, len(features[0]), 1),
         }
     return TokenPrompt(
         handle=handle,
@@ -197,6 +221,7 @@ def token_prompt(
         start=prompt.start,
         end=prompt.end,
         over_time=prompt.over_time,
+        lora_scale=prompt.lora_scale,
     )
 
 

@@ -211,3 +211,17 @@ def test_published_guidance_never_flees_from_the_image():
         _image_prompts(arguments, pictures, adapter, scale)[0].scale for scale in (0.0, 0.1, 1.0)
     ]
     assert scales == [0, 0, 0.8]
+
+
+def test_the_weights_of_a_face_adapter_are_passed_on():
+    adapter = create_adapter(
+        build_parts()["unet"], "faceid-plus", feature_dim=6, id_dim=4, depth=1, lora_rank=2
+    )
+    adapter.image_proj.shortcut = True
+    for options, weights in (
+        ([], (1.0, 1.0)),
+        (["--lora-scale", "0.4", "--shortcut-scale", "2"], (0.4, 2.0)),
+    ):
+        arguments = create_parser().parse_args(["generate", "--image", "a.png", *options])
+        [prompt] = _image_prompts(arguments, [Image.new("RGB", (8, 8))], adapter, 1.0)
+        assert (prompt.lora_scale, prompt.shortcut_scale) == weights

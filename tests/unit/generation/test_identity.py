@@ -16,7 +16,8 @@ from imprompt.core.errors import ImpromptError
 from imprompt.encoders.face import DioramaFaceEncoder, load_face_encoder
 from imprompt.encoders.face_network import FaceNetwork
 from imprompt.generation import IdentityPrompt, ImagePrompt, generate
-from imprompt.generation.faces import face_encoder_of, face_features
+from imprompt.generation.faces import face_encoder_of, face_features, face_features_of_nothing
+from imprompt.generation.prompts import token_prompt
 from imprompt.systems.controlnet import create_controlnet
 
 ID_DIM = 8
@@ -69,6 +70,54 @@ def test_a_face_is_an_image_prompt(base, faces, pictures, variant):
     assert same(first, generate(base, "a house", prompts[0], **FAST))
     both = ImagePrompt(pictures, adapter=adapter, face_encoder=faces)
     assert not same(first, generate(base, "a house", both, **FAST))
+
+
+def test_the_lora_of_a_face_has_a_weight_of_its_own(base, faces, pictures):
+    adapter = shaken(create_adapter(base.unet, "faceid", feature_dim=ID_DIM, lora_rank=2))
+
+    def drawn(**options):
+        prompt = ImagePrompt(pictures[0], adapter=adapter, face_encoder=faces, **options)
+        return generate(base, "a house", prompt, **FAST)
+
+    bare, silent = generate(base, "a house", **FAST), drawn(scale=0.0)
+    with adapter.install(base.unet) as handle:
+        tokens = adapter.tokens(*face_features(adapter, pictures[:1], faces, None))
+        with handle.prompt(tokens, scale=0.0):
+            assert same(silent, generate(base, "a house", **FAST))
+    assert not same(silent, bare)
+    assert same(silent, drawn(over_time=(0.0,)))
+    assert not same(silent, drawn(scale=0.0, lora_scale=0.4))
+    assert not same(drawn(), drawn(lora_scale=0.0))
+    for nothing in ({"scale": 0.0, "lora_scale": 0.0}, {"scale": 0.0, "start": 0.5, "end": 0.5}):
+        assert same(drawn(**nothing), bare)
+
+
+def test_the_shortcut_of_a_face_has_a_weight(base, faces, pictures):
+    encoder = base.image_encoder
+    adapter = shaken(
+        create_adapter(
+            base.unet, "faceid-plus", feature_dim=encoder.hidden_dim, id_dim=ID_DIM, lora_rank=2
+        )
+    )
+    with pytest.raises(ImpromptError, match="no shortcut"):
+        ImagePrompt(pictures[0], adapter=adapter, shortcut_scale=0.5)
+    adapter.image_proj.shortcut = True
+    prompt = ImagePrompt(
+        pictures[0], adapter=adapter, face_encoder=faces, shortcut_scale=0.5, lora_scale=0.7
+    )
+    with adapter.install(base.unet) as handle:
+        made = token_prompt(prompt, handle, encoder)
+    features = face_features(adapter, pictures[:1], faces, encoder)
+    nothing = face_features_of_nothing(adapter, encoder)
+    assert torch.equal(made.tokens, adapter.tokens(*features, shortcut_scale=0.5))
+    assert torch.equal(made.zero_tokens, adapter.tokens(*nothing, shortcut_scale=0.5))
+    assert made.lora_scale == 0.7
+    assert not torch.allclose(made.tokens, adapter.tokens(*features))
+
+
+def test_what_has_no_lora_is_not_weighed(pictures, identity):
+    with pytest.raises(ImpromptError, match="brings no LoRA"):
+        ImagePrompt(pictures[0], adapter=identity.adapter, lora_scale=0.5)
 
 
 def test_what_face_adapters_read(base, faces, pictures, identity):
