@@ -18,7 +18,8 @@ from imprompt.adapters import create_adapter
 from imprompt.bases import Base, TextStates, image_encoder_of
 from imprompt.core.errors import ImpromptError
 from imprompt.data.rows import Rows
-from imprompt.systems.image_prompt import ImagePromptOptions, ImagePromptSystem, check_same_base
+from imprompt.systems.denoising import check_same_base
+from imprompt.systems.image_prompt import ImagePromptOptions, ImagePromptSystem
 
 
 @dataclass(frozen=True, kw_only=True)

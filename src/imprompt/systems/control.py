@@ -25,12 +25,14 @@ from imprompt.data.columns import CONTROL
 from imprompt.data.rows import Rows
 from imprompt.diffusion.objectives import alphas_cumprod_of
 from imprompt.systems.denoising import (
+    check_same_base,
     denoising_errors,
     mean_in_parts,
+    replace_rows,
+    sample_posterior,
     spread_timesteps,
     text_states_of,
 )
-from imprompt.systems.image_prompt import check_same_base, replace_rows, sample_latents
 
 Read = Callable[[Tensor, Tensor, TextStates, Tensor], Residuals]
 """What a network adds: (noisy latents, timesteps, text states, maps in [0, 1]) → residuals."""
@@ -122,7 +124,7 @@ class ControlSystem:
         has_control: bool = True,
     ) -> Tensor:
         """The squared error of each sample's prediction, (batch,)."""
-        latents = sample_latents(batch, randomness, self.base)
+        latents = sample_posterior(batch, randomness, self.base)
         noise = randomness.normal("noise", tuple(latents.shape[1:]))
         alphas = self._alphas[timesteps]
         text_ids = replace_rows(batch["text_ids"], self._empty_ids, no_text)

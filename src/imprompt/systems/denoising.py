@@ -1,5 +1,5 @@
-"""What systems that learn to denoise have in common: texts with their framing, the error of a prediction,
-and validating in parts."""
+"""What systems that learn to denoise have in common: the right data, texts with their framing, latents, the
+error of a prediction, and validating in parts."""
 
 from __future__ import annotations
 
@@ -17,6 +17,16 @@ from imprompt.core.randomness import Randomness
 from imprompt.data.columns import FRAMING
 from imprompt.data.rows import Rows
 from imprompt.diffusion.objectives import add_noise, prediction_target
+
+
+def check_same_base(columns: Rows, base: Base) -> None:
+    """Raise an ImpromptError if the data were encoded by another base than this one."""
+    prepared = columns.meta.get("base_fingerprint")
+    if prepared != base.fingerprint():
+        raise ImpromptError(
+            f"The data in {columns.path} were prepared with {columns.meta.get('base', 'another base')} "
+            f"({prepared}), not with {base.name} ({base.fingerprint()}): prepare them with this base."
+        )
 
 
 def framing_columns(columns: Sequence[str], base: Base, data: Rows) -> tuple[str, ...]:
@@ -37,6 +47,20 @@ def text_states_of(
     """What the denoiser reads of texts, and of the framing of a batch's pictures where that was read."""
     text_states = base.encode_text(text_ids)
     return replace(text_states, framing=batch[FRAMING]) if FRAMING in batch else text_states
+
+
+def replace_rows(values: Tensor, replacement: Tensor, where: Tensor) -> Tensor:
+    """`values` (batch, …) with the rows that `where` (batch,) marks replaced by `replacement` (1, …)."""
+    marked = where.reshape(-1, *[1] * (values.ndim - 1))
+    return torch.where(marked, replacement.to(values), values)
+
+
+def sample_posterior(batch: dict[str, Tensor], randomness: Randomness, base: Base) -> Tensor:
+    """Latents drawn from the cached posterior, in the denoiser's scale."""
+    mean = batch["latent_mean"].float()
+    deviation = (0.5 * batch["latent_logvar"].float()).exp()
+    noise = randomness.normal("posterior", tuple(mean.shape[1:]))
+    return (mean + deviation * noise) * float(base.vae.config.scaling_factor)
 
 
 def denoising_errors(

@@ -19,7 +19,8 @@ from imprompt.bases import Base, image_encoder_of
 from imprompt.checkpoints import load_adapter
 from imprompt.core.errors import ImpromptError
 from imprompt.data.rows import Rows
-from imprompt.systems.image_prompt import ImagePromptOptions, ImagePromptSystem, check_same_base
+from imprompt.systems.denoising import check_same_base
+from imprompt.systems.image_prompt import ImagePromptOptions, ImagePromptSystem
 
 FEATURES: dict[str, tuple[str, ...]] = {
     "faceid": ("id_embeds",),

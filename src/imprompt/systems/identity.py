@@ -34,12 +34,14 @@ from imprompt.diffusion.objectives import alphas_cumprod_of
 from imprompt.encoders.landmarks import landmark_images
 from imprompt.systems.controlnet import control_residuals, create_controlnet
 from imprompt.systems.denoising import (
+    check_same_base,
     denoising_errors,
     mean_in_parts,
+    replace_rows,
+    sample_posterior,
     spread_timesteps,
     text_states_of,
 )
-from imprompt.systems.image_prompt import check_same_base, replace_rows, sample_latents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +150,7 @@ class IdentitySystem:
         has_net: bool = True,
     ) -> Tensor:
         """The squared error of each sample's prediction, (batch,)."""
-        latents = sample_latents(batch, randomness, self.base)
+        latents = sample_posterior(batch, randomness, self.base)
         noise = randomness.normal("noise", tuple(latents.shape[1:]))
         alphas = self._alphas[timesteps]
         text_states = text_states_of(self.base, batch["text_ids"], batch)

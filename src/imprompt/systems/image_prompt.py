@@ -28,8 +28,11 @@ from imprompt.core.randomness import Randomness
 from imprompt.data.rows import Rows
 from imprompt.diffusion.objectives import alphas_cumprod_of, min_snr_weights
 from imprompt.systems.denoising import (
+    check_same_base,
     denoising_errors,
     mean_in_parts,
+    replace_rows,
+    sample_posterior,
     spread_timesteps,
     text_states_of,
 )
@@ -107,16 +110,6 @@ def build(options: ImagePromptOptions, base: Base, columns: Rows) -> ImagePrompt
     )
 
 
-def check_same_base(columns: Rows, base: Base) -> None:
-    """Raise an ImpromptError if the data were encoded by another base than this one."""
-    prepared = columns.meta.get("base_fingerprint")
-    if prepared != base.fingerprint():
-        raise ImpromptError(
-            f"The data in {columns.path} were prepared with {columns.meta.get('base', 'another base')} "
-            f"({prepared}), not with {base.name} ({base.fingerprint()}): prepare them with this base."
-        )
-
-
 # How tokens reach the denoiser: (text states, tokens) → (text states, condition).
 Join = Callable[[TextStates, Tensor], tuple[TextStates, dict[str, Any] | None]]
 
@@ -174,7 +167,7 @@ class ImagePromptSystem:
         no_text: Tensor,
     ) -> Tensor:
         """The squared error of each sample's prediction, (batch,)."""
-        latents = sample_latents(batch, randomness, self.base)
+        latents = sample_posterior(batch, randomness, self.base)
         noise = randomness.normal("noise", tuple(latents.shape[1:]))
         alphas = self._alphas[timesteps]
         features = [
@@ -246,17 +239,3 @@ def drops(randomness: Randomness, options: ImagePromptOptions) -> tuple[Tensor, 
     share = options.drop_image + options.drop_text + options.drop_both
     both = (draw >= options.drop_image + options.drop_text) & (draw < share)
     return only_image | both, only_text | both
-
-
-def replace_rows(values: Tensor, replacement: Tensor, where: Tensor) -> Tensor:
-    """`values` (batch, …) with the rows that `where` (batch,) marks replaced by `replacement` (1, …)."""
-    marked = where.reshape(-1, *[1] * (values.ndim - 1))
-    return torch.where(marked, replacement.to(values), values)
-
-
-def sample_latents(batch: dict[str, Tensor], randomness: Randomness, base: Base) -> Tensor:
-    """Latents drawn from the cached posterior, in the denoiser's scale."""
-    mean = batch["latent_mean"].float()
-    deviation = (0.5 * batch["latent_logvar"].float()).exp()
-    noise = randomness.normal("posterior", tuple(mean.shape[1:]))
-    return (mean + deviation * noise) * float(base.vae.config.scaling_factor)

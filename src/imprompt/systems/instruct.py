@@ -27,12 +27,14 @@ from imprompt.data.rows import Rows
 from imprompt.diffusion.objectives import alphas_cumprod_of, min_snr_weights
 from imprompt.encoders.instruction import EMBEDDINGS, METADATA_KEY, instruction_states
 from imprompt.systems.denoising import (
+    check_same_base,
     denoising_errors,
     mean_in_parts,
+    replace_rows,
+    sample_posterior,
     spread_timesteps,
     text_states_of,
 )
-from imprompt.systems.image_prompt import check_same_base, replace_rows, sample_latents
 
 NEARLY_NOTHING = 1e-4
 
@@ -194,7 +196,7 @@ class InstructSystem:
         self, batch: dict[str, Tensor], randomness: Randomness, timesteps: Tensor
     ) -> Tensor:
         """The squared error of each sample's prediction, (batch,)."""
-        latents = sample_latents(batch, randomness, self.base)
+        latents = sample_posterior(batch, randomness, self.base)
         noise = randomness.normal("noise", tuple(latents.shape[1:]))
         alphas = self._alphas[timesteps]
         text_states = text_states_of(self.base, batch["text_ids"], batch)

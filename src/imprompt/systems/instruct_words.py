@@ -31,8 +31,7 @@ from imprompt.core.randomness import Randomness
 from imprompt.data.instructions import TASKS
 from imprompt.data.rows import Rows
 from imprompt.encoders.instruction import instruction_states
-from imprompt.systems.denoising import mean_in_parts
-from imprompt.systems.image_prompt import check_same_base, replace_rows
+from imprompt.systems.denoising import check_same_base, mean_in_parts, replace_rows
 from imprompt.systems.instruct import InstructOptions, instruct_adapter, new_like
 
 NUM_ROWS_FOR_SCALE = 2048

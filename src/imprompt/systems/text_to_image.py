@@ -20,8 +20,7 @@ from imprompt.core.config import check_shares
 from imprompt.core.randomness import Randomness
 from imprompt.data.rows import Rows
 from imprompt.diffusion.objectives import alphas_cumprod_of
-from imprompt.systems.denoising import denoising_errors, mean_in_parts
-from imprompt.systems.image_prompt import check_same_base
+from imprompt.systems.denoising import check_same_base, denoising_errors, mean_in_parts
 from imprompt.systems.protocol import starts_from_base
 
 _GOLDEN_RATIO = 0.6180339887498949
