@@ -26,7 +26,7 @@ class TokenPrompt:
     """An image prompt after encoder and projection: all that the denoising loop needs of it.
 
     `tokens` are one for all images of a generation, or one for each of them; `zero_tokens` are what
-    the adapter makes of no image, for the unconditional half. Where tokens depend on the text or an
+    the adapter makes of no image, for the unconditional half, and None where there is none. Where tokens depend on the text or an
     instruction, `image_only_tokens` are those of the image alone and `uninstructed_tokens` those of
     image and text. `lora_scale` is the weight of a face-id adapter's LoRA, which acts from start to
     end whatever λ is there.
@@ -37,7 +37,7 @@ class TokenPrompt:
 
     handle: Handle
     tokens: Float[Tensor, "images tokens dim"]
-    zero_tokens: Float[Tensor, "one tokens dim"]
+    zero_tokens: Float[Tensor, "one tokens dim"] | None
     scale: Scale = 1.0
     mask: Float[Tensor, "masks height width"] | None = None
     start: Number = 0.0
@@ -52,10 +52,11 @@ class TokenPrompt:
     def __post_init__(self) -> None:
         check_time_span(self.start, self.end)
         check_over_time(self.over_time)
-        if self.tokens.shape[1:] != self.zero_tokens.shape[1:] or len(self.zero_tokens) != 1:
+        zero = self.tokens[:1] if self.zero_tokens is None else self.zero_tokens
+        if self.tokens.shape[1:] != zero.shape[1:] or len(zero) != 1:
             raise ImpromptError(
                 f"tokens have shape {tuple(self.tokens.shape)} and zero_tokens "
-                f"{tuple(self.zero_tokens.shape)}: needed are (images, tokens, dim) and "
+                f"{tuple(zero.shape)}: needed are (images, tokens, dim) and "
                 "(1, tokens, dim)."
             )
 
@@ -186,11 +187,16 @@ def _condition(
 ) -> dict[str, Any]:
     tokens = _rows(prompt.tokens, rows, batch, num_images, "tokens")
     shown: dict[Branch, Tensor] = {
-        "unconditional": prompt.zero_tokens.expand(batch, -1, -1),
         "image_only": tokens,
         "uninstructed": tokens,
         "conditional": tokens,
     }
+    if prompt.zero_tokens is not None:
+        shown["unconditional"] = prompt.zero_tokens.expand(batch, -1, -1)
+    elif "unconditional" in branches:
+        raise ImpromptError(
+            "An image prompt without zero_tokens was given: only guidance_scale=1 does without."
+        )
     if prompt.image_only_tokens is not None:
         shown["image_only"] = _rows(prompt.image_only_tokens, rows, batch, num_images, "tokens")
     if prompt.uninstructed_tokens is not None:

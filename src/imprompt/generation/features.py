@@ -24,6 +24,9 @@ ImageLike = str | PathLike[str] | Image.Image | Tensor | numpy.ndarray
 CROPS = ("center", "pad", "stretch", "tiles")
 MERGES = ("concat", "mean", "norm mean", "sum", "difference")
 
+# Before the name of what stands for no picture, in files.
+ZERO = "zero_"
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ImageFeatures:
@@ -33,6 +36,9 @@ class ImageFeatures:
     """`image_embeds` (pictures, dim) or `hidden_states` (pictures, length, dim)"""
     values: Float[Tensor, "pictures *shape"]
     encoder_fingerprint: str
+    zero_values: Float[Tensor, "one length dim"] | None = None
+    """What stands for no picture beside `hidden_states`, which only the encoder can tell; None for
+    `image_embeds`, where it is zero, and in files written before it was kept."""
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write as safetensors.
@@ -41,8 +47,11 @@ class ImageFeatures:
             ImpromptError: the file cannot be written.
         """
         metadata = {"format": "imprompt-features", "encoder_fingerprint": self.encoder_fingerprint}
+        tensors = {self.name: self.values.detach().cpu().contiguous()}
+        if self.zero_values is not None:
+            tensors[ZERO + self.name] = self.zero_values.detach().cpu().contiguous()
         try:
-            save_file({self.name: self.values.detach().cpu().contiguous()}, str(path), metadata)
+            save_file(tensors, str(path), metadata)
         except (OSError, SafetensorError) as error:
             raise ImpromptError(f"{path} was not written: {error}.") from error
 
@@ -56,16 +65,25 @@ class ImageFeatures:
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                names = list(file.keys())
-                if metadata.get("format") != "imprompt-features" or len(names) != 1:
-                    raise ImpromptError(
-                        f"{path} holds no image features: write them with ImageFeatures.save."
-                    )
-                values = file.get_tensor(names[0])
+                is_known = metadata.get("format") == "imprompt-features"
+                stored = list(file.keys()) if is_known else []
+                tensors = {name: file.get_tensor(name) for name in stored}
         except (OSError, SafetensorError) as error:
             raise ImpromptError(f"{path} cannot be read as image features: {error}.") from error
+        names = [name for name in tensors if not name.startswith(ZERO)]
+        zeros = {name: tensor for name, tensor in tensors.items() if name not in names}
+        if len(names) != 1 or any(
+            name != ZERO + names[0] or zero.shape != (1, *tensors[names[0]].shape[1:])
+            for name, zero in zeros.items()
+        ):
+            raise ImpromptError(
+                f"{path} holds no image features: write them with ImageFeatures.save."
+            )
         return ImageFeatures(
-            name=names[0], values=values, encoder_fingerprint=metadata["encoder_fingerprint"]
+            name=names[0],
+            values=tensors[names[0]],
+            encoder_fingerprint=metadata["encoder_fingerprint"],
+            zero_values=zeros.get(ZERO + names[0]),
         )
 
 
@@ -78,17 +96,27 @@ def encode_images(
     """Features of pictures, one row for each square that the crop makes of them.
 
     Args:
-        name: `image_embeds` for base adapters, `hidden_states` for Plus and Full.
+        name: `image_embeds` for base adapters, `hidden_states` for Plus, Full and Instruct.
         crop: see `squares`.
 
     Raises:
         ImpromptError: an image cannot be read.
     """
+    return ImageFeatures(
+        name=name,
+        values=encoded(encoder, images, name, crop),
+        encoder_fingerprint=encoder.fingerprint(),
+        zero_values=encoder.zero_hidden_states() if name == "hidden_states" else None,
+    )
+
+
+def encoded(
+    encoder: ClipImageEncoder, images: Sequence[ImageLike], name: str, crop: str
+) -> Float[Tensor, "squares *shape"]:
+    """The values of `encode_images`."""
     encode = encoder.hidden_states if name == "hidden_states" else encoder.embeds
     rows = [encode(square[None]) for image in images for square in squares(to_pixels(image), crop)]
-    return ImageFeatures(
-        name=name, values=torch.cat(rows), encoder_fingerprint=encoder.fingerprint()
-    )
+    return torch.cat(rows)
 
 
 def squares(pixels: Float[Tensor, "3 height width"], crop: str) -> list[Tensor]:

@@ -35,18 +35,20 @@ class InstructedTokens:
     """image and text, with the instruction to use everything"""
     image_only: Float[Tensor, "one tokens dim"]
     """the image, without text and instruction"""
-    nothing: Float[Tensor, "one tokens dim"]
-    """no image, no text, no instruction"""
+    nothing: Float[Tensor, "one tokens dim"] | None
+    """no image, no text, no instruction; None if that was not asked for"""
 
 
 def instructed_tokens(
     adapter: ImagePromptAdapter,
     features: Float[Tensor, "pictures length dim"],
-    nothing: Float[Tensor, "one length dim"],
+    nothing: Float[Tensor, "one length dim"] | None,
     instruction: str | None,
     words: Words,
 ) -> InstructedTokens:
     """Tokens of one image prompt (all its pictures side by side) for all parts of guidance.
+
+    `nothing` is what stands for no picture; None where nothing is guided.
 
     Source: IP-Adapter-Instruct (2408.03209), section 3.2, and its published pipelines.
     """
@@ -67,11 +69,12 @@ def instructed_tokens(
         return made.unflatten(0, (images, count)).flatten(1, 2)
 
     texts = words.text_states.sequence
+    zero = None if nothing is None else tokens(nothing, silent, empty).repeat(1, len(features), 1)
     return InstructedTokens(
         full=tokens(features, asked, texts),
         uninstructed=tokens(features, everything, texts),
         image_only=tokens(features, silent, empty),
-        nothing=tokens(nothing, silent, empty).repeat(1, len(features), 1),
+        nothing=zero,
     )
 
 

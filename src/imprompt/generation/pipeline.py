@@ -16,7 +16,7 @@ from imprompt.generation.explanation import Explanation
 from imprompt.generation.identity import IdentityPrompt, read_person
 from imprompt.generation.instructed import Words, one_row_if_equal
 from imprompt.generation.prompts import ImagePrompt, installed, token_prompt
-from imprompt.generation.sampler import default_batch_size, sample_latents
+from imprompt.generation.sampler import default_batch_size, is_guided, sample_latents
 
 
 def generate(
@@ -86,6 +86,7 @@ def generate(
             "instruction_guidance_scale is about what an Instruct adapter is told, but there is no "
             "image prompt of one: leave it out, or give one."
         )
+    guidance_scale = base.guidance_scale if guidance_scale is None else guidance_scale
     map_controls = [map_control(control, base, size_px) for control in controls]
     effective = {n: prompt for n, prompt in enumerate(image_prompts) if prompt.is_effective}
     encoder = base.image_encoder if image_encoder is None else image_encoder
@@ -104,7 +105,16 @@ def generate(
         text_states = _encode_texts(base, [*prompts, *negative_prompts])
         words = Words(base, one_row_if_equal(text_states[: len(prompts)], prompts))
         token_prompts = [
-            token_prompt(image_prompt, handles[image_prompt.adapter], encoder, words, number)
+            token_prompt(
+                image_prompt,
+                handles[image_prompt.adapter],
+                encoder,
+                words,
+                number,
+                is_guided=is_guided(
+                    guidance_scale, image_guidance_scale, instruction_guidance_scale
+                ),
+            )
             for number, image_prompt in effective.items()
         ]
         for number, person in enumerate(identities, start=len(image_prompts)):
@@ -118,7 +128,7 @@ def generate(
             text_states[len(prompts) :],
             token_prompts,
             steps=steps,
-            guidance_scale=base.guidance_scale if guidance_scale is None else guidance_scale,
+            guidance_scale=guidance_scale,
             image_guidance_scale=image_guidance_scale,
             instruction_guidance_scale=instruction_guidance_scale,
             guidance_rescale=guidance_rescale,

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import numpy
 import torch
@@ -29,7 +29,7 @@ from imprompt.generation.features import (
     ImageFeatures,
     ImageLike,
     check_image_like,
-    encode_images,
+    encoded,
     is_features_file,
     merge_features,
 )
@@ -176,27 +176,31 @@ def token_prompt(
     encoder: ClipImageEncoder | None,
     words: Words | None = None,
     number: int | None = None,
+    *,
+    is_guided: bool = True,
 ) -> TokenPrompt:
     """Encodes and projects a prompt's images; Instruct adapters need the `words` beside them.
 
-    `number` is what an explanation calls it.
+    `number` is what an explanation calls it. Where nothing is guided, what stands for no picture is
+    not asked for, and there are no `zero_tokens`.
 
     Raises:
         ImpromptError: an image cannot be read, or the adapter does not read what the encoder gives.
     """
     adapter = prompt.adapter
     read = _read_faces if reads_faces(adapter) else _read_images
-    given, against = read(prompt, encoder)
+    given, against = read(prompt, encoder, is_guided)
     features = [merge_features(v, prompt.merge, prompt.image_weights) for v in given]
     scale = prompt.scale
     if prompt.site_preset is not None and isinstance(scale, int | float):
         cross_sites = [site for site in handle.sites if site.is_cross]
         scale = preset_scales(prompt.site_preset, cross_sites, scale)
-    tokens: dict[str, Tensor]
+    tokens: dict[str, Any]
     if adapter.variant == "instruct":
         if words is None:
             raise ImpromptError("An Instruct adapter reads the text too: draw with generate().")
-        made = instructed_tokens(adapter, features[0], against[0], prompt.instruction, words)
+        nothing = None if against is None else against[0]
+        made = instructed_tokens(adapter, features[0], nothing, prompt.instruction, words)
         tokens = {
             "tokens": made.full,
             "zero_tokens": made.nothing,
@@ -208,9 +212,12 @@ def token_prompt(
         if adapter.variant == "faceid-plus":
             options["shortcut_scale"] = float(prompt.shortcut_scale)
         # Several images are one prompt: the attention reads the tokens of all of them.
+        zero_tokens = None
+        if against is not None:
+            zero_tokens = adapter.tokens(*against, **options).repeat(1, len(features[0]), 1)
         tokens = {
             "tokens": adapter.tokens(*features, **options).flatten(0, 1)[None],
-            "zero_tokens": adapter.tokens(*against, **options).repeat(1, len(features[0]), 1),
+            "zero_tokens": zero_tokens,
         }
     return TokenPrompt(
         handle=handle,
@@ -226,22 +233,24 @@ def token_prompt(
 
 
 def _read_images(
-    prompt: ImagePrompt, encoder: ClipImageEncoder | None
-) -> tuple[list[Tensor], list[Tensor]]:
-    """What the adapter reads of the pictures, and of what to get away from."""
+    prompt: ImagePrompt, encoder: ClipImageEncoder | None, is_guided: bool
+) -> tuple[list[Tensor], list[Tensor] | None]:
+    """What the adapter reads of the pictures, and of what to get away from, if anything is guided."""
     _check_adapter_reads_images(prompt.adapter)
     given = prompt.image if isinstance(prompt.image, ImageFeatures) else prompt.images
-    features = _features(given, prompt, encoder)
+    features, kept_zero = _features(given, prompt, encoder)
     if prompt.negative is None:
-        return [features], [_features_of_nothing(features, prompt, encoder)]
+        if not is_guided:
+            return [features], None
+        return [features], [_features_of_nothing(features, kept_zero, prompt, encoder)]
     negative = prompt.negative
     negative = negative if isinstance(negative, ImageFeatures) else (negative,)
-    return [features], [_features(negative, prompt, encoder).mean(0, keepdim=True)]
+    return [features], [_features(negative, prompt, encoder)[0].mean(0, keepdim=True)]
 
 
 def _read_faces(
-    prompt: ImagePrompt, encoder: ClipImageEncoder | None
-) -> tuple[list[Tensor], list[Tensor]]:
+    prompt: ImagePrompt, encoder: ClipImageEncoder | None, is_guided: bool
+) -> tuple[list[Tensor], list[Tensor] | None]:
     """The same of an adapter that reads identity vectors."""
     if prompt.merge != "concat" and prompt.adapter.variant == "faceid-plus":
         raise ImpromptError("Faces for faceid-plus are merged by concat only.")
@@ -250,7 +259,7 @@ def _read_faces(
         raise ImpromptError("A face is given as a picture: kept features are of image encoders.")
     given = face_features(prompt.adapter, prompt.images, faces, encoder)
     if prompt.negative is None:
-        return given, face_features_of_nothing(prompt.adapter, encoder)
+        return given, face_features_of_nothing(prompt.adapter, encoder) if is_guided else None
     return given, face_features(prompt.adapter, [prompt.negative], faces, encoder)
 
 
@@ -267,19 +276,23 @@ def _features(
     given: ImageFeatures | Sequence[ImageLike],
     prompt: ImagePrompt,
     encoder: ClipImageEncoder | None,
-) -> Tensor:
-    """What the adapter reads of pictures, a row for each (or for each of its tiles)."""
+) -> tuple[Tensor, Tensor | None]:
+    """What the adapter reads of pictures, a row for each (or for each of its tiles).
+
+    Of kept features also what was kept for no picture.
+    """
     wanted = prompt.adapter.projection.features[0]
     if not isinstance(given, ImageFeatures) and all(is_features_file(image) for image in given):
         kept = [ImageFeatures.load(str(image)) for image in given]
         for part in kept:
             _check_kept(part, wanted.name, wanted.dim, encoder)
-        return torch.cat([part.values for part in kept])
+        zeros = [part.zero_values for part in kept if part.zero_values is not None]
+        return torch.cat([part.values for part in kept]), zeros[0] if zeros else None
     if isinstance(given, ImageFeatures):
         _check_kept(given, wanted.name, wanted.dim, encoder)
-        return given.values
+        return given.values, given.zero_values
     encoder = _encoder_for(prompt.adapter, encoder)
-    return encode_images(encoder, given, wanted.name, prompt.crop).values
+    return encoded(encoder, given, wanted.name, prompt.crop), None
 
 
 def _check_kept(kept: ImageFeatures, name: str, dim: int, encoder: ClipImageEncoder | None) -> None:
@@ -312,12 +325,23 @@ def _encoder_for(adapter: ImagePromptAdapter, encoder: ClipImageEncoder | None) 
 
 
 def _features_of_nothing(
-    features: Tensor, prompt: ImagePrompt, encoder: ClipImageEncoder | None
+    features: Tensor,
+    kept_zero: Tensor | None,
+    prompt: ImagePrompt,
+    encoder: ClipImageEncoder | None,
 ) -> Tensor:
     """What stands for no picture, as in training: see the paper's variants."""
-    if prompt.adapter.projection.features[0].is_sequence:
-        return _encoder_for(prompt.adapter, encoder).zero_hidden_states()
-    return torch.zeros_like(features[:1])
+    if not prompt.adapter.projection.features[0].is_sequence:
+        return torch.zeros_like(features[:1])
+    if kept_zero is not None:
+        return kept_zero
+    is_kept = isinstance(prompt.image, ImageFeatures) or all(map(is_features_file, prompt.images))
+    if encoder is None and is_kept:
+        raise ImpromptError(
+            "The features kept do not say what stands for no picture, which guidance needs: give "
+            "generate() the image encoder they came from, or encode the images again."
+        )
+    return _encoder_for(prompt.adapter, encoder).zero_hidden_states()
 
 
 def mask_to_tensor(mask: ImageLike) -> Float[Tensor, "height width"]:

@@ -172,6 +172,16 @@ def _step_generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]
     ]
 
 
+def is_guided(
+    guidance_scale: Number,
+    image_guidance_scale: Number | None = None,
+    instruction_guidance_scale: Number | None = None,
+) -> bool:
+    """Whether images drawn from image prompts with these strengths have an unconditional part."""
+    scales = (guidance_scale, image_guidance_scale, instruction_guidance_scale)
+    return "unconditional" in _branches(*scales, has_prompts=True)
+
+
 def _branches(
     guidance_scale: Number,
     image_guidance_scale: Number | None,

@@ -1,9 +1,15 @@
 """From pictures to features: crops, merging, and features kept in files."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
+from tiny_base import VISION_EMBED_DIM, VISION_HIDDEN_DIM, write_tiny_base
 
+from imprompt.adapters import create_adapter
+from imprompt.bases import ClipImageEncoder, load_base
 from imprompt.core.errors import ImpromptError
 from imprompt.generation import ImageFeatures, ImagePrompt, encode_images, generate
 from imprompt.generation.features import merge_features, squares
@@ -65,6 +71,62 @@ def test_kept_features_draw_what_the_picture_draws(base, adapter, pictures, tmp_
     assert drawn(str(tmp_path / "kept.safetensors")) == wanted
     assert drawn(ImageFeatures.load(tmp_path / "kept.safetensors")) == wanted
     assert drawn(pictures[1]) != wanted
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory):
+    """The same base without an image encoder."""
+    folder = tmp_path_factory.mktemp("bases") / "bare"
+    return load_base(write_tiny_base(folder, image_encoder=False))
+
+
+@pytest.mark.parametrize("variant", ["base", "plus", "full", "instruct"])
+def test_kept_features_need_no_encoder(base, bare, pictures, tmp_path, variant, monkeypatch):
+    dim = VISION_EMBED_DIM if variant == "base" else VISION_HIDDEN_DIM
+    adapter = create_adapter(base.unet, variant, feature_dim=dim, depth=1)
+    name = adapter.projection.features[0].name
+    features = encode_images(base.image_encoder, pictures[:1], name)
+    features.save(tmp_path / "kept.safetensors")
+    kept = ImageFeatures.load(tmp_path / "kept.safetensors")
+    # As files were written before what stands for no picture was kept beside.
+    replace(features, zero_values=None).save(tmp_path / "old.safetensors")
+    old = str(tmp_path / "old.safetensors")
+
+    def drawn(on, image, guidance_scale=3.0, **options):
+        prompt = ImagePrompt(image, adapter=adapter)
+        options = {"steps": 2, "guidance_scale": guidance_scale, "progress": False, **options}
+        return generate(on, "a cat", prompt, **options)[0].tobytes()
+
+    wanted, unguided = (drawn(base, pictures[0], guidance) for guidance in (3.0, 1.0))
+    assert drawn(bare, kept) == drawn(bare, features) == wanted
+    assert drawn(bare, old, image_encoder=base.image_encoder) == wanted
+    assert drawn(bare, old, 1.0) == unguided
+    if variant == "base":
+        assert kept.zero_values is None and drawn(bare, old) == wanted
+    else:
+        with pytest.raises(ImpromptError, match="what stands for no picture"):
+            drawn(bare, old)
+
+    def never(_):
+        raise AssertionError("asked for, though nothing is guided")
+
+    monkeypatch.setattr(ClipImageEncoder, "zero_hidden_states", never)
+    assert drawn(base, pictures[0], 1.0) == unguided
+
+
+def test_a_file_of_other_tensors_is_refused(tmp_path):
+    states, zero = torch.zeros(2, 5, 3), torch.zeros(1, 5, 3)
+    for tensors in (
+        {},
+        {"zero_hidden_states": zero},
+        {"hidden_states": states, "image_embeds": torch.zeros(2, 3)},
+        {"hidden_states": states, "zero_hidden_states": torch.zeros(2, 5, 3)},
+        {"hidden_states": states, "zero_image_embeds": zero},
+    ):
+        metadata = {"format": "imprompt-features", "encoder_fingerprint": "0" * 16}
+        save_file(tensors, tmp_path / "kept.safetensors", metadata)
+        with pytest.raises(ImpromptError, match="holds no image features"):
+            ImageFeatures.load(tmp_path / "kept.safetensors")
 
 
 def test_features_that_do_not_fit_are_refused(base, adapter, pictures, tmp_path):
