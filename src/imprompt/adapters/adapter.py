@@ -201,7 +201,9 @@ def create_adapter(
         resampler_dim: inner width of plus and instruct; by default the text width, at most 1280.
         depth: layers of a resampler.
         id_dim: width of the face embedding, for faceid-plus.
-        text_dim: width of the instruction's states, for instruct; by default the text width.
+        text_dim: width of the states of instruction and prompt, for instruct. By default the text
+            width of the UNet, which is right for a base with one text encoder; Stable Diffusion
+            XL's adapters read the first of its two (768).
         lora_rank: of the face variants.
         seed: of the weights that start at random.
 

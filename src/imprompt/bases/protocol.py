@@ -69,6 +69,19 @@ class Base(Protocol):
         """
         ...
 
+    def instruct_states(
+        self,
+        texts: Sequence[str | None] | Int[Tensor, "batch ids"],
+        text_states: TextStates | None = None,
+    ) -> Float[Tensor, "batch length dim"]:
+        """What an Instruct adapter reads of texts and instructions, or of their token ids.
+
+        These are the last states of the text encoder, of the first one where there are several.
+        None is the empty text. `text_states` is what `encode_text` made of the same texts: where
+        it holds these states, nothing is encoded again.
+        """
+        ...
+
     def latent_distribution(
         self, pixels: Float[Tensor, "batch 3 height width"]
     ) -> tuple[Float[Tensor, "batch channels h w"], Float[Tensor, "batch channels h w"]]:

@@ -85,6 +85,17 @@ class StableDiffusionBase(UNetBase):
         ids = texts if isinstance(texts, Tensor) else self.tokenize([text or "" for text in texts])
         return TextStates(self.text_encoder(ids.to(self.device)).last_hidden_state)
 
+    def instruct_states(
+        self,
+        texts: Sequence[str | None] | Int[Tensor, "batch ids"],
+        text_states: TextStates | None = None,
+    ) -> Float[Tensor, "batch length dim"]:
+        """What an Instruct adapter reads of texts, or of their token ids: what the denoiser reads.
+
+        `text_states` is what `encode_text` made of the same texts, and then serves as it is.
+        """
+        return (self.encode_text(texts) if text_states is None else text_states).sequence
+
     def text_arguments(
         self, latents: Float[Tensor, "batch channels h w"], text_states: TextStates
     ) -> dict[str, Any]:

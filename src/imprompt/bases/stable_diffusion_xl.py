@@ -133,6 +133,23 @@ class StableDiffusionXLBase(UNetBase):
             pooled = pooled * is_text[:, None]
         return TextStates(sequence, pooled)
 
+    @torch.no_grad()
+    def instruct_states(
+        self,
+        texts: Sequence[str | None] | Int[Tensor, "batch ids"],
+        text_states: TextStates | None = None,
+    ) -> Float[Tensor, "batch length dim"]:
+        """What an Instruct adapter reads of texts, or of their token ids. None is the empty text.
+
+        These are the last states of the first encoder, which are not among the `text_states`: the
+        denoiser reads the penultimate ones.
+
+        Source: IP-Adapter-Instruct (2408.03209), the pipeline for this model as published.
+        """
+        ids = texts if isinstance(texts, Tensor) else self.tokenize([text or "" for text in texts])
+        length = self.text_encoder.config.max_position_embeddings
+        return self.text_encoder(ids[:, :length].to(self.device)).last_hidden_state
+
     def text_arguments(
         self, latents: Float[Tensor, "batch channels h w"], text_states: TextStates
     ) -> dict[str, Any]:

@@ -50,8 +50,10 @@ def guide_by_instruction(
 ) -> Float[Tensor, "batch *shape"]:
     """Guidance with one strength each for the image, for the text, and for the instruction.
 
-    `image_only` has the image without text and instruction, `uninstructed` has image and text with
-    the instruction to use everything. With equal scales it is the same as `guide`.
+    `uninstructed` has tokens of image, text and the instruction "everything", `image_only` has
+    tokens of the image without text and instruction. Beside its tokens the denoiser reads the text
+    in `conditional` alone; in the other three, `uninstructed` too, it reads the negative text, as
+    published. With equal scales it is the same as `guide`.
 
     Source: the published pipelines of IP-Adapter-Instruct (2408.03209).
     """

@@ -1,4 +1,4 @@
-"""What an Instruct adapter reads of an instruction: states of the base's own text encoder."""
+"""What an Instruct adapter reads of an instruction: states of the base's own first text encoder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ METADATA_KEY = "instruction_embedding"
 def instruction_states(
     base: Base, texts: Sequence[str] | Tensor, embedding: str = "tokens"
 ) -> Float[Tensor, "batch length dim"]:
-    """States of instructions, or of their token ids, with the width of the base's text states.
+    """States of instructions, or of their token ids, as wide as the base's first text encoder.
 
     Args:
         embedding: "tokens" is a state for each token, as the published checkpoints read them;
@@ -35,11 +35,12 @@ def instruction_states(
             f"Instructions are embedded as {' or '.join(EMBEDDINGS)}, not as {embedding!r}."
         )
     ids = texts if isinstance(texts, Tensor) else base.tokenize(texts)
-    states = base.encode_text(ids.to(base.device)).sequence
+    ids = ids.to(base.device)
+    states = base.instruct_states(ids)
     if embedding == "tokens":
         return states
     # Of a base with two text encoders the first one's ids come first, and both end at the same place.
     is_end = ids[:, : states.shape[1]] == base.tokenizer.eos_token_id
-    last = torch.full((len(ids),), states.shape[1] - 1)
+    last = torch.full((len(ids),), states.shape[1] - 1, device=ids.device)
     ends = torch.where(is_end.any(1), is_end.int().argmax(1), last)
-    return states[torch.arange(len(states)), ends][:, None]
+    return states[torch.arange(len(states), device=ids.device), ends][:, None]

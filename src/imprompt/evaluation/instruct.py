@@ -97,8 +97,8 @@ def lesson_prompt(
     encoder = image_encoder_of(base)
     embedding = adapter.metadata.get(METADATA_KEY, "tokens")
     told = instruction_states(base, [lesson.instruction for lesson in lessons], embedding)
-    texts = base.encode_text([lesson.prompt for lesson in lessons]).sequence
-    silent, empty = instruction_states(base, [""], embedding), base.encode_text([""]).sequence
+    texts = base.instruct_states([lesson.prompt for lesson in lessons])
+    silent, empty = instruction_states(base, [""], embedding), base.instruct_states([""])
     states = encoder.hidden_states(references)
     return TokenPrompt(
         handle=handle,

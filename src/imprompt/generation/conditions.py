@@ -16,8 +16,9 @@ from imprompt.adapters.sites import Number, Scale
 from imprompt.core.errors import ImpromptError
 from imprompt.generation.explanation import Explanation
 
-# What one part of a stacked batch shows the denoiser: nothing, the image alone, image and text with
-# the instruction to use everything, or all as asked.
+# What one part of a stacked batch shows the denoiser: tokens of nothing, of the image alone, of image
+# and text told "everything", or of all as asked. The text itself it reads in the last alone, and the
+# negative text in all others.
 Branch = Literal["unconditional", "image_only", "uninstructed", "conditional"]
 
 
@@ -25,11 +26,11 @@ Branch = Literal["unconditional", "image_only", "uninstructed", "conditional"]
 class TokenPrompt:
     """An image prompt after encoder and projection: all that the denoising loop needs of it.
 
-    `tokens` are one for all images of a generation, or one for each of them; `zero_tokens` are what
-    the adapter makes of no image, for the unconditional half, and None where there is none. Where tokens depend on the text or an
-    instruction, `image_only_tokens` are those of the image alone and `uninstructed_tokens` those of
-    image and text. `lora_scale` is the weight of a face-id adapter's LoRA, which acts from start to
-    end whatever λ is there.
+    All tokens are one for all images of a generation, or one for each of them. `zero_tokens` are
+    what the adapter makes of no image, for the unconditional half, and None where there is none.
+    Where tokens depend on the text or an instruction, `image_only_tokens` are those of the image alone
+    and `uninstructed_tokens` those of image and text. `lora_scale` is the weight of a face-id adapter's
+    LoRA, which acts from start to end whatever λ is there.
 
     Raises:
         ImpromptError: start and end are no time span, or the tensors do not fit each other.
@@ -37,7 +38,7 @@ class TokenPrompt:
 
     handle: Handle
     tokens: Float[Tensor, "images tokens dim"]
-    zero_tokens: Float[Tensor, "one tokens dim"] | None
+    zero_tokens: Float[Tensor, "zeros tokens dim"] | None
     scale: Scale = 1.0
     mask: Float[Tensor, "masks height width"] | None = None
     start: Number = 0.0
@@ -52,12 +53,11 @@ class TokenPrompt:
     def __post_init__(self) -> None:
         check_time_span(self.start, self.end)
         check_over_time(self.over_time)
-        zero = self.tokens[:1] if self.zero_tokens is None else self.zero_tokens
-        if self.tokens.shape[1:] != zero.shape[1:] or len(zero) != 1:
+        zero = self.tokens if self.zero_tokens is None else self.zero_tokens
+        if self.tokens.shape[1:] != zero.shape[1:]:
             raise ImpromptError(
                 f"tokens have shape {tuple(self.tokens.shape)} and zero_tokens "
-                f"{tuple(zero.shape)}: needed are (images, tokens, dim) and "
-                "(1, tokens, dim)."
+                f"{tuple(zero.shape)}: as many tokens of the same width are needed."
             )
 
     def is_active(self, step: int, num_steps: int) -> bool:
@@ -192,7 +192,8 @@ def _condition(
         "conditional": tokens,
     }
     if prompt.zero_tokens is not None:
-        shown["unconditional"] = prompt.zero_tokens.expand(batch, -1, -1)
+        zero = _rows(prompt.zero_tokens, rows, batch, num_images, "zero_tokens")
+        shown["unconditional"] = zero
     elif "unconditional" in branches:
         raise ImpromptError(
             "An image prompt without zero_tokens was given: only guidance_scale=1 does without."

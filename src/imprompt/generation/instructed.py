@@ -1,5 +1,6 @@
 """Image prompts that are told what to take from the image: their tokens, and the published guidance."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jaxtyping import Float
@@ -13,16 +14,21 @@ from imprompt.encoders.instruction import METADATA_KEY, instruction_states
 EVERYTHING = "use everything"
 """What is asked for where no instruction is given."""
 
+UNINSTRUCTED = "everything"
+"""What guidance compares an instruction with, in the authors' words."""
+
 
 @dataclass(frozen=True, eq=False)
 class Words:
-    """What an Instruct adapter needs beside the image: the base, and each image's text as states.
+    """What an Instruct adapter needs beside the image: the base, and each image's text.
 
-    `text_states` has one row for all images of a generation, or one for each.
+    `text_states` are what `base.instruct_states` made of the texts: one row for all images of a
+    generation, or one for each. So are the `negative_texts`; None is the empty text.
     """
 
     base: Base
-    text_states: TextStates
+    text_states: Float[Tensor, "texts length dim"]
+    negative_texts: Sequence[str] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,11 +38,31 @@ class InstructedTokens:
     full: Float[Tensor, "images tokens dim"]
     """image, text and instruction"""
     uninstructed: Float[Tensor, "images tokens dim"]
-    """image and text, with the instruction to use everything"""
-    image_only: Float[Tensor, "one tokens dim"]
-    """the image, without text and instruction"""
-    nothing: Float[Tensor, "one tokens dim"] | None
-    """no image, no text, no instruction; None if that was not asked for"""
+    """image and text, told that everything is meant"""
+    image_only: Float[Tensor, "negatives tokens dim"]
+    """the image, with the negative text for text and instruction"""
+    nothing: Float[Tensor, "negatives tokens dim"] | None
+    """no image and no instruction, with the negative text; None if that was not asked for"""
+
+
+def words_of(
+    base: Base,
+    prompts: Sequence[str],
+    text_states: TextStates,
+    negative_prompts: Sequence[str | None],
+) -> Words:
+    """The words of a generation: its prompts, what `encode_text` made of them, its negative prompts.
+
+    For a base with two text encoders the authors make the tokens of nothing and of the image alone of
+    the empty text, whatever the negative prompt.
+
+    Source: the published pipelines of IP-Adapter-Instruct (2408.03209).
+    """
+    texts = one_if_equal(prompts)
+    negative_texts = None
+    if any(negative_prompts) and "text_encoder_2" not in base.parts():
+        negative_texts = one_if_equal([text or "" for text in negative_prompts])
+    return Words(base, base.instruct_states(texts, text_states[: len(texts)]), negative_texts)
 
 
 def instructed_tokens(
@@ -52,28 +78,35 @@ def instructed_tokens(
 
     Source: IP-Adapter-Instruct (2408.03209), section 3.2, and its published pipelines.
     """
+    base, texts = words.base, words.text_states
     embedding = adapter.metadata.get(METADATA_KEY, "tokens")
-    asked, everything, silent = (
-        instruction_states(words.base, [text], embedding)
-        for text in (EVERYTHING if instruction is None else instruction, EVERYTHING, "")
-    )
-    empty = words.base.encode_text([""]).sequence
+    silent = instruction_states(base, [""], embedding)
+    told_negative, negative = silent, base.instruct_states([""])
+    if words.negative_texts is not None:
+        told_negative = instruction_states(base, words.negative_texts, embedding)
+        negative = base.instruct_states(words.negative_texts)
 
     def tokens(pictures: Tensor, told: Tensor, texts: Tensor) -> Tensor:
         count, images = len(pictures), len(texts)
         made = adapter.tokens(
             pictures.repeat(images, 1, 1),
-            told.expand(count * images, -1, -1),
+            told.expand(images, -1, -1).repeat_interleave(count, 0),
             texts.repeat_interleave(count, 0),
         )
         return made.unflatten(0, (images, count)).flatten(1, 2)
 
-    texts = words.text_states.sequence
-    zero = None if nothing is None else tokens(nothing, silent, empty).repeat(1, len(features), 1)
+    def asked(text: str) -> Tensor:
+        return tokens(features, instruction_states(base, [text], embedding), texts)
+
+    zero = None
+    if nothing is not None:
+        zero = tokens(nothing, silent, negative).repeat(1, len(features), 1)
+    full = asked(EVERYTHING if instruction is None else instruction)
     return InstructedTokens(
-        full=tokens(features, asked, texts),
-        uninstructed=tokens(features, everything, texts),
-        image_only=tokens(features, silent, empty),
+        full=full,
+        # Where nothing was asked for, there is nothing for guidance to lead towards.
+        uninstructed=full if instruction is None else asked(UNINSTRUCTED),
+        image_only=tokens(features, told_negative, negative),
         nothing=zero,
     )
 
@@ -109,6 +142,6 @@ def published_guidance(instruction: str) -> Guidance:
     )
 
 
-def one_row_if_equal(states: TextStates, texts: list[str]) -> TextStates:
-    """The states of equal texts as one row, which then serves all images."""
-    return states[:1] if len(set(texts)) == 1 else states
+def one_if_equal(texts: Sequence[str]) -> Sequence[str]:
+    """Equal texts as one, which then serves all images."""
+    return texts[:1] if len(set(texts)) == 1 else texts

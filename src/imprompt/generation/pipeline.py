@@ -14,7 +14,7 @@ from imprompt.core.images import pixels_to_images
 from imprompt.generation.controls import Control, map_control
 from imprompt.generation.explanation import Explanation
 from imprompt.generation.identity import IdentityPrompt, read_person
-from imprompt.generation.instructed import Words, one_row_if_equal
+from imprompt.generation.instructed import words_of
 from imprompt.generation.prompts import ImagePrompt, installed, token_prompt
 from imprompt.generation.sampler import default_batch_size, is_guided, sample_latents
 
@@ -103,7 +103,10 @@ def generate(
     ):
         # In one go: equal texts are encoded once, and offloaded encoders fetched once.
         text_states = _encode_texts(base, [*prompts, *negative_prompts])
-        words = Words(base, one_row_if_equal(text_states[: len(prompts)], prompts))
+        # Only Instruct adapters read words, for which some bases encode the texts once more.
+        words = None
+        if any(adapter.variant == "instruct" for adapter in adapters):
+            words = words_of(base, prompts, text_states[: len(prompts)], negative_prompts)
         token_prompts = [
             token_prompt(
                 image_prompt,

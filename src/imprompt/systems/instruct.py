@@ -101,6 +101,12 @@ def instruct_adapter(options: InstructOptions, base: Base) -> ImagePromptAdapter
                 f"{options.start_from} is a {adapter.variant} adapter; Instruct goes on from "
                 "instruct or begins as plus."
             )
+        width = adapter.projection.features[1].dim
+        if width != text_width(base):
+            raise ImpromptError(
+                f"{options.start_from} reads texts in states of {width} numbers, and the first text "
+                f"encoder of {base.name} gives {text_width(base)}: it was made for another base."
+            )
         told = adapter.metadata.get(METADATA_KEY, options.instruction_embedding)
         if told != options.instruction_embedding:
             raise ImpromptError(
@@ -115,9 +121,15 @@ def instruct_adapter(options: InstructOptions, base: Base) -> ImagePromptAdapter
             num_tokens=options.num_tokens,
             resampler_dim=options.resampler_dim or None,
             depth=options.depth,
+            text_dim=text_width(base),
         )
     adapter.metadata[METADATA_KEY] = options.instruction_embedding
     return adapter.to(base.device)
+
+
+def text_width(base: Base) -> int:
+    """Width of the states of texts and instructions that an Instruct adapter for this base reads."""
+    return base.text_encoder.config.hidden_size
 
 
 def new_like(adapter: ImagePromptAdapter, base: Base, more_tokens: int = 0) -> ImagePromptAdapter:
@@ -130,6 +142,7 @@ def new_like(adapter: ImagePromptAdapter, base: Base, more_tokens: int = 0) -> I
         num_tokens=num_tokens + more_tokens,
         resampler_dim=dim,
         depth=len(adapter.image_proj.get_submodule("layers")._modules),
+        text_dim=text_width(base),
     )
 
 
@@ -214,9 +227,8 @@ class InstructSystem:
         instructions = instruction_states(
             self.base, batch["instruction_ids"], self.options.instruction_embedding
         )
-        return self.module.tokens(
-            batch["condition_states"].float(), instructions, text_states.sequence
-        )
+        prompts = self.base.instruct_states(batch["text_ids"], text_states)
+        return self.module.tokens(batch["condition_states"].float(), instructions, prompts)
 
     def nothing(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The same batch without image, text and instruction."""

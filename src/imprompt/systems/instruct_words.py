@@ -118,7 +118,7 @@ class InstructWordsSystem:
 
     @torch.no_grad()
     def _words(self, kept_ids: Tensor) -> Tensor:
-        """The text encoder's states of the words, from the first on, (batch, learning tokens, dim)."""
+        """What the denoiser reads of the words, from the first on, (batch, learning tokens, dim)."""
         ids = kept_ids.to(self.base.device)
         encoded = TextStates.join([self.base.encode_text(part) for part in ids.split(256)])
         count = (self.adapter.num_tokens or 1) - self._num_held
@@ -130,11 +130,12 @@ class InstructWordsSystem:
         In units of the words' variance; the second is 0 where none is held.
         """
         with torch.no_grad():
-            text = self.base.encode_text(replace_rows(batch["text_ids"], self._empty_ids, no_text))
+            text_ids = replace_rows(batch["text_ids"], self._empty_ids, no_text)
+            prompts = self.base.instruct_states(text_ids)
             instructions = instruction_states(
                 self.base, batch["instruction_ids"], self.options.instruction_embedding
             )
-            conditions = (batch["condition_states"].float(), instructions, text.sequence)
+            conditions = (batch["condition_states"].float(), instructions, prompts)
             wanted = self._words(batch["kept_ids"])
             if self._before is not None:
                 wanted = torch.cat([self._before.tokens(*conditions).float(), wanted], dim=1)

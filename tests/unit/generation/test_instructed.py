@@ -7,8 +7,9 @@ from PIL import Image
 from imprompt import ImagePrompt, create_adapter, generate
 from imprompt.core.errors import ImpromptError
 from imprompt.diffusion.guidance import guide, guide_by_instruction
+from imprompt.encoders.instruction import instruction_states
 from imprompt.generation import published_guidance
-from imprompt.generation.instructed import Words, instructed_tokens
+from imprompt.generation.instructed import Words, instructed_tokens, words_of
 
 QUICK = {"steps": 2, "guidance_scale": 3.0, "progress": False}
 
@@ -42,19 +43,59 @@ def test_equal_strengths_are_joint_guidance():
 def test_tokens_of_each_part_are_what_training_saw(base, adapter):
     states = torch.randn(2, 5, 24)
     none = base.image_encoder.zero_hidden_states()
-    words = Words(base, base.encode_text(["a dog", "a cat", "a hat"]))
+    words = Words(base, base.instruct_states(["a dog", "a cat", "a hat"]))
     made = instructed_tokens(adapter, states, none, "use the style", words)
     style, everything, empty = (
-        base.encode_text([text]).sequence for text in ("use the style", "use everything", "")
+        base.encode_text([text]).sequence for text in ("use the style", "everything", "")
     )
     for row in range(3):
-        text = words.text_states.sequence[row : row + 1]
+        text = words.text_states[row : row + 1]
         for part, told in ((made.full, style), (made.uninstructed, everything)):
             expected = [adapter.tokens(states[i : i + 1], told, text) for i in (0, 1)]
             torch.testing.assert_close(part[row], torch.cat(expected, 1)[0])
     alone = torch.cat([adapter.tokens(states[i : i + 1], empty, empty) for i in (0, 1)], 1)
     torch.testing.assert_close(made.image_only, alone)
     torch.testing.assert_close(made.nothing, adapter.tokens(none, empty, empty).repeat(1, 2, 1))
+    untold = instructed_tokens(adapter, states, none, None, words)
+    assert torch.equal(untold.uninstructed, untold.full)
+
+
+@pytest.mark.parametrize("embedding", ["tokens", "pooled"])
+def test_tokens_read_the_negative_text_as_published(base, adapter, embedding):
+    adapter.metadata["instruction_embedding"] = embedding
+    states, none = torch.randn(2, 5, 24), base.image_encoder.zero_hidden_states()
+    texts, negatives = ["a dog", "a cat"], ["red", ""]
+    words = words_of(base, texts, base.encode_text(texts), [negatives[0], None])
+    assert words.negative_texts == negatives
+    made = instructed_tokens(adapter, states, none, "use the style", words)
+    plain = words_of(base, texts, base.encode_text(texts), [None])
+    without = instructed_tokens(adapter, states, none, "use the style", plain)
+    assert plain.negative_texts is None
+    assert torch.equal(made.full, without.full)
+    assert torch.equal(made.uninstructed, without.uninstructed)
+    silent = instruction_states(base, [""], embedding)
+    for row, text in enumerate(negatives):
+        told, read = instruction_states(base, [text], embedding), base.instruct_states([text])
+        alone = [adapter.tokens(states[i : i + 1], told, read) for i in (0, 1)]
+        torch.testing.assert_close(made.image_only[row], torch.cat(alone, 1)[0])
+        nothing = adapter.tokens(none, silent, read).repeat(1, 2, 1)
+        torch.testing.assert_close(made.nothing[row], nothing[0])
+
+
+def test_a_negative_text_for_all_or_for_each(base, adapter, photo):
+    told = ImagePrompt(photo, adapter=adapter, instruction="use the style")
+    apart = {"image_guidance_scale": 1.0, "instruction_guidance_scale": 6.0}
+
+    def drawn(negative, **more):
+        texts = ["a dog", "a cat"]
+        return values(generate(base, texts, told, negative_prompt=negative, **QUICK, **more))
+
+    for more in ({}, apart):
+        none, red = drawn(None, **more), drawn("red", **more)
+        assert none == drawn("", **more) and red != none
+        for given, expected in ((["red", "red"], red), (["red", None], [red[0], none[1]])):
+            pairs = zip(drawn(given, **more), expected, strict=True)
+            assert max(abs(a - b) for x, y in pairs for a, b in zip(x, y, strict=True)) <= 1
 
 
 def test_an_instruction_changes_the_image_and_the_text_its_tokens(base, adapter, photo):

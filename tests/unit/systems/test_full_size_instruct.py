@@ -1,4 +1,4 @@
-"""Instruct on a model of Stable Diffusion 1.5's size: its published shapes, and three real steps."""
+"""Instruct on models of Stable Diffusion 1.5's and XL's size: published shapes, three real steps."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from imprompt.systems import instruct
 from imprompt.systems.instruct import InstructOptions
 
 
-def random_base(device):
+def random_base(device, is_xl=False):
     # ViT-H's states in shape; of its layers only as many as it takes to have a last one.
     vision = CLIPVisionConfig(
         hidden_size=1280, num_hidden_layers=1, num_attention_heads=16, patch_size=14,
@@ -19,7 +19,7 @@ def random_base(device):
     )  # fmt: skip
     with torch.device(device):
         encoder = ClipImageEncoder(CLIPVisionModelWithProjection(vision))
-    return full_size_base(device, image_encoder=encoder)
+    return full_size_base(device, is_xl, encoder)
 
 
 @pytest.fixture
@@ -45,6 +45,23 @@ def test_it_has_the_published_shapes(columns):
     assert shapes["ip_adapter.31.to_k_ip.weight"] == (1280, 768)
     assert sum("to_k_ip" in key for key in shapes) == 16
     assert step(system, columns, 0, "meta").shape == ()
+
+
+def test_for_xl_it_has_the_published_shapes_and_reads_the_first_text_encoder():
+    base = random_base("meta", is_xl=True)
+    with torch.device("meta"):
+        adapter = instruct.instruct_adapter(InstructOptions(), base)
+    shapes = {key: tuple(value.shape) for key, value in adapter.state_dict().items()}
+    assert shapes["image_proj.latents"] == (1, 16, 1280)
+    assert shapes["image_proj.proj_prompt_input.weight"] == (1280, 768)
+    assert shapes["image_proj.proj_new_input.weight"] == (1280, 768)
+    assert shapes["image_proj.proj_out.weight"] == (2048, 1280)
+    assert sum(weights.numel() for weights in adapter.parameters()) == 530_636_544
+    ids = torch.zeros(2, 154, dtype=torch.long, device="meta")
+    states = base.instruct_states(ids)
+    assert states.shape == (2, 77, 768)
+    tokens = adapter.tokens(torch.zeros(2, 257, 1280, device="meta"), states, states)
+    assert tokens.shape == (2, 16, 2048)
 
 
 @pytest.mark.slow

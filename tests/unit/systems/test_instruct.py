@@ -125,6 +125,13 @@ def test_pooled_is_the_state_at_the_end(base):
         instruction_states(base, ["a"], "mean")
 
 
+@pytest.mark.parametrize("embedding", ["tokens", "pooled"])
+def test_instructions_are_encoded_where_the_base_is(base, embedding):
+    ids = base.tokenize(["use the style", "a"])
+    base.to("meta")  # a device that takes no tensor of another one
+    assert instruction_states(base, ids, embedding).device.type == "meta"
+
+
 def test_words_teach_the_resampler_alone(base, columns):
     system = instruct_words.build(WORDS, base, columns)
     sites = {i: w.to_k_ip.weight.clone() for i, w in system.adapter.site_weights.items()}
