@@ -18,7 +18,6 @@ from torch import Tensor
 from imprompt.bases import Base, image_encoder_of
 from imprompt.core.errors import ImpromptError
 from imprompt.core.images import image_to_pixels
-from imprompt.data.faces import loaded_face_encoder
 from imprompt.data.instructions import TASKS
 from imprompt.data.pairs import Condition, Pair, to_pixels
 from imprompt.diorama import (
@@ -36,7 +35,7 @@ from imprompt.diorama import (
     draw_maps,
     landmarks_of,
 )
-from imprompt.encoders.face import FaceEncoder
+from imprompt.encoders.face import FaceEncoder, loaded_face_encoder
 
 PIXELS_AT_ONCE = 8 * 512 * 512
 """What the autoencoder sees together: its widest activations take 512 bytes for each, 1 GiB in all."""

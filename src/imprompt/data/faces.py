@@ -3,36 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
-from threading import Lock
 
 from imprompt.core.images import image_to_pixels
 from imprompt.data.filters import Unusable
 from imprompt.data.pairs import Loaded
 from imprompt.data.sources import is_embedded_world
 from imprompt.diorama import Scene
-from imprompt.encoders.face import INSIGHTFACE, FaceEncoder, load_face_encoder
+from imprompt.encoders.face import INSIGHTFACE, PACKS, loaded_face_encoder
 
 FACE_MISSING = "face missing"
-# The models that the published adapters read; InstantID's is insightface's default here.
-PACKS = {"faceid": "insightface:buffalo_l", "faceid-plus": "insightface:buffalo_l"}
-_lock = Lock()
 
 
 def default_face_encoder(source: str, variant: str) -> str:
     """The embedded world's encoder for its own portraits; for photos the one its adapters are read with."""
     return "diorama" if is_embedded_world(source) else PACKS.get(variant, INSIGHTFACE)
-
-
-def loaded_face_encoder(name: str) -> FaceEncoder:
-    """The face encoder of this name, read once in a process, whichever thread asks first."""
-    with _lock:
-        return _load(name)
-
-
-@cache
-def _load(name: str) -> FaceEncoder:
-    return load_face_encoder(name)
 
 
 def check_faces(loaded: Loaded, columns: Sequence[str], face_encoder: str) -> None:

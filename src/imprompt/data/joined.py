@@ -16,6 +16,11 @@ from imprompt.data.rows import Fetched
 _MUST_AGREE = ("base", "base_fingerprint", "size_px", "face_encoder")
 
 
+def _models(part: Columns) -> dict[str, Any]:
+    """What encoded these data, and at which size, as far as it is told."""
+    return {name: part.meta[name] for name in _MUST_AGREE if part.meta.get(name) is not None}
+
+
 class JoinedColumns:
     """The rows of several prepared data one after another, drawn with equal chance.
 
@@ -27,20 +32,19 @@ class JoinedColumns:
         Raises:
             ImpromptError: they were encoded by different models or at different sizes.
         """
-        first = parts[0]
-        for part in parts[1:]:
-            for name in _MUST_AGREE:
-                one, other = first.meta.get(name), part.meta.get(name)
-                if None not in (one, other) and one != other:
+        known: dict[str, Any] = {}
+        for part in parts:
+            for name, value in _models(part).items():
+                if known.setdefault(name, value) != value:
                     raise ImpromptError(
-                        f"{part.path} cannot be trained on together with {first.path}: "
-                        f"its {name} is {other}, not {one}."
+                        f"{part.path} cannot be trained on together with those before it: "
+                        f"its {name} is {value}, not {known[name]}."
                     )
         self._parts = tuple(parts)
         self._ends = np.cumsum([len(part) for part in parts])
         self.path = " + ".join(str(part.path) for part in parts)
         self.meta: Mapping[str, Any] = {
-            **{name: first.meta[name] for name in _MUST_AGREE if name in first.meta},
+            **known,
             "source": " + ".join(str(part.meta.get("source", part.path)) for part in parts),
             "count": len(self),
         }

@@ -23,13 +23,14 @@ from imprompt.core.errors import ImpromptError
 from imprompt.core.progress import progress
 from imprompt.data.columns import check_has_encoders, default_columns, encoder_of, with_framing
 from imprompt.data.encoding import Progress, Report, Work, encode_part, missing_columns
-from imprompt.data.faces import default_face_encoder, loaded_face_encoder
+from imprompt.data.faces import default_face_encoder
 from imprompt.data.filters import Filters
 from imprompt.data.finish import finish
 from imprompt.data.pairs import Part
 from imprompt.data.records import Reading
 from imprompt.data.sources import open_source
 from imprompt.data.store import lock, told, write_json
+from imprompt.encoders.face import loaded_face_encoder
 
 SECONDS_BETWEEN_LOOKS = 0.2
 

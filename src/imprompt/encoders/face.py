@@ -9,6 +9,7 @@ FILE.safetensors         another one, of `imprompt train face-encoder`
 from __future__ import annotations
 
 import hashlib
+from functools import cache
 from os import PathLike
 from pathlib import Path
 from threading import Lock
@@ -26,11 +27,15 @@ from imprompt.encoders.face_network import SIZE_PX, FaceNetwork, load_face_netwo
 
 DIORAMA_FILE = Path(__file__).parent.parent / "weights" / "diorama-face-encoder.safetensors"
 INSIGHTFACE = "insightface"
-DEFAULT_PACK = "antelopev2"  # InstantID's; the face-id adapters were trained with buffalo_l
+DEFAULT_PACK = "antelopev2"  # InstantID's
+# What the published adapters of these variants were trained with; all others with the default.
+PACKS = {"faceid": "insightface:buffalo_l", "faceid-plus": "insightface:buffalo_l"}
+ALL_PACKS = (DEFAULT_PACK, "buffalo_l", "buffalo_m", "buffalo_s", "buffalo_sc")
 MAX_PICTURES_KNOWN = 1024
 CROP_SIZE_PX = 224
 CROP_PLACES_SIZE_PX = 112
 CROP_PLACES = ((38.29, 51.70), (73.53, 51.50), (56.03, 71.74), (41.55, 92.37), (70.73, 92.20))
+_loading = Lock()
 
 
 @runtime_checkable
@@ -95,6 +100,43 @@ def load_face_encoder(name_or_path: str | PathLike[str] = "diorama") -> FaceEnco
         f"There is no face encoder {text!r}: give diorama, a .safetensors file that "
         "`imprompt train face-encoder` wrote, or insightface."
     )
+
+
+def loaded_face_encoder(name: str) -> FaceEncoder:
+    """The face encoder of this name, read once in a process, whichever thread asks first.
+
+    A file that was written anew is read anew.
+
+    Raises:
+        ImpromptError: as `load_face_encoder`.
+    """
+    if name == INSIGHTFACE:
+        name = f"{INSIGHTFACE}:{DEFAULT_PACK}"
+    path = Path(name)
+    written = path.stat().st_mtime_ns if path.suffix == ".safetensors" and path.is_file() else 0
+    with _loading:
+        return _loaded(name, written)
+
+
+@cache
+def _loaded(name: str, written: int) -> FaceEncoder:
+    # What is kept shall also serve where gradients are taken, though generation asks first.
+    with torch.inference_mode(False):
+        return load_face_encoder(name)
+
+
+def face_encoder_with(fingerprint: str) -> FaceEncoder | None:
+    """Of the package's own face encoder and insightface's the one with this fingerprint, if any has it.
+
+    Raises:
+        ImpromptError: it is one of insightface's and cannot be loaded.
+    """
+    if DIORAMA_FILE.is_file() and loaded_face_encoder("diorama").fingerprint() == fingerprint:
+        return loaded_face_encoder("diorama")
+    for pack in ALL_PACKS:
+        if _fingerprint_of_name(f"{INSIGHTFACE}:{pack}") == fingerprint:
+            return loaded_face_encoder(f"{INSIGHTFACE}:{pack}")
+    return None
 
 
 class DioramaFaceEncoder:
@@ -190,7 +232,7 @@ class InsightFaceEncoder:
         return self._largest(_picture_bytes(pixels[None])[0]) is not None
 
     def fingerprint(self) -> str:
-        return hashlib.sha256(self.name.encode()).hexdigest()[:16]
+        return _fingerprint_of_name(self.name)
 
     def _faces(self, pixels: Tensor) -> list[Any]:
         """The largest face of each picture."""
@@ -211,6 +253,11 @@ class InsightFaceEncoder:
                     del self._known[next(iter(self._known))]
                 self._known[key] = max(self._analysis.get(picture), key=_area, default=None)
             return self._known[key]
+
+
+def _fingerprint_of_name(name: str) -> str:
+    """Insightface's models are told by their names, so that none is loaded to be compared."""
+    return hashlib.sha256(name.encode()).hexdigest()[:16]
 
 
 def _picture_bytes(pixels: Tensor) -> list[np.ndarray]:
@@ -265,5 +312,12 @@ def _face_analysis(pack: str) -> Any:
         analysis = FaceAnalysis(name=pack)
         analysis.prepare(ctx_id=0 if torch.cuda.is_available() else -1, det_size=(640, 640))
     except Exception as error:  # the library downloads, unpacks and asserts
-        raise ImpromptError(f"insightface cannot load its model {pack!r}: {error}") from error
+        reason = str(error)
+        if isinstance(error, AssertionError) and not reason:
+            # All that the library says when antelopev2's archive unpacks to a folder in its folder.
+            reason = (
+                f"no detector found in ~/.insightface/models/{pack}: move its .onnx files up out of "
+                "the inner folder"
+            )
+        raise ImpromptError(f"insightface cannot load its model {pack!r}: {reason}") from error
     return analysis

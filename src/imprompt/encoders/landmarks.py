@@ -59,6 +59,22 @@ def landmark_images(
     return picture
 
 
+def landmarks_at_size(
+    landmarks: Float[Tensor, "batch 5 2"], size: tuple[int, int], wanted: tuple[int, int]
+) -> Float[Tensor, "batch 5 2"]:
+    """Where landmarks of a picture of one (height, width) are when it becomes one of another.
+
+    The picture keeps its proportions: it covers the other and is cut in the middle, as pictures are for
+    training, or is laid into it whole if a landmark would be cut off.
+    """
+    old, new = landmarks.new_tensor(size[::-1]), landmarks.new_tensor(wanted[::-1])
+    from_middle = (landmarks - 0.5) * old
+    covering = from_middle * (new / old).max() / new + 0.5
+    if bool(((covering >= 0) & (covering <= 1)).all()):
+        return covering
+    return from_middle * (new / old).min() / new + 0.5
+
+
 def read_landmarks(path: str | PathLike[str]) -> Float[Tensor, "1 5 2"]:
     """Landmarks from a JSON file: five pairs [x, y], fractions of width and height.
 

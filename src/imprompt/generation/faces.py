@@ -10,15 +10,13 @@ from imprompt.bases import ClipImageEncoder
 from imprompt.checkpoints.identity import READS_FACES
 from imprompt.core.errors import ImpromptError
 from imprompt.encoders.face import (
-    DIORAMA_FILE,
     INSIGHTFACE,
+    PACKS,
     FaceEncoder,
-    load_face_encoder,
+    face_encoder_with,
+    loaded_face_encoder,
 )
 from imprompt.generation.features import ImageLike, to_pixels
-
-# What the published adapters were trained with.
-PACKS = {"faceid": "insightface:buffalo_l", "faceid-plus": "insightface:buffalo_l"}
 
 
 def face_encoder_of(
@@ -26,17 +24,25 @@ def face_encoder_of(
 ) -> FaceEncoder:
     """The face encoder that an adapter was trained with, or the one that is wanted.
 
+    An adapter that does not tell, as published files do not, is taken for one of the published.
+
     Raises:
-        ImpromptError: it cannot be loaded, or is not the one that the adapter knows.
+        ImpromptError: it cannot be loaded, is not the one that the adapter knows, or nobody names it and
+            it is none of those that are known here.
     """
     trained_with = adapter.metadata.get("face_encoder", "")
-    if wanted is None:
-        own = load_face_encoder("diorama") if trained_with and DIORAMA_FILE.is_file() else None
-        is_own = own is not None and own.fingerprint() == trained_with
-        if own is not None and is_own:
-            return own
-        return load_face_encoder(PACKS.get(adapter.variant, INSIGHTFACE))
-    encoder = load_face_encoder(wanted) if isinstance(wanted, str) else wanted
+    encoder = wanted
+    if encoder is None and trained_with:
+        encoder = face_encoder_with(trained_with)
+        if encoder is None:
+            raise ImpromptError(
+                f"The {adapter.variant} adapter was trained with another face encoder than those known "
+                f"here ({trained_with}): name it (face_encoder=… or --face-encoder)."
+            )
+    elif encoder is None:
+        encoder = PACKS.get(adapter.variant, INSIGHTFACE)
+    if isinstance(encoder, str):
+        encoder = loaded_face_encoder(encoder)
     dim = adapter.projection.features[0].dim
     if encoder.embed_dim != dim or trained_with not in ("", encoder.fingerprint()):
         raise ImpromptError(

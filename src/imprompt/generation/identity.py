@@ -14,7 +14,12 @@ from imprompt.bases.latent_space import height_and_width
 from imprompt.checkpoints.identity import Identity
 from imprompt.core.errors import ImpromptError
 from imprompt.encoders.face import FaceEncoder
-from imprompt.encoders.landmarks import checked_places, landmark_images, read_landmarks
+from imprompt.encoders.landmarks import (
+    checked_places,
+    landmark_images,
+    landmarks_at_size,
+    read_landmarks,
+)
 from imprompt.generation.conditions import TokenPrompt, check_time_span, is_zero
 from imprompt.generation.controls import MapControl
 from imprompt.generation.faces import face_encoder_of, face_features, face_features_of_nothing
@@ -41,7 +46,8 @@ class IdentityPrompt:
 
     landmarks: Landmarks | None = None
     """Where eyes, nose and mouth shall be, as fractions of width and height: one face for all pictures
-    or one for each, or a file (see `read_landmarks`). By default where they are in `image`."""
+    or one for each, or a file (see `read_landmarks`). By default where they are in `image` when it is
+    cut to the pictures' shape (see `landmarks_at_size`)."""
 
     scale: Scale = 1.0
     """λ, the weight of the face beside the text; see `ImagePrompt`. 0 is without adapter."""
@@ -119,14 +125,13 @@ def read_person(
             number=number,
         )
     if prompt.is_in_the_net:
+        size = height_and_width(size_px, base.image_size_px)
         control = net_control(
             prompt.identity,
             base,
             tokens,
             zero_tokens,
-            landmark_images(
-                _landmarks(prompt, faces), *height_and_width(size_px, base.image_size_px)
-            ),
+            landmark_images(_landmarks(prompt, faces, size), *size),
             weight=prompt.net_weight,
             start=prompt.start,
             end=prompt.end,
@@ -157,9 +162,12 @@ def net_control(
     )
 
 
-def _landmarks(prompt: IdentityPrompt, faces: FaceEncoder) -> Tensor:
+def _landmarks(prompt: IdentityPrompt, faces: FaceEncoder, size: tuple[int, int]) -> Tensor:
+    """Places for pictures of (height, width), as given or else as they are in the person's picture."""
     if prompt.landmarks is None:
-        return faces.landmarks(to_pixels(prompt.image)[None])
+        pixels = to_pixels(prompt.image)
+        height, width = pixels.shape[-2:]
+        return landmarks_at_size(faces.landmarks(pixels[None]), (height, width), size)
     if isinstance(prompt.landmarks, Tensor):
         return prompt.landmarks.to(torch.float32)
     return read_landmarks(prompt.landmarks)

@@ -92,7 +92,7 @@ class ImagePrompt:
 
     face_encoder: FaceEncoder | str | None = field(default=None, kw_only=True, repr=False)
     """Who reads the face, for adapters that read identity vectors: by default the encoder that the
-    adapter was trained with, if it is known here, or else insightface."""
+    adapter was trained with; for one that does not tell, what its published kind reads."""
 
     lora_scale: Number = field(default=1.0, kw_only=True)
     """Weight of a face-id adapter's LoRA, which acts from start to end whatever `scale` is; 0 is

@@ -11,7 +11,6 @@ from safetensors.torch import save_file
 
 from imprompt.core.errors import ImpromptError
 from imprompt.data import encoding
-from imprompt.data import faces as faces_of_pairs
 from imprompt.data.dataset import Columns
 from imprompt.data.on_the_fly import PairsOnTheFly
 from imprompt.data.prepare import prepare
@@ -146,9 +145,9 @@ def detector(monkeypatch):
     found = Detector()
     packs = []
     monkeypatch.setattr(face, "_face_analysis", lambda pack: packs.append(pack) or found)
-    faces_of_pairs._load.cache_clear()
+    face._loaded.cache_clear()
     yield found
-    faces_of_pairs._load.cache_clear()
+    face._loaded.cache_clear()
     assert packs == ["buffalo_l"]
 
 

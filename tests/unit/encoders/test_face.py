@@ -1,22 +1,33 @@
 """Faces: the network of the embedded world, insightface behind the same interface, landmarks."""
 
+import os
 import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from imprompt.core.errors import ImpromptError
 from imprompt.diorama import gallery, portrait, render
+from imprompt.encoders import face
 from imprompt.encoders.face import (
     CROP_PLACES,
     FaceEncoder,
     InsightFaceEncoder,
     aligned,
+    face_encoder_with,
     load_face_encoder,
+    loaded_face_encoder,
 )
-from imprompt.encoders.landmarks import landmark_images, read_landmarks, write_landmarks
+from imprompt.encoders.face_network import FaceNetwork
+from imprompt.encoders.landmarks import (
+    landmark_images,
+    landmarks_at_size,
+    read_landmarks,
+    write_landmarks,
+)
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +75,58 @@ def test_without_insightface_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "insightface.app", None)
     with pytest.raises(ImpromptError, match=r"pip install .imprompt\[faces\]"):
         load_face_encoder("insightface")
+
+
+@pytest.fixture
+def insightface(monkeypatch):
+    """A stand-in for the library, which keeps a list of the models that were built."""
+    built = []
+
+    class FaceAnalysis:
+        def __init__(self, name):
+            built.append(name)
+
+        def prepare(self, ctx_id, det_size):
+            pass
+
+    monkeypatch.setitem(sys.modules, "insightface", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "insightface.app", SimpleNamespace(FaceAnalysis=FaceAnalysis))
+    face._loaded.cache_clear()
+    yield built
+    face._loaded.cache_clear()
+
+
+def bare_assertion(name):
+    raise AssertionError  # as the library does, without a word
+
+
+def test_a_model_in_a_folder_too_deep_is_told(monkeypatch, insightface):
+    monkeypatch.setattr(sys.modules["insightface.app"], "FaceAnalysis", bare_assertion)
+    with pytest.raises(ImpromptError, match=r"antelopev2: move its \.onnx files up"):
+        load_face_encoder("insightface")
+
+
+def test_an_encoder_is_loaded_once(insightface, tmp_path):
+    first = loaded_face_encoder("insightface:buffalo_l")
+    assert loaded_face_encoder("insightface:buffalo_l") is first
+    assert face_encoder_with(first.fingerprint()) is first
+    assert insightface == ["buffalo_l"]
+    path = tmp_path / "own.safetensors"
+    network = FaceNetwork(width=4, embed_dim=8)
+    save_file(network.state_dict(), path)
+    own = loaded_face_encoder(str(path))
+    assert loaded_face_encoder(str(path)) is own
+    os.utime(path, ns=(1, 1))  # as if it were written again
+    assert loaded_face_encoder(str(path)) is not own
+    assert face_encoder_with(own.fingerprint()) is None
+    assert insightface == ["buffalo_l"]  # none was built to be compared
+
+
+def test_an_encoder_that_generation_loads_serves_elsewhere():
+    face._loaded.cache_clear()
+    with torch.inference_mode():
+        encoder = loaded_face_encoder("diorama")
+    assert not any(p.is_inference() for p in encoder.network.parameters())
 
 
 class Library:
@@ -127,6 +190,34 @@ def test_a_turned_face_is_as_large_in_the_crop_as_insightface_makes_it():
 def test_a_crop_is_black_beyond_the_picture():
     crop = aligned(torch.ones(1, 3, 30, 30), torch.tensor(CROP_PLACES) / 2 - 15)
     assert crop.min() == -1 and crop.max() == 1
+
+
+FACE = torch.tensor([[0.4, 0.4], [0.6, 0.4], [0.5, 0.5], [0.42, 0.6], [0.58, 0.6]])[None]
+
+
+@pytest.mark.parametrize("size", [(1200, 800), (800, 1200), (100, 100)])
+@pytest.mark.parametrize("wanted", [(1024, 1024), (512, 768), (768, 512)])
+@pytest.mark.parametrize("shift", [0.0, -0.38])
+def test_landmarks_keep_the_proportions_of_a_face(size, wanted, shift):
+    places = FACE + shift
+    moved = landmarks_at_size(places, size, wanted)
+    assert moved.min() >= 0 and moved.max() <= 1
+    before = torch.pdist(places[0] * torch.tensor(size[::-1]))
+    after = torch.pdist(moved[0] * torch.tensor(wanted[::-1]))
+    torch.testing.assert_close(after / after[0], before / before[0])
+
+
+def test_landmarks_are_where_a_crop_in_the_middle_shows_them():
+    torch.testing.assert_close(landmarks_at_size(FACE, (60, 60), (90, 90)), FACE)
+    # Of 1200 rows of 800 the 800 in the middle are seen.
+    moved = landmarks_at_size(FACE, (1200, 800), (1024, 1024))
+    torch.testing.assert_close(moved[..., 0], FACE[..., 0])
+    torch.testing.assert_close(moved[..., 1], (FACE[..., 1] * 1200 - 200) / 800)
+    # A face at the upper edge would be cut off: all of the picture is shown, 2 / 3 as wide as the other.
+    high = FACE - torch.tensor([0.0, 0.38])
+    moved = landmarks_at_size(high, (1200, 800), (1024, 1024))
+    torch.testing.assert_close(moved[..., 1], high[..., 1])
+    torch.testing.assert_close(moved[..., 0], 1 / 6 + high[..., 0] * 2 / 3)
 
 
 def test_a_drawing_of_landmarks():

@@ -13,10 +13,13 @@ from imprompt.adapters import create_adapter
 from imprompt.bases import ClipImageEncoder
 from imprompt.checkpoints.identity import Identity
 from imprompt.core.errors import ImpromptError
-from imprompt.encoders.face import DioramaFaceEncoder, load_face_encoder
+from imprompt.encoders import face
+from imprompt.encoders.face import DioramaFaceEncoder, InsightFaceEncoder, load_face_encoder
 from imprompt.encoders.face_network import FaceNetwork
+from imprompt.encoders.landmarks import landmark_images
 from imprompt.generation import IdentityPrompt, ImagePrompt, generate
 from imprompt.generation.faces import face_encoder_of, face_features, face_features_of_nothing
+from imprompt.generation.identity import read_person
 from imprompt.generation.prompts import token_prompt
 from imprompt.systems.controlnet import create_controlnet
 
@@ -231,8 +234,62 @@ def test_the_encoder_is_the_one_that_an_adapter_was_trained_with(base, faces, tm
     adapter.metadata["face_encoder"] = "another"
     with pytest.raises(ImpromptError, match="another face encoder"):
         face_encoder_of(adapter, faces)
-    with pytest.raises(ImpromptError, match="not installed"):
+    with pytest.raises(ImpromptError, match=r"another face encoder.*--face-encoder"):
         face_encoder_of(adapter)
+
+
+@pytest.fixture
+def built(monkeypatch):
+    """Names of insightface's models that were built; what is built reads nothing."""
+    names = []
+    monkeypatch.setattr(face, "_face_analysis", lambda pack: names.append(pack) or object())
+    face._loaded.cache_clear()
+    yield names
+    face._loaded.cache_clear()
+
+
+@pytest.mark.parametrize("trained_with", ["antelopev2", "buffalo_l", "buffalo_m"])
+@pytest.mark.parametrize("variant", ["faceid", "plus"])
+def test_the_model_of_insightface_is_found_again(base, built, variant, trained_with):
+    options = {"lora_rank": 2} if variant == "faceid" else {"num_tokens": 2, "depth": 1}
+    adapter = create_adapter(base.unet, variant, feature_dim=512, **options)
+    adapter.metadata["face_encoder"] = InsightFaceEncoder(trained_with, object()).fingerprint()
+    encoder = face_encoder_of(adapter)
+    assert encoder.name == f"insightface:{trained_with}"
+    assert face_encoder_of(adapter, encoder.name) is encoder
+    assert built == [trained_with]
+    # One that does not tell is taken for a published one of its kind.
+    del adapter.metadata["face_encoder"]
+    published = {"faceid": "insightface:buffalo_l", "plus": "insightface:antelopev2"}
+    assert face_encoder_of(adapter).name == published[variant]
+
+
+class Portrayed(DioramaFaceEncoder):
+    """Finds every face at the same fractions of a picture."""
+
+    places = torch.tensor([[0.4, 0.45], [0.6, 0.45], [0.5, 0.5], [0.42, 0.6], [0.58, 0.6]])[None]
+
+    def landmarks(self, pixels):
+        return self.places
+
+
+def test_a_face_of_a_picture_of_another_shape_is_not_stretched(base, faces, identity):
+    encoder = Portrayed(faces.network, "portrayed")
+    portrait = torch.zeros(3, 60, 40)
+
+    def maps(landmarks, size_px):
+        person = IdentityPrompt(
+            portrait, identity, landmarks=landmarks, scale=0.0, face_encoder=encoder
+        )
+        return read_person(person, base, None, None, size_px).control.maps
+
+    square, tall = (128, 128), (192, 128)
+    seen = encoder.places.clone()
+    seen[..., 1] = (seen[..., 1] * 60 - 10) / 40  # the middle 40 of 60 rows
+    torch.testing.assert_close(maps(None, square), landmark_images(seen, *square))
+    torch.testing.assert_close(maps(None, tall), landmark_images(encoder.places, *tall))
+    # What is given stays.
+    assert torch.equal(maps(encoder.places, square), landmark_images(encoder.places, *square))
 
 
 def test_mistakes_are_told(faces, pictures, identity):
