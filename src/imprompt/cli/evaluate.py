@@ -86,6 +86,11 @@ def add_parser(verbs: Any) -> None:
         metavar="FILE",
         help="what `imprompt train map-reader` made, for --what control",
     )
+    parser.add_argument(
+        "--face-encoder",
+        metavar="NAME",
+        help="of an identity that was trained with one's own: the FILE.safetensors",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
@@ -106,6 +111,7 @@ def run(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         output=arguments.output or Path("runs") / arguments.what,
         map_reader_file=arguments.map_reader,
+        face_encoder=arguments.face_encoder,
         control_folders=dict(name_and_value(t, "--control-model") for t in arguments.control_model),
     )
     if arguments.json:

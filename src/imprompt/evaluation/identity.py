@@ -122,10 +122,14 @@ def evaluate_identity(
     output: Path,
     count: int,
     scale: float,
+    face_encoder: str | None = None,
 ) -> dict[str, float]:
-    """All figures by name; a sheet of the pictures is written to `output / "identity.png"`."""
+    """All figures by name; a sheet of the pictures is written to `output / "identity.png"`.
+
+    face_encoder: what the identity was trained with, where its file does not tell or it is one's own.
+    """
     identity = load_identity(folder)
-    faces = face_encoder_of(identity.adapter)
+    faces = face_encoder_of(identity.adapter, face_encoder)
     results = measure_identity(base, identity, faces, sampling, count, scale=scale)
     figures: dict[str, float] = {}
     portraits = unseen_portraits(count)

@@ -46,6 +46,7 @@ def evaluate(
     seed: int,
     output: Path,
     map_reader_file: Path | None = None,
+    face_encoder: str | None = None,
     control_folders: Mapping[str, str | Path] | None = None,
 ) -> dict[str, float]:
     """Named figures: shares in [0, 1], but for distances, similarities and sizes, as their names say.
@@ -79,7 +80,7 @@ def evaluate(
         return {f"{row.name}: {k}": value for row in rows for k, value in row.figures.items()}
     if what == "identity":
         folder = adapter_file or shipped_identity()
-        return evaluate_identity(base, folder, judge, sampling, output, count, scale)
+        return evaluate_identity(base, folder, judge, sampling, output, count, scale, face_encoder)
     if what == "instruct":
         adapter = load_adapter(adapter_file or shipped_instruct_adapter(), device=base.device)
         return measure_instruct(base, adapter, judge, sampling, count, scale)
