@@ -2,11 +2,10 @@
 
 from pathlib import Path
 
-from imprompt.core.errors import ImpromptError
+from imprompt.core.shipped import shipped
 
 # At the 7.5 of larger models its colours run over.
 GUIDANCE_SCALE = 4.0
-FOLDER = Path(__file__).parent.parent / "weights" / "diorama-base"
 
 
 def diorama_folder() -> Path:
@@ -15,9 +14,4 @@ def diorama_folder() -> Path:
     Raises:
         ImpromptError: this installation has none.
     """
-    if not (FOLDER / "model_index.json").is_file():
-        raise ImpromptError(
-            f"This installation lacks the diorama base's weights ({FOLDER}): install the package "
-            "again, or train the base as the documentation tells."
-        )
-    return FOLDER
+    return shipped("diorama-base")

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from imprompt.core.errors import ImpromptError
+from imprompt.core.shipped import WEIGHTS
 
 DESCRIPTION = "control.json"
 """Beside a network that was trained here: which maps it reads, and the base it was trained on."""
-WEIGHTS = Path(__file__).parent.parent / "weights"
 CLASSES = ("ControlNetModel", "T2IAdapter")
 
 

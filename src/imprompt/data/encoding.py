@@ -25,7 +25,7 @@ from imprompt.data.columns import CONDITION_COLUMNS, CONTROL, Batch, encoder_of,
 from imprompt.data.faces import FACE_MISSING, check_faces
 from imprompt.data.filters import Filters, Unusable
 from imprompt.data.pairs import Loaded, Pair, Part, draw, load
-from imprompt.data.store import GrowingColumn, check_room, told, write_json
+from imprompt.data.store import GrowingColumn, check_room, disk_errors, write_json
 from imprompt.diorama import Scene
 
 SAVE_EVERY_SECONDS = 5.0
@@ -356,7 +356,7 @@ class _Lines:
 
     def __init__(self, path: Path, num_bytes: int) -> None:
         self.path = path
-        with told(path):
+        with disk_errors(path):
             self._file: BinaryIO = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115
             self._file.truncate(num_bytes)
             self._file.seek(num_bytes)
@@ -367,12 +367,12 @@ class _Lines:
 
     def add(self, entry: Mapping[str, Any]) -> None:
         line = (json.dumps(entry, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
-        with told(self.path):
+        with disk_errors(self.path):
             self._file.write(line)
         self.num_bytes += len(line)
 
     def save(self) -> None:
-        with told(self.path):
+        with disk_errors(self.path):
             self._file.flush()
             os.fsync(self._file.fileno())
 

@@ -29,7 +29,7 @@ from imprompt.data.pairs import Loaded, Pair, identity_of
 from imprompt.data.records import Reading
 from imprompt.data.rows import Fetched
 from imprompt.data.sources import open_source
-from imprompt.data.store import told
+from imprompt.data.store import disk_errors
 from imprompt.encoders.face import loaded_face_encoder
 
 PARTS_KEPT_LISTED = 256
@@ -180,7 +180,7 @@ class PairsOnTheFly:
         """
         if not self.unusable:
             return
-        with told(path):
+        with disk_errors(path):
             entries = read_lines(path) if path.exists() else []
             known = {entry["pair"] for entry in entries}
             new = [self.unusable[row] for row in sorted(self.unusable)]

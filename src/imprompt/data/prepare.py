@@ -29,7 +29,7 @@ from imprompt.data.finish import finish
 from imprompt.data.pairs import Part
 from imprompt.data.records import Reading
 from imprompt.data.sources import open_source
-from imprompt.data.store import lock, told, write_json
+from imprompt.data.store import disk_errors, lock, write_json
 from imprompt.encoders.face import loaded_face_encoder
 
 SECONDS_BETWEEN_LOOKS = 0.2
@@ -151,7 +151,7 @@ def work_through(
             before = len(waiting)
             for number in list(waiting):
                 folder = part_folder(output, number)
-                with told(folder):
+                with disk_errors(folder):
                     folder.mkdir(parents=True, exist_ok=True)
                 with lock(folder, wait=False) as held:
                     if not held:
@@ -175,7 +175,7 @@ def _claim(output: Path, meta: dict[str, Any], columns: tuple[str, ...]) -> tupl
     Raises:
         ImpromptError: it holds something else.
     """
-    with told(output):
+    with disk_errors(output):
         if output.exists() and not (output / "begun.json").exists():
             others = [
                 name for name in os.listdir(output) if name not in ("lock", "begun.json.writing")
@@ -219,7 +219,7 @@ def _claim_face_encoder(output: Path, columns: Sequence[str], name: str) -> str 
             f"{output} holds identity vectors of another face encoder ({found}) than {name} "
             f"({wanted}). Choose another folder."
         )
-    with told(output):
+    with disk_errors(output):
         write_json(kept, {"fingerprint": wanted})
     return wanted
 

@@ -63,20 +63,20 @@ class GrowingColumn:
         self.num_rows += len(rows)
 
     def _write(self, content: bytes | memoryview) -> None:
-        with told(self.path):
+        with disk_errors(self.path):
             self._file.write(content)
 
     def save(self) -> None:
         """Hand everything appended so far to the disk."""
         if self._file is not None:
-            with told(self.path):
+            with disk_errors(self.path):
                 self._file.flush()
                 os.fsync(self._file.fileno())
 
     def finish(self) -> None:
         """Write the number of rows into the header; the column is whole."""
         if self._file is not None:
-            with told(self.path):
+            with disk_errors(self.path):
                 self._file.seek(0)
                 self._file.write(_header(self.dtype, (self.num_rows, *self.shape)))
             self.save()
@@ -158,7 +158,7 @@ def write_array(path: Path, values: np.ndarray) -> None:
 
 def write_whole(path: Path, write: Any) -> None:
     beside = path.with_name(f"{path.name}.writing")
-    with told(path):
+    with disk_errors(path):
         with open(beside, "wb") as file:
             write(file)
             file.flush()
@@ -167,7 +167,7 @@ def write_whole(path: Path, write: Any) -> None:
 
 
 @contextmanager
-def told(path: Path) -> Generator[None, None, None]:
+def disk_errors(path: Path) -> Generator[None, None, None]:
     """Turn an error of the disk within the block into one a user can act on."""
     try:
         yield

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from imprompt.bases.clip_vision import fingerprint_of
 from imprompt.core.errors import ImpromptError
+from imprompt.core.shipped import shipped
 from imprompt.encoders.face_network import SIZE_PX, FaceNetwork, load_face_network
 
-DIORAMA_FILE = Path(__file__).parent.parent / "weights" / "diorama-face-encoder.safetensors"
 INSIGHTFACE = "insightface"
 DEFAULT_PACK = "antelopev2"  # InstantID's
 # What the published adapters of these variants were trained with; all others with the default.
@@ -91,7 +91,9 @@ def load_face_encoder(name_or_path: str | PathLike[str] = "diorama") -> FaceEnco
     """
     text = str(name_or_path)
     if text == "diorama":
-        return DioramaFaceEncoder(load_face_network(DIORAMA_FILE), text)
+        return DioramaFaceEncoder(
+            load_face_network(shipped("diorama-face-encoder.safetensors")), text
+        )
     if text.partition(":")[0] == INSIGHTFACE:
         return InsightFaceEncoder(text.partition(":")[2] or DEFAULT_PACK)
     if text.endswith(".safetensors"):
@@ -131,7 +133,7 @@ def face_encoder_with(fingerprint: str) -> FaceEncoder | None:
     Raises:
         ImpromptError: it is one of insightface's and cannot be loaded.
     """
-    if DIORAMA_FILE.is_file() and loaded_face_encoder("diorama").fingerprint() == fingerprint:
+    if loaded_face_encoder("diorama").fingerprint() == fingerprint:
         return loaded_face_encoder("diorama")
     for pack in ALL_PACKS:
         if _fingerprint_of_name(f"{INSIGHTFACE}:{pack}") == fingerprint:

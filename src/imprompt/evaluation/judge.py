@@ -10,18 +10,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from imprompt.core.errors import ImpromptError
+from imprompt.core.shipped import shipped
 from imprompt.diorama import Scene
 from imprompt.systems.classifier import ATTRIBUTES, Judge
 
-FILE = Path(__file__).parent.parent / "weights" / "diorama-judge.safetensors"
 
-
-def load_judge(path: Path = FILE) -> Judge:
+def load_judge(path: Path | None = None) -> Judge:
     """The judge that comes with the package, or one trained elsewhere.
 
     Raises:
         ImpromptError: there is no such file.
     """
+    path = path or shipped("diorama-judge.safetensors")
     if not path.is_file():
         raise ImpromptError(f"There is no judge {path}; `imprompt train classifier` makes one.")
     weights = load_file(path)

@@ -10,20 +10,20 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from imprompt.core.errors import ImpromptError
+from imprompt.core.shipped import shipped
 from imprompt.diorama import Render
 from imprompt.diorama.maps import depth_map, keypoint_map, keypoints_of_map
 from imprompt.diorama.vocabulary import GROUND
 from imprompt.systems.map_reader import MapReader, Reading
 
-FILE = Path(__file__).parent.parent / "weights" / "diorama-map-reader.safetensors"
 
-
-def load_map_reader(path: Path = FILE) -> MapReader:
+def load_map_reader(path: Path | None = None) -> MapReader:
     """The map reader that comes with the package, or one trained elsewhere.
 
     Raises:
         ImpromptError: there is no such file.
     """
+    path = path or shipped("diorama-map-reader.safetensors")
     if not path.is_file():
         raise ImpromptError(
             f"There is no map reader {path}; `imprompt train map-reader` makes one, and --map-reader "

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as functional
@@ -18,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from imprompt.core.randomness import generator
+from imprompt.core.shipped import shipped
 from imprompt.diorama import (
     FACTORS,
     SETTINGS,
@@ -32,7 +32,6 @@ from imprompt.diorama import (
 )
 from imprompt.encoders.face import FaceEncoder, load_face_encoder
 
-FACE_JUDGE_FILE = Path(__file__).parent.parent / "weights" / "diorama-face-judge.safetensors"
 REFERENCE_SEED, TARGET_SEED, TEMPLATE_SEED = 6_000_000, 6_100_000, 6_200_000
 REFERENCE_STYLE = "clay"  # the one nearest to a photo
 OTHER_REFERENCE_STYLE = "cartoon"  # for portraits that are asked for in clay
@@ -40,7 +39,7 @@ OTHER_REFERENCE_STYLE = "cartoon"  # for portraits that are asked for in clay
 
 def load_face_judge() -> FaceEncoder:
     """The face encoder that judges pictures and conditions none."""
-    return load_face_encoder(FACE_JUDGE_FILE)
+    return load_face_encoder(shipped("diorama-face-judge.safetensors"))
 
 
 @dataclass(frozen=True)

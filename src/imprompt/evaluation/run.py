@@ -75,7 +75,7 @@ def evaluate(
         if not folders:
             raise ImpromptError("No control is shipped; name one with --control-model KIND=FOLDER.")
         controls = {kind: load_control(folder) for kind, folder in folders.items()}
-        reader = load_map_reader(map_reader_file) if map_reader_file else load_map_reader()
+        reader = load_map_reader(map_reader_file)
         _, _, rows = measure_controls(base, controls, reader, judge, sampling, count=count)
         return {f"{row.name}: {k}": value for row in rows for k, value in row.figures.items()}
     if what == "identity":

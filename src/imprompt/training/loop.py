@@ -13,7 +13,7 @@ from imprompt.core.errors import ImpromptError
 from imprompt.core.progress import progress
 from imprompt.core.randomness import Randomness
 from imprompt.data.rows import Rows
-from imprompt.data.store import told
+from imprompt.data.store import disk_errors
 from imprompt.systems.protocol import System
 from imprompt.training import log
 from imprompt.training.batches import batches
@@ -176,7 +176,7 @@ def train(
     with state.average or nullcontext(), engine.whole_weights():
         system.module.eval()
         if processes.is_main:
-            with told(export):
+            with disk_errors(export):
                 system.export(export)
     trackers.finish()
     processes.wait_for_all()

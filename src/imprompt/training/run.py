@@ -19,7 +19,7 @@ from imprompt.data.joined import JoinedColumns
 from imprompt.data.on_the_fly import PairsOnTheFly
 from imprompt.data.records import Reading
 from imprompt.data.rows import FirstRows, Rows
-from imprompt.data.store import told
+from imprompt.data.store import disk_errors
 from imprompt.encoders.clip import load_named_clip
 from imprompt.systems.denoising import framing_columns
 from imprompt.systems.protocol import System
@@ -48,7 +48,7 @@ SYSTEMS: dict[str, tuple[str, str]] = {
     "identity": ("imprompt.systems.identity", "IdentityOptions"),
 }
 # What decides which model reads the faces in photos, where a system reads faces.
-VARIANTS = {"face-id": "faceid", "identity": "identity"}
+FACE_VARIANTS = {"face-id": "faceid", "identity": "identity"}
 _FACES_ARE_READ = "{} is prepared: its faces are read already. Leave --face-encoder out."
 PRESETS = Path(__file__).parent.parent / "presets"
 EXPORT_NAMES = {
@@ -211,7 +211,7 @@ def run_training(
         loaded,
         size_px,
         reading,
-        variant=VARIANTS.get(system_name, "base"),
+        variant=FACE_VARIANTS.get(system_name, "base"),
         face_encoder=face_encoder,
     )
     system, config, resolved = prepare_run(system_name, loaded, columns, preset, settings or [])
@@ -241,7 +241,7 @@ def run_training(
                 f"{len(columns.unusable)} pairs could not be used; {output}/quarantine.jsonl says why"
             )
     if processes.is_main:
-        with told(output):
+        with disk_errors(output):
             (output / "config.toml").write_text(to_toml(resolved), encoding="utf-8")
         write_card(
             output,

@@ -15,7 +15,7 @@ from torch import Tensor
 from imprompt.core.errors import ImpromptError
 from imprompt.core.randomness import Randomness
 from imprompt.data.rows import Rows
-from imprompt.data.store import told, write_json
+from imprompt.data.store import disk_errors, write_json
 from imprompt.systems.protocol import System, ValidatedInParts
 from imprompt.training.config import PRECISIONS, TrainConfig
 from imprompt.training.state import TrainingState
@@ -64,7 +64,7 @@ class Validation:
             picture = system.preview()
             if state.engine.processes.is_main and picture is not None:
                 folder = self._output / "previews"
-                with told(folder):
+                with disk_errors(folder):
                     folder.mkdir(exist_ok=True)
                     picture.save(folder / f"step-{state.step:08d}.png")
             self.picture = picture
@@ -90,7 +90,7 @@ class Validation:
         self._state.best = figures[name]
         if self._state.engine.processes.is_main:
             best, beside = self._output / "best", self._output / "best.writing"
-            with told(best):
+            with disk_errors(best):
                 shutil.rmtree(beside, ignore_errors=True)
                 beside.mkdir()
                 self._system.export(beside / self._export_name)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny_base import IMAGE_SIZE_PX, LATENT_CHANNELS, TEXT_DIM, TEXT_LENGTH, write_tiny_base
 
 from imprompt.bases import load_base
-from imprompt.bases.diorama import FOLDER
+from imprompt.bases.diorama import diorama_folder
 from imprompt.core.errors import ImpromptError
 from imprompt.generation import generate, initial_noise
 
@@ -124,8 +124,8 @@ def test_any_kind_of_scheduler_is_read(copy: Path) -> None:
 
 
 def test_the_embedded_base_is_named_when_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("imprompt.bases.diorama.FOLDER", Path("nowhere"))
-    with pytest.raises(ImpromptError, match="lacks the diorama base's weights"):
+    monkeypatch.setattr("imprompt.core.shipped.WEIGHTS", Path("nowhere"))
+    with pytest.raises(ImpromptError, match="lacks diorama-base"):
         load_base("diorama")
 
 
@@ -133,7 +133,7 @@ def test_a_stock_pipeline_draws_from_the_embedded_base() -> None:
     from diffusers import StableDiffusionPipeline
 
     base = load_base("diorama")
-    pipeline = StableDiffusionPipeline.from_pretrained(FOLDER)
+    pipeline = StableDiffusionPipeline.from_pretrained(diorama_folder())
     pipeline.set_progress_bar_config(disable=True)
     (theirs,) = pipeline(
         "a red house",
