@@ -18,7 +18,7 @@ from imprompt.systems.protocol import System
 from imprompt.training import log
 from imprompt.training.batches import batches
 from imprompt.training.config import PRECISIONS, TrainConfig
-from imprompt.training.denoiser import set_up_denoiser
+from imprompt.training.denoiser import attention_kernels, set_up_denoiser
 from imprompt.training.ledger import Ledger
 from imprompt.training.optim import MovingAverage, learning_rate_factor
 from imprompt.training.output import claim_output, describe, say, stop_requests
@@ -109,6 +109,8 @@ def train(
     )
     shown: dict[str, float] = {}
     with (
+        # Around the gradient, too: what is computed again for it must be computed the same way.
+        attention_kernels(system, processes.device),
         stop_requests() as stop,
         progress(config.steps, "training", unit="step", silent=not processes.is_main) as bar,
     ):

@@ -23,7 +23,6 @@ from imprompt.core.errors import ImpromptError
 from imprompt.core.randomness import Randomness
 from imprompt.systems.protocol import Figures, System
 from imprompt.training.config import PRECISIONS, TrainConfig
-from imprompt.training.denoiser import attention_kernels
 from imprompt.training.optim import create_optimizer
 from imprompt.training.processes import Processes
 
@@ -95,15 +94,12 @@ class Step(nn.Module):
         super().__init__()
         self.trained = system.module
         self._system = (system,)  # not a module of ours: the frozen base must not be taken for one
-        self._device = device
+        self._device_type = device.type
         self._dtype = None if precision == "float32" else PRECISIONS[precision]
 
     def forward(self, batch: dict[str, Tensor], randomness: Randomness) -> tuple[Tensor, Figures]:
         enabled = self._dtype is not None
-        with (
-            attention_kernels(self._system[0], self._device),
-            torch.autocast(self._device.type, self._dtype or torch.bfloat16, enabled=enabled),
-        ):
+        with torch.autocast(self._device_type, self._dtype or torch.bfloat16, enabled=enabled):
             return self._system[0].loss(batch, randomness)
 
 
