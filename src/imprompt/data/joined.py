@@ -24,7 +24,8 @@ def _models(part: Columns) -> dict[str, Any]:
 class JoinedColumns:
     """The rows of several prepared data one after another, drawn with equal chance.
 
-    What is held out are the last rows, those of the last folder.
+    What is held out are the last rows, those of the last folder: one that is given twice, to be drawn twice
+    as often, must not be the last, or what is held out is trained on.
     """
 
     def __init__(self, parts: Sequence[Columns]) -> None:
