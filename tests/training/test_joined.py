@@ -61,6 +61,13 @@ def test_data_of_different_models_or_sizes_are_told_apart(tmp_path):
         JoinedColumns([first, numbered(tmp_path / "d", 8, 3, size_px=32)])
 
 
+def test_what_is_held_out_is_not_given_again(tmp_path):
+    first, second = numbered(tmp_path / "a", 0, 5), numbered(tmp_path / "b", 5, 3)
+    assert len(JoinedColumns([first, first, second])) == 13
+    with pytest.raises(ImpromptError, match="b is given more than once and stands last"):
+        JoinedColumns([second, first, Columns.open(tmp_path / "a" / ".." / "b")])
+
+
 def test_a_run_sees_all_of_them_and_one_alone_is_itself(tmp_path):
     folders = [tmp_path / "a", tmp_path / "b"]
     for folder in folders:

@@ -62,11 +62,6 @@ class ClipImageEncoder(nn.Module):
         return self.config.hidden_size
 
     @property
-    def num_hidden_states(self) -> int:
-        """Length of `hidden_states`: one for each patch and one for the class token."""
-        return (self.image_size_px // self.config.patch_size) ** 2 + 1
-
-    @property
     def dtype(self) -> torch.dtype:
         return next(self.model.parameters()).dtype
 

@@ -93,15 +93,6 @@ def filled(instruction: str, kind: str) -> str:
     return instruction.replace(OBJECT, kind)
 
 
-def task_of(instruction: str) -> str | None:
-    """Which task an instruction belongs to by its keywords; None where they do not tell.
-
-    An instruction that has none of the keywords may name an object.
-    """
-    named = [task for task in TASKS if _keyword_in(instruction, task)]
-    return named[0] if len(named) == 1 else None
-
-
 def ask_for_more(
     task: str,
     number: int,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,15 +25,22 @@ def _models(part: Columns) -> dict[str, Any]:
 class JoinedColumns:
     """The rows of several prepared data one after another, drawn with equal chance.
 
-    What is held out are the last rows, those of the last folder: one that is given twice, to be drawn twice
-    as often, must not be the last, or what is held out is trained on.
+    What is held out are the last rows, those of the last folder.
     """
 
     def __init__(self, parts: Sequence[Columns]) -> None:
         """
         Raises:
-            ImpromptError: they were encoded by different models or at different sizes.
+            ImpromptError: they were encoded by different models or at different sizes, or one that is
+                given twice, to be drawn twice as often, is the last, so that what is held out would be
+                trained on.
         """
+        folders = [Path(part.path).resolve() for part in parts]
+        if folders[-1] in folders[:-1]:
+            raise ImpromptError(
+                f"{parts[-1].path} is given more than once and stands last, where rows are held out "
+                "that must not be trained on: put another folder last."
+            )
         known: dict[str, Any] = {}
         for part in parts:
             for name, value in _models(part).items():

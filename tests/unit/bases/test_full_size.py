@@ -165,4 +165,3 @@ def test_image_encoders(name: str, embed_dim: int, hidden_dim: int) -> None:
     assert encoder.hidden_states(pixels).shape == (2, 257, hidden_dim)
     assert encoder.zero_hidden_states().shape == (1, 257, hidden_dim)
     assert (encoder.embed_dim, encoder.hidden_dim) == (embed_dim, hidden_dim)
-    assert encoder.num_hidden_states == 257

@@ -15,7 +15,6 @@ from imprompt.data.instructions import (
     fault_of,
     filled,
     instructions,
-    task_of,
 )
 from imprompt.diorama import OBJECT_KINDS
 
@@ -36,7 +35,6 @@ def test_no_kind_of_object_has_a_keyword_of_another_task():
             text = filled(line, kind)
             assert kind in text and OBJECT not in text
             assert all(fault_of(text, task) for task in TASKS if task != "object"), text
-            assert task_of(text) is None
 
 
 def test_none_is_cut_off_by_the_embedded_text_encoder():

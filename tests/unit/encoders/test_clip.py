@@ -57,7 +57,7 @@ def test_features_are_those_of_the_model(encoder: ClipImageEncoder) -> None:
     assert torch.equal(encoder.hidden_states(pixels), output.hidden_states[-2])
     assert output.image_embeds.shape == (2, VISION_EMBED_DIM) == (2, encoder.embed_dim)
     assert encoder.hidden_states(pixels).shape == (2, 5, VISION_HIDDEN_DIM)
-    assert (encoder.num_hidden_states, encoder.hidden_dim) == (5, VISION_HIDDEN_DIM)
+    assert encoder.hidden_dim == VISION_HIDDEN_DIM
 
 
 def test_no_image_is_an_all_zero_normalised_one(encoder: ClipImageEncoder) -> None:
