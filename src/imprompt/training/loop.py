@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -14,17 +15,17 @@ from imprompt.core.progress import progress
 from imprompt.core.randomness import Randomness
 from imprompt.data.rows import Rows
 from imprompt.data.store import disk_errors
-from imprompt.systems.protocol import System
-from imprompt.training import log
-from imprompt.training.batches import batches
-from imprompt.training.config import PRECISIONS, TrainConfig
+from imprompt.systems.protocol import Figures, System
+from imprompt.training.batches import Batch, batches
+from imprompt.training.config import TrainConfig
 from imprompt.training.denoiser import attention_kernels, set_up_denoiser
 from imprompt.training.ledger import Ledger
 from imprompt.training.optim import MovingAverage, learning_rate_factor
-from imprompt.training.output import claim_output, describe, say, stop_requests
-from imprompt.training.parallel import create_engine, trained_parameters
+from imprompt.training.output import claim_output, describe, say, say_once, stop_requests
+from imprompt.training.parallel import Engine, create_engine, trained_parameters
 from imprompt.training.processes import Processes, join_processes
-from imprompt.training.speed import Speed, counted
+from imprompt.training.reports import Reports
+from imprompt.training.speed import counted
 from imprompt.training.state import (
     TrainingState,
     half_written,
@@ -77,22 +78,12 @@ def train(
         claim_output(output, describe(config, dict(data.meta), others))
     set_up_denoiser(system, config)
     state = _begin(system, config, processes)
-    engine = state.engine
     checkpoints = output / "checkpoints"
     processes.wait_for_all()
-    if whole := whole_checkpoints(checkpoints):
-        load_checkpoint(state, whole[-1])
-    log_file = output / "log.jsonl"
-    if processes.is_main:
-        for path in half_written(checkpoints):
-            say(f"ignoring {path.name}: it was being written when the run was killed")
-        if state.step:
-            say(f"going on from step {state.step} of {config.steps}")
-        log.drop_after(log_file, state.step)
-    trackers = log.Trackers(config, output, state.step, processes)
+    _go_on(state, checkpoints, config)
     ledger = Ledger(state, config, num_rows)
     validation = Validation(system, state, data, num_rows, config, output, export_name)
-    speed = Speed(processes.device, PRECISIONS[config.precision], processes.count)
+    reports = Reports(state, config, output, ledger, validation)
     first_step = state.step
     steps = batches(
         data,
@@ -107,82 +98,95 @@ def train(
         num_parts=config.gradient_accumulation_steps,
         read_ahead=config.read_ahead,
     )
-    shown: dict[str, float] = {}
     with (
         # Around the gradient, too: what is computed again for it must be computed the same way.
         attention_kernels(system, processes.device),
         stop_requests() as stop,
         progress(config.steps, "training", unit="step", silent=not processes.is_main) as bar,
     ):
-        bar.update(state.step)
+        bar.update(first_step)
         for parts in steps:
-            is_first, is_last = state.step == first_step, state.step + 1 == config.steps
-            rate = config.learning_rate * learning_rate_factor(state.step, config)
-            results = []
-            with counted(is_first and not config.compile_blocks) as flops:
-                for part in parts:
-                    columns = _to(part.columns, processes)
-                    loss, figures = engine.loss(
-                        columns,
-                        Randomness(config.seed, part.samples, processes.device),
-                        is_last=part is parts[-1],
-                    )
-                    engine.backward(loss / len(parts))
-                    results.append((loss.detach(), figures))
-            if is_first:
-                _check_gradients(state)
-            norm = engine.update(rate)
-            if is_first:
-                engine.check_synchronised()
-            if flops is not None:
-                speed.flops_per_sample = flops.total / sum(len(part.samples) for part in parts)
-                say_once(processes, f"{speed.flops_per_sample / 1e9:,.3g} GFLOP per sample")
+            learning_rate = config.learning_rate * learning_rate_factor(state.step, config)
+            if state.step == first_step:
+                results, norm = _first_update(state, parts, config, learning_rate, reports)
+            else:
+                results = _gradients(state.engine, parts, config)
+                norm = state.engine.update(learning_rate)
             if state.average is not None:
                 state.average.update(state.step)
             ledger.add(results, norm)
             state.step += 1
             bar.update(1)
-
-            stopping = processes.any(stop())
-            saves = state.step % config.checkpoint_every_steps == 0 or is_last or stopping
-            validates = state.step % config.validate_every_steps == 0 or is_last
-            logs = state.step % config.log_every_steps == 0
-            if saves or validates or logs:
+            reports.after_step(learning_rate, bar)
+            is_last, stopping = state.step == config.steps, processes.any(stop())
+            if is_last or stopping or state.step % config.checkpoint_every_steps == 0:
                 ledger.settle()
-            if logs:
-                means = ledger.means()
-                shown |= {"loss": means["loss"]}
-                if processes.is_main:
-                    log.append(log_file, {"step": state.step, **means, "learning_rate": rate})
-                speeds = speed.look(config.log_every_steps * config.batch_size)
-                trackers.log({**means, "learning_rate": rate, **speeds}, state.step)
-                bar.set(**shown, **speeds)
-            if validates and config.validation_rows:
-                with speed.paused():
-                    figures = validation.run()
-                if processes.is_main:
-                    named = {f"validation_{name}": value for name, value in figures.items()}
-                    log.append(log_file, {"step": state.step, **named})
-                    trackers.log(named, state.step)
-                if validation.picture is not None:
-                    trackers.picture("preview", validation.picture, state.step)
-                shown |= validation.headline(figures)
-            if saves:
                 save_checkpoint(state, checkpoints, keep=config.keep_checkpoints)
             if stopping and not is_last:
-                trackers.finish()
+                reports.finish()
                 raise Interrupted(
                     f"stopped and saved at step {state.step}; the same command goes on from there"
                 )
     export = output / export_name
-    with state.average or nullcontext(), engine.whole_weights():
+    with state.average or nullcontext(), state.engine.whole_weights():
         system.module.eval()
         if processes.is_main:
             with disk_errors(export):
                 system.export(export)
-    trackers.finish()
+    reports.finish()
     processes.wait_for_all()
     return export
+
+
+def _gradients(
+    engine: Engine, parts: Sequence[Batch], config: TrainConfig
+) -> list[tuple[Tensor, Figures]]:
+    """The loss of a batch, part by part, and its gradient."""
+    device = engine.processes.device
+    results: list[tuple[Tensor, Figures]] = []
+    for part in parts:
+        columns = {name: v.to(device, non_blocking=True) for name, v in part.columns.items()}
+        randomness = Randomness(config.seed, part.samples, device)
+        loss, figures = engine.loss(columns, randomness, is_last=part is parts[-1])
+        engine.backward(loss / len(parts))
+        results.append((loss.detach(), figures))
+    return results
+
+
+def _first_update(
+    state: TrainingState,
+    parts: Sequence[Batch],
+    config: TrainConfig,
+    learning_rate: float,
+    reports: Reports,
+) -> tuple[list[tuple[Tensor, Figures]], Tensor]:
+    """A step like any other, whose work is counted and whose gradients are checked."""
+    # What is compiled cannot be counted.
+    with counted(not config.compile_blocks) as flops:
+        results = _gradients(state.engine, parts, config)
+    without = state.engine.without_gradient()
+    if without:
+        raise ImpromptError(
+            f"{len(without)} of {len(state.names)} trainable parameters receive no gradient, "
+            f"the first: {state.names[without[0]]}. Freeze them or use them in the loss."
+        )
+    norm = state.engine.update(learning_rate)
+    state.engine.check_synchronised()
+    if flops is not None:
+        reports.count_work(flops.total, sum(len(part.samples) for part in parts))
+    return results, norm
+
+
+def _go_on(state: TrainingState, checkpoints: Path, config: TrainConfig) -> None:
+    """Take up the last whole checkpoint, if there is one."""
+    processes = state.engine.processes
+    if whole := whole_checkpoints(checkpoints):
+        load_checkpoint(state, whole[-1])
+    if processes.is_main:
+        for path in half_written(checkpoints):
+            say(f"ignoring {path.name}: it was being written when the run was killed")
+    if state.step:
+        say_once(processes, f"going on from step {state.step} of {config.steps}")
 
 
 def _begin(system: System, config: TrainConfig, processes: Processes) -> TrainingState:
@@ -207,27 +211,9 @@ def _begin(system: System, config: TrainConfig, processes: Processes) -> Trainin
     )
 
 
-def _check_gradients(state: TrainingState) -> None:
-    without = state.engine.without_gradient()
-    if without:
-        raise ImpromptError(
-            f"{len(without)} of {len(state.names)} trainable parameters receive no gradient, "
-            f"the first: {state.names[without[0]]}. Freeze them or use them in the loss."
-        )
-
-
 def _found_processes(system: System) -> Processes:
     """The processes that a launcher started; or this one alone, where the system is already."""
     found = join_processes()
     if found.engine != "single":
         return found
     return replace(found, device=next(system.module.parameters()).device)
-
-
-def _to(columns: dict[str, Tensor], processes: Processes) -> dict[str, Tensor]:
-    return {name: v.to(processes.device, non_blocking=True) for name, v in columns.items()}
-
-
-def say_once(processes: Processes, message: str) -> None:
-    if processes.is_main:
-        say(message)

@@ -14,6 +14,7 @@ from typing import Any
 from imprompt.core.errors import ImpromptError
 from imprompt.data.store import write_json
 from imprompt.training.config import FREE_TO_CHANGE, TrainConfig
+from imprompt.training.processes import Processes
 
 
 def describe(config: TrainConfig, data: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
@@ -104,3 +105,9 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
 
 def say(message: str) -> None:
     print(f"imprompt: {message}", file=sys.stderr, flush=True)
+
+
+def say_once(processes: Processes, message: str) -> None:
+    """Of several processes one says it."""
+    if processes.is_main:
+        say(message)
