@@ -23,14 +23,12 @@ from imprompt.core.errors import ImpromptError
 from imprompt.core.randomness import Randomness
 from imprompt.data.columns import CONTROL
 from imprompt.data.rows import Rows
-from imprompt.diffusion.objectives import alphas_cumprod_of
 from imprompt.systems.denoising import (
+    Denoising,
     check_same_base,
-    denoising_errors,
     mean_in_parts,
     replace_rows,
     sample_posterior,
-    spread_timesteps,
     text_states_of,
 )
 
@@ -101,18 +99,14 @@ class ControlSystem:
         self._drop_text = drop_text
         self._early_steps = early_steps
         self._empty_ids = base.tokenize([""]).to(base.device)
-        self._alphas = alphas_cumprod_of(base.scheduler.config).to(base.device)
-        self._prediction = str(base.scheduler.config["prediction_type"])
+        self._denoising = Denoising(base.scheduler, base.device)
 
     def loss(
         self, batch: dict[str, Tensor], randomness: Randomness
     ) -> tuple[Tensor, dict[str, float | Tensor]]:
         """The base's own loss, with the control, on captions of which some are dropped."""
         no_text = randomness.uniform("drop text") < self._drop_text
-        time = randomness.uniform("timestep")
-        if self._early_steps:
-            time = 1 - time**3
-        timesteps = (time * len(self._alphas)).long().clamp(max=len(self._alphas) - 1)
+        timesteps = self._denoising.draw_timesteps(randomness, early=self._early_steps)
         return self._errors(batch, randomness, timesteps, no_text).mean(), {}
 
     def _errors(
@@ -124,9 +118,6 @@ class ControlSystem:
         has_control: bool = True,
     ) -> Tensor:
         """The squared error of each sample's prediction, (batch,)."""
-        latents = sample_posterior(batch, randomness, self.base)
-        noise = randomness.normal("noise", tuple(latents.shape[1:]))
-        alphas = self._alphas[timesteps]
         text_ids = replace_rows(batch["text_ids"], self._empty_ids, no_text)
         text_states = text_states_of(self.base, text_ids, batch)
 
@@ -136,7 +127,8 @@ class ControlSystem:
                 residuals = self._read(noisy, timesteps, text_states, self.maps(batch))
             return self.base.denoise(noisy, timesteps, text_states, residuals=residuals)
 
-        return denoising_errors(predict, latents, noise, alphas, self._prediction)
+        latents = sample_posterior(batch, randomness, self.base)
+        return self._denoising.errors(predict, latents, randomness, timesteps)
 
     def maps(self, batch: dict[str, Tensor]) -> Tensor:
         """What is read: (batch, channels, height, width) in [0, 1]."""
@@ -146,8 +138,7 @@ class ControlSystem:
     def validate(self, batch: dict[str, Tensor], randomness: Randomness) -> dict[str, float]:
         """The loss at evenly spread timesteps on fixed noise, with the control and without."""
         count = len(batch["text_ids"])
-        device = self._alphas.device
-        timesteps = spread_timesteps(count, len(self._alphas), device)
+        timesteps = self._denoising.spread_timesteps(count)
         figures: dict[str, float] = {}
         for name, has_control, has_text in (
             ("loss_with_control", True, False),
@@ -155,7 +146,7 @@ class ControlSystem:
             ("loss_with_control_and_text", True, True),
             ("loss_with_text", False, True),
         ):
-            no_text = torch.full((count,), not has_text, device=device)
+            no_text = torch.full((count,), not has_text, device=timesteps.device)
             figures[name] = mean_in_parts(
                 partial(self._errors, has_control=has_control),
                 batch,

@@ -1,10 +1,11 @@
-"""What systems that learn to denoise have in common: the right data, texts with their framing, latents, the
-error of a prediction, and validating in parts."""
+"""What systems that learn to denoise have in common: the right data, texts with their framing, latents,
+timesteps and the error of a prediction, and validating in parts."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as functional
@@ -16,7 +17,12 @@ from imprompt.core.errors import ImpromptError
 from imprompt.core.randomness import Randomness
 from imprompt.data.columns import FRAMING
 from imprompt.data.rows import Rows
-from imprompt.diffusion.objectives import add_noise, prediction_target
+from imprompt.diffusion.objectives import (
+    add_noise,
+    alphas_cumprod_of,
+    min_snr_weights,
+    prediction_target,
+)
 
 
 def check_same_base(columns: Rows, base: Base) -> None:
@@ -63,30 +69,53 @@ def sample_posterior(batch: dict[str, Tensor], randomness: Randomness, base: Bas
     return (mean + deviation * noise) * float(base.vae.config.scaling_factor)
 
 
-def denoising_errors(
-    predict: Callable[[Tensor], Tensor],
-    latents: Float[Tensor, "batch channels h w"],
-    noise: Float[Tensor, "batch channels h w"],
-    alphas: Float[Tensor, " batch"],
-    prediction_type: str,
-) -> Float[Tensor, " batch"]:
-    """The squared error of each row's prediction.
+class Denoising:
+    """Learning to denoise as a scheduler says: which timesteps there are, and what is predicted."""
 
-    `predict` gets the noisy latents; `alphas` are ᾱ at each row's timestep. What is predicted, the noise or
-    another mixture, is told by `prediction_type`, as diffusers' schedulers name it.
+    def __init__(self, scheduler: Any, device: torch.device) -> None:
+        """`scheduler` is one of diffusers', of which the configuration is read."""
+        self._alphas = alphas_cumprod_of(scheduler.config).to(device)
+        self._prediction_type = str(scheduler.config["prediction_type"])
 
-    Source: Ho et al. 2020 (2006.11239), equation 14; Salimans & Ho (2202.00512) for v.
-    """
-    noisy = add_noise(latents, noise, alphas).contiguous(memory_format=torch.channels_last)
-    prediction = predict(noisy)
-    target = prediction_target(prediction_type, latents, noise, alphas)
-    errors = functional.mse_loss(prediction.float(), target.float(), reduction="none")
-    return errors.mean(dim=(1, 2, 3))
+    def draw_timesteps(
+        self, randomness: Randomness, *, early: bool = False
+    ) -> Int[Tensor, " batch"]:
+        """One for each sample, all alike likely; with `early` those of much noise more so (t = 1 - u³,
+        2302.08453, section 3.4)."""
+        time = randomness.uniform("timestep")
+        if early:
+            time = 1 - time**3
+        return (time * len(self._alphas)).long().clamp(max=len(self._alphas) - 1)
 
+    def spread_timesteps(self, count: int) -> Int[Tensor, " count"]:
+        """Timesteps over the whole range, evenly, for validation."""
+        position = (torch.arange(count, device=self._alphas.device) + 0.5) / count
+        return (position * len(self._alphas)).long()
 
-def spread_timesteps(count: int, num_timesteps: int, device: torch.device) -> Int[Tensor, " count"]:
-    """Timesteps over the whole range, evenly, for validation."""
-    return ((torch.arange(count, device=device) + 0.5) / count * num_timesteps).long()
+    def errors(
+        self,
+        predict: Callable[[Tensor], Tensor],
+        latents: Float[Tensor, "batch channels h w"],
+        randomness: Randomness,
+        timesteps: Int[Tensor, " batch"],
+    ) -> Float[Tensor, " batch"]:
+        """The squared error of each sample's prediction; `predict` gets the noisy latents.
+
+        Source: Ho et al. 2020 (2006.11239), equation 14; Salimans & Ho (2202.00512) for v.
+        """
+        noise = randomness.normal("noise", tuple(latents.shape[1:]))
+        alphas = self._alphas[timesteps]
+        noisy = add_noise(latents, noise, alphas).contiguous(memory_format=torch.channels_last)
+        prediction = predict(noisy)
+        target = prediction_target(self._prediction_type, latents, noise, alphas)
+        errors = functional.mse_loss(prediction.float(), target.float(), reduction="none")
+        return errors.mean(dim=(1, 2, 3))
+
+    def weights(self, timesteps: Int[Tensor, " batch"], snr_gamma: float) -> Tensor:
+        """How much each sample's error counts: min-SNR weighting (2303.09556), or 1 where γ is 0."""
+        if not snr_gamma:
+            return torch.ones(len(timesteps), device=self._alphas.device)
+        return min_snr_weights(self._prediction_type, self._alphas[timesteps], snr_gamma)
 
 
 def mean_in_parts(

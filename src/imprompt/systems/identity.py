@@ -30,16 +30,14 @@ from imprompt.checkpoints.identity import ADAPTER_FILE, CONTROLNET_FOLDER, load_
 from imprompt.core.config import check_range, check_shares
 from imprompt.core.randomness import Randomness
 from imprompt.data.rows import Rows
-from imprompt.diffusion.objectives import alphas_cumprod_of
 from imprompt.encoders.landmarks import landmark_images
 from imprompt.systems.controlnet import control_residuals, create_controlnet
 from imprompt.systems.denoising import (
+    Denoising,
     check_same_base,
-    denoising_errors,
     mean_in_parts,
     replace_rows,
     sample_posterior,
-    spread_timesteps,
     text_states_of,
 )
 
@@ -123,8 +121,7 @@ class IdentitySystem:
         self.net = identity_net
         self._drop_all = drop_all
         self._empty_ids = base.tokenize([""]).to(base.device)
-        self._alphas = alphas_cumprod_of(base.scheduler.config).to(base.device)
-        self._prediction = str(base.scheduler.config["prediction_type"])
+        self._denoising = Denoising(base.scheduler, base.device)
 
     def loss(
         self, batch: dict[str, Tensor], randomness: Randomness
@@ -137,7 +134,7 @@ class IdentitySystem:
             "id_embeds": replace_rows(faces, torch.zeros_like(faces[:1]), nothing),
             "text_ids": replace_rows(batch["text_ids"], self._empty_ids, nothing),
         }
-        timesteps = (randomness.uniform("timestep") * len(self._alphas)).long()
+        timesteps = self._denoising.draw_timesteps(randomness)
         return self._errors(batch, randomness, timesteps).mean(), {}
 
     def _errors(
@@ -150,9 +147,6 @@ class IdentitySystem:
         has_net: bool = True,
     ) -> Tensor:
         """The squared error of each sample's prediction, (batch,)."""
-        latents = sample_posterior(batch, randomness, self.base)
-        noise = randomness.normal("noise", tuple(latents.shape[1:]))
-        alphas = self._alphas[timesteps]
         text_states = text_states_of(self.base, batch["text_ids"], batch)
         tokens = self.adapter.tokens(batch["id_embeds"].float()[:, None])
 
@@ -172,14 +166,15 @@ class IdentitySystem:
             condition = self._handle.condition(tokens) if has_adapter else None
             return self.base.denoise(noisy, timesteps, text_states, condition, residuals)
 
-        return denoising_errors(predict, latents, noise, alphas, self._prediction)
+        latents = sample_posterior(batch, randomness, self.base)
+        return self._denoising.errors(predict, latents, randomness, timesteps)
 
     @torch.no_grad()
     def validate(self, batch: dict[str, Tensor], randomness: Randomness) -> dict[str, float]:
         """The loss at evenly spread timesteps on fixed noise: with both, with either, with neither;
         and with another person's face."""
         count = len(batch["text_ids"])
-        timesteps = spread_timesteps(count, len(self._alphas), self._alphas.device)
+        timesteps = self._denoising.spread_timesteps(count)
         figures: dict[str, float] = {}
         strangers = {**batch, "id_embeds": batch["id_embeds"].roll(count // 2, 0)}
         for name, given, has_adapter, has_net in (

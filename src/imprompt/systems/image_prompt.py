@@ -26,14 +26,12 @@ from imprompt.core.config import check_range, check_shares
 from imprompt.core.errors import ImpromptError
 from imprompt.core.randomness import Randomness
 from imprompt.data.rows import Rows
-from imprompt.diffusion.objectives import alphas_cumprod_of, min_snr_weights
 from imprompt.systems.denoising import (
+    Denoising,
     check_same_base,
-    denoising_errors,
     mean_in_parts,
     replace_rows,
     sample_posterior,
-    spread_timesteps,
     text_states_of,
 )
 from imprompt.systems.warm_start import fit_to_captions
@@ -143,20 +141,17 @@ class ImagePromptSystem:
             name: dropped.float().to(base.device) for name, dropped in dropped_features.items()
         }
         self._empty_ids = base.tokenize([""]).to(base.device)
-        self._alphas = alphas_cumprod_of(base.scheduler.config).to(base.device)
-        self._prediction = str(base.scheduler.config["prediction_type"])
+        self._denoising = Denoising(base.scheduler, base.device)
 
     def loss(
         self, batch: dict[str, Tensor], randomness: Randomness
     ) -> tuple[Tensor, dict[str, float | Tensor]]:
         """Equation 6 of the paper, with conditions dropped per sample."""
         no_image, no_text = drops(randomness, self.options)
-        timesteps = (randomness.uniform("timestep") * len(self._alphas)).long()
+        timesteps = self._denoising.draw_timesteps(randomness)
         errors = self._errors(batch, randomness, timesteps, no_image, no_text)
-        if self.options.snr_gamma:
-            alphas = self._alphas[timesteps]
-            errors = errors * min_snr_weights(self._prediction, alphas, self.options.snr_gamma)
-        return errors.mean(), {}
+        weights = self._denoising.weights(timesteps, self.options.snr_gamma)
+        return (weights * errors).mean(), {}
 
     def _errors(
         self,
@@ -167,9 +162,6 @@ class ImagePromptSystem:
         no_text: Tensor,
     ) -> Tensor:
         """The squared error of each sample's prediction, (batch,)."""
-        latents = sample_posterior(batch, randomness, self.base)
-        noise = randomness.normal("noise", tuple(latents.shape[1:]))
-        alphas = self._alphas[timesteps]
         features = [
             replace_rows(batch[name].float(), dropped, no_image)
             for name, dropped in self.dropped_features.items()
@@ -178,12 +170,11 @@ class ImagePromptSystem:
         text_ids = replace_rows(batch["text_ids"], self._empty_ids, no_text)
         text_states = text_states_of(self.base, text_ids, batch)
         text_states, condition = self._join(text_states, tokens)
-        return denoising_errors(
+        return self._denoising.errors(
             lambda noisy: self.base.denoise(noisy, timesteps, text_states, condition),
-            latents,
-            noise,
-            alphas,
-            self._prediction,
+            sample_posterior(batch, randomness, self.base),
+            randomness,
+            timesteps,
         )
 
     @torch.no_grad()
@@ -193,9 +184,8 @@ class ImagePromptSystem:
         With the text the image adds little that a caption does not say, so a gap shows best here.
         """
         count = len(batch["text_ids"])
-        device = self._alphas.device
-        timesteps = spread_timesteps(count, len(self._alphas), device)
-        never = torch.zeros(count, dtype=torch.bool, device=device)
+        timesteps = self._denoising.spread_timesteps(count)
+        never = torch.zeros(count, dtype=torch.bool, device=timesteps.device)
         always = ~never
         figures: dict[str, float] = {}
         for name, no_image, no_text in (

@@ -24,15 +24,13 @@ from imprompt.core.config import check_range, check_shares
 from imprompt.core.errors import ImpromptError
 from imprompt.core.randomness import Randomness
 from imprompt.data.rows import Rows
-from imprompt.diffusion.objectives import alphas_cumprod_of, min_snr_weights
 from imprompt.encoders.instruction import EMBEDDINGS, METADATA_KEY, instruction_states
 from imprompt.systems.denoising import (
+    Denoising,
     check_same_base,
-    denoising_errors,
     mean_in_parts,
     replace_rows,
     sample_posterior,
-    spread_timesteps,
     text_states_of,
 )
 
@@ -189,8 +187,7 @@ class InstructSystem:
         self._handle = adapter.install(base.unet)
         self._no_image = image_encoder_of(base).zero_hidden_states().float().to(base.device)
         self._empty_ids = base.tokenize([""]).to(base.device)
-        self._alphas = alphas_cumprod_of(base.scheduler.config).to(base.device)
-        self._prediction = str(base.scheduler.config["prediction_type"])
+        self._denoising = Denoising(base.scheduler, base.device)
 
     def loss(
         self, batch: dict[str, Tensor], randomness: Randomness
@@ -198,28 +195,22 @@ class InstructSystem:
         """The squared error of the prediction, with conditions dropped per sample."""
         no_image, no_text, no_instruction = drops(randomness, self.options)
         batch = without(batch, no_image, no_text, no_instruction, self._no_image, self._empty_ids)
-        timesteps = (randomness.uniform("timestep") * len(self._alphas)).long()
+        timesteps = self._denoising.draw_timesteps(randomness)
         errors = self._errors(batch, randomness, timesteps)
-        if self.options.snr_gamma:
-            alphas = self._alphas[timesteps]
-            errors = errors * min_snr_weights(self._prediction, alphas, self.options.snr_gamma)
-        return errors.mean(), {}
+        weights = self._denoising.weights(timesteps, self.options.snr_gamma)
+        return (weights * errors).mean(), {}
 
     def _errors(
         self, batch: dict[str, Tensor], randomness: Randomness, timesteps: Tensor
     ) -> Tensor:
         """The squared error of each sample's prediction, (batch,)."""
-        latents = sample_posterior(batch, randomness, self.base)
-        noise = randomness.normal("noise", tuple(latents.shape[1:]))
-        alphas = self._alphas[timesteps]
         text_states = text_states_of(self.base, batch["text_ids"], batch)
         condition = self._handle.condition(self.tokens(batch, text_states))
-        return denoising_errors(
+        return self._denoising.errors(
             lambda noisy: self.base.denoise(noisy, timesteps, text_states, condition),
-            latents,
-            noise,
-            alphas,
-            self._prediction,
+            sample_posterior(batch, randomness, self.base),
+            randomness,
+            timesteps,
         )
 
     def tokens(self, batch: dict[str, Tensor], text_states: TextStates) -> Tensor:
@@ -232,7 +223,7 @@ class InstructSystem:
 
     def nothing(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The same batch without image, text and instruction."""
-        always = torch.ones(len(batch["text_ids"]), dtype=torch.bool, device=self._alphas.device)
+        always = torch.ones(len(batch["text_ids"]), dtype=torch.bool, device=self.base.device)
         return without(batch, always, always, always, self._no_image, self._empty_ids)
 
     @torch.no_grad()
@@ -242,8 +233,8 @@ class InstructSystem:
         An adapter that listens to instructions loses when it is told its neighbour's.
         """
         count = len(batch["text_ids"])
-        timesteps = spread_timesteps(count, len(self._alphas), self._alphas.device)
-        never = torch.zeros(count, dtype=torch.bool, device=self._alphas.device)
+        timesteps = self._denoising.spread_timesteps(count)
+        never = torch.zeros(count, dtype=torch.bool, device=timesteps.device)
         always = ~never
         nothing = (self._no_image, self._empty_ids)
         other = {**batch, "instruction_ids": batch["instruction_ids"].roll(1, 0)}

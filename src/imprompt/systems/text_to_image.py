@@ -19,11 +19,8 @@ from imprompt.bases import Base
 from imprompt.core.config import check_shares
 from imprompt.core.randomness import Randomness
 from imprompt.data.rows import Rows
-from imprompt.diffusion.objectives import alphas_cumprod_of
-from imprompt.systems.denoising import check_same_base, denoising_errors, mean_in_parts
+from imprompt.systems.denoising import Denoising, check_same_base, mean_in_parts
 from imprompt.systems.protocol import starts_from_base
-
-_GOLDEN_RATIO = 0.6180339887498949
 
 
 def create_unet(latent_channels: int = 8, text_width: int = 128) -> Any:
@@ -126,7 +123,7 @@ class TextToImageSystem:
         self.rows_at_once: int | None = None
         """How many rows are validated together; set by the loop, None is all."""
         device = next(module.parameters()).device
-        self._alphas = alphas_cumprod_of(scheduler.config).to(device)
+        self._denoising = Denoising(scheduler, device)
         self.empty_ids = empty_ids.to(device)
 
     def loss(
@@ -136,7 +133,7 @@ class TextToImageSystem:
         text_ids = batch["phrasing_ids"][torch.arange(len(phrasing)), phrasing]
         dropped = randomness.uniform("drop caption") < self.drop_caption
         text_ids = torch.where(dropped[:, None], self.empty_ids, text_ids)
-        timesteps = (randomness.uniform("timestep") * len(self._alphas)).long()
+        timesteps = self._denoising.draw_timesteps(randomness)
         return self._errors(batch, randomness, timesteps, text_ids).mean(), {}
 
     def _errors(
@@ -147,24 +144,20 @@ class TextToImageSystem:
         text_ids: Tensor,
     ) -> Tensor:
         """Squared error of the prediction per sample, (batch,)."""
-        latents = batch["latents"].float()
-        noise = randomness.normal("noise", tuple(latents.shape[1:]))
         with torch.no_grad():
             states = self.text_encoder(input_ids=text_ids).last_hidden_state
-        return denoising_errors(
+        return self._denoising.errors(
             lambda noisy: self.module(noisy, timesteps, states.float()).sample,
-            latents,
-            noise,
-            self._alphas[timesteps],
-            str(self.scheduler.config["prediction_type"]),
+            batch["latents"].float(),
+            randomness,
+            timesteps,
         )
 
     @torch.no_grad()
     def validate(self, batch: dict[str, Tensor], randomness: Randomness) -> dict[str, float]:
         """The loss at evenly spread timesteps on fixed noise, with the caption and without."""
         text_ids = batch["phrasing_ids"][:, 0]
-        position = (torch.arange(len(text_ids), device=text_ids.device) + 0.5) * _GOLDEN_RATIO % 1.0
-        timesteps = (position * len(self._alphas)).long()
+        timesteps = self._denoising.spread_timesteps(len(text_ids))
         given = {"loss": text_ids, "loss_without_text": self.empty_ids.expand_as(text_ids)}
         return {
             name: mean_in_parts(
