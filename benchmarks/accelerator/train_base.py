@@ -25,7 +25,9 @@ from imprompt.bases.writing import write_base
 from imprompt.checkpoints import load_adapter
 from imprompt.core.config import build, read_toml
 from imprompt.data.dataset import Columns
+from imprompt.data.joined import JoinedColumns
 from imprompt.data.prepare import prepare
+from imprompt.data.rows import Rows
 from imprompt.diorama import NUM_PHRASINGS, caption, sample_scene
 from imprompt.evaluation.judge import load_judge
 from imprompt.evaluation.measure import Sampling, measure_adapter, measure_base, measure_judge
@@ -39,6 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the embedded base from nothing.")
     parser.add_argument("output", type=Path)
     parser.add_argument("--num-scenes", type=int, default=48_000)
+    parser.add_argument("--num-portraits", type=int, default=16_384, help="for the denoiser")
     parser.add_argument("--num-pairs", type=int, default=20_000, help="of the adapter")
     parser.add_argument("--num-images", type=int, default=500, help="to measure with")
     parser.add_argument("--factor", type=float, default=1.0, help="times the presets' steps")
@@ -73,7 +76,7 @@ def main() -> None:
         settings = build(TrainConfig, read_toml(preset_path(f"diorama-{name}"))["train"])
         return dataclasses.replace(settings, steps=max(1, int(settings.steps * arguments.factor)))
 
-    def fit(system: Any, name: str, columns: Columns) -> Path:
+    def fit(system: Any, name: str, columns: Rows) -> Path:
         system.module.to(device)
         return train(system, columns, config(name), out / name)
 
@@ -95,7 +98,10 @@ def main() -> None:
     )
     base.image_encoder = ClipImageEncoder(image_encoder)
     base.to(device)
-    encoded = prepare(source, out / "latents", base, columns=("latents", "phrasing_ids"))
+    read = ("latents", "phrasing_ids")
+    scenes = Columns.open(prepare(source, out / "latents", base, columns=read))
+    portraits = f"diorama-people:{arguments.num_portraits}"
+    people = Columns.open(prepare(portraits, out / "people", base, columns=read))
 
     denoiser = text_to_image.TextToImageSystem(
         base.unet.requires_grad_(True),
@@ -103,7 +109,8 @@ def main() -> None:
         base.tokenize([""])[0],
         base.scheduler,
     )
-    unet_folder = fit(denoiser, "text-to-image", Columns.open(encoded))
+    # Faces are small and few among scenes, and drawn last: their portraits come twice as often.
+    unet_folder = fit(denoiser, "text-to-image", JoinedColumns([people, people, scenes]))
 
     weights = out / "weights"
     write_base(
