@@ -21,7 +21,7 @@ from imprompt.core.images import image_grid, pixels_to_images
 from imprompt.diorama import draw_maps
 from imprompt.evaluation.control import measure_controls, table
 from imprompt.evaluation.judge import load_judge
-from imprompt.evaluation.map_reader import FILE, load_map_reader
+from imprompt.evaluation.map_reader import load_map_reader
 from imprompt.evaluation.measure import Sampling
 
 NOT_SHOWN = "ω = 2"
@@ -30,12 +30,12 @@ NOT_SHOWN = "ω = 2"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--control", action="append", default=[], metavar="KIND=FOLDER")
-    parser.add_argument("--map-reader", type=Path, default=FILE)
+    parser.add_argument("--map-reader", type=Path, help="another than the shipped one")
     parser.add_argument("--weights", type=float, nargs="+", default=[1.0, 2.0])
     parser.add_argument("--count", type=int, default=48)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--sampler", default="dpm-solver++")
-    parser.add_argument("--guidance-scale", type=float, default=5.0)
+    parser.add_argument("--guidance-scale", type=float, help="the base's own if not given")
     parser.add_argument("--shown", type=int, default=10, help="scenes in the picture")
     parser.add_argument("--table", type=Path, default=RESULTS / "controls.md")
     parser.add_argument("--picture", type=Path, default=DOCS / "images" / "controls.png")

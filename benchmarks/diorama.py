@@ -16,12 +16,13 @@ from pathlib import Path
 
 from pages import DOCS, README, RESULTS, header, put, row
 
+from imprompt.bases.diorama import GUIDANCE_SCALE
+
 FIGURES = RESULTS / "diorama.json"
 PARTS = ("judge", "base", "quickstart", "shipped", "ablation", "picture")
 QUICKSTART_ADAPTER = Path("imprompt-quickstart/run/adapter.safetensors")
 COUNTS = {"judge": 5000, "base": 500, "quickstart": 120, "shipped": 240, "ablation": 120}
-SAMPLING = {"steps": 25, "sampler": "dpm-solver++", "scale": 1.0, "seed": 0}
-BASE_GUIDANCE, GUIDANCE = 5.0, 4.0  # of texts alone, and of image prompts
+SAMPLING = {"steps": 25, "sampler": "dpm-solver++", "guidance_scale": None, "scale": 1.0, "seed": 0}
 OTHER_PAPERS = """
 ## The other papers
 
@@ -42,7 +43,6 @@ def measure(part: str, adapter: Path, output: Path) -> dict[str, float]:
         load=lambda: load_base("diorama"),
         count=COUNTS[part],
         output=output,
-        guidance_scale=BASE_GUIDANCE if part == "base" else GUIDANCE,
         **SAMPLING,
     )
 
@@ -99,15 +99,14 @@ def document(results: dict[str, dict[str, float]]) -> str:
 
 Made by `python benchmarks/diorama.py`, which writes `benchmarks/results/diorama.json` and this page.
 Scenes come from seeds that no training sees; a classifier trained on renders (the judge) says what a
-picture shows. Images are drawn with DPM-Solver++ in {SAMPLING["steps"]} steps, from texts alone at guidance
-{BASE_GUIDANCE:g}, with image prompts at {GUIDANCE:g}.
+picture shows. Images are drawn with DPM-Solver++ in {SAMPLING["steps"]} steps at the base's own guidance, {GUIDANCE_SCALE:g}.
 
 {main_table(results)}
 ```sh
 imprompt evaluate --what judge --count {COUNTS["judge"]}
-imprompt evaluate --what base --count {COUNTS["base"]} --steps 25 --sampler dpm-solver++ --guidance-scale {BASE_GUIDANCE:g}
-imprompt evaluate imprompt-quickstart/run/adapter.safetensors --count {COUNTS["quickstart"]} --steps 25 --sampler dpm-solver++ --guidance-scale {GUIDANCE:g}
-imprompt evaluate --count {COUNTS["shipped"]} --steps 25 --sampler dpm-solver++ --guidance-scale {GUIDANCE:g}
+imprompt evaluate --what base --count {COUNTS["base"]} --steps 25 --sampler dpm-solver++
+imprompt evaluate imprompt-quickstart/run/adapter.safetensors --count {COUNTS["quickstart"]} --steps 25 --sampler dpm-solver++
+imprompt evaluate --count {COUNTS["shipped"]} --steps 25 --sampler dpm-solver++
 ```
 
 "Image alone" is an empty text and an unseen picture as the prompt: the share of generated images in
@@ -137,7 +136,7 @@ paper's order was found after a million steps and need not hold after 800: here 
 
 {ablation_table(results["ablation"])}
 ```sh
-imprompt evaluate --what ablation --output runs/ablation --count {COUNTS["ablation"]} --steps 25 --sampler dpm-solver++ --guidance-scale {GUIDANCE:g}
+imprompt evaluate --what ablation --output runs/ablation --count {COUNTS["ablation"]} --steps 25 --sampler dpm-solver++
 ```
 """
     return text + OTHER_PAPERS
@@ -167,9 +166,7 @@ def draw_variations(path: Path) -> None:
         labels.append("image prompt")
         for label, (text, scale, seed) in columns.items():
             prompt = ImagePrompt(pixels, adapter=adapter, scale=scale)
-            cells += generate(
-                base, text, prompt, seed=seed, guidance_scale=GUIDANCE, steps=50, progress=False
-            )
+            cells += generate(base, text, prompt, seed=seed, steps=50, progress=False)
             labels.append(label)
     large = [cell.resize((128, 128), 0) for cell in cells]
     image_grid(large, 1 + len(columns), labels).save(path)

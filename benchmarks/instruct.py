@@ -20,7 +20,7 @@ from pathlib import Path
 from pages import DOCS, RESULTS, header, put, row
 
 FIGURES = RESULTS / "instruct.json"
-SAMPLING = {"steps": 25, "sampler": "dpm-solver++", "guidance_scale": 4.0, "scale": 1.0, "seed": 0}
+SAMPLING = {"steps": 25, "sampler": "dpm-solver++", "guidance_scale": None, "scale": 1.0, "seed": 0}
 TASKS = ("everything", "style", "object", "composition", "face")
 SHOWN = (
     "layout IoU",

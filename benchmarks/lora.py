@@ -114,19 +114,21 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--scenes", type=int, default=192)
     parser.add_argument("--count", type=int, default=48)
-    parser.add_argument("--folder", type=Path, default=ROOT / "runs/lora-blueprint")
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs", help="of trained LoRAs")
     parser.add_argument("--table", type=Path, default=ROOT / "benchmarks/results/lora.md")
     parser.add_argument("--picture", type=Path, default=ROOT / "docs/images/lora.png")
     arguments = parser.parse_args()
-    file = arguments.folder / "pytorch_lora_weights.safetensors"
-    if not file.is_file():
-        train_lora(arguments.folder, arguments.steps, arguments.scenes)
     base, judge, reader = load_base("diorama"), load_judge(), StyleReader()
+    # One that was trained on another base, or for another time, is none of this one's.
+    folder = arguments.folder / f"lora-blueprint-{base.fingerprint()}-{arguments.steps}"
+    file = folder / "pytorch_lora_weights.safetensors"
+    if not file.is_file():
+        train_lora(folder, arguments.steps, arguments.scenes)
     adapter = load_adapter(shipped_adapter())
     scenes = unseen_scenes(arguments.count, first=50_000)
     wanted = truth(scenes)
     drawn = render(scenes)
-    sampling = Sampling(steps=20, sampler="dpm-solver++", guidance_scale=4.0)
+    sampling = Sampling(steps=20, sampler="dpm-solver++")
     features, nothing = image_features(base, adapter, drawn.pixels)
 
     def prompted(scale: float, texts: list[str], preset: str | None = None) -> torch.Tensor:

@@ -139,7 +139,7 @@ def main() -> None:
     shutil.copy(adapter, weights / "diorama-ip-adapter.safetensors")
 
     final, reader = load_base(shipped), load_judge(weights / "diorama-judge.safetensors")
-    sampling = Sampling(steps=50, guidance_scale=5.0)
+    sampling = Sampling(steps=50)
     figures = {
         "judge": measure_judge(reader, 4 * arguments.num_images),
         "base": measure_base(final, reader, sampling, arguments.num_images),

@@ -113,7 +113,7 @@ def main() -> None:
             seed=0,
         )
         for part, made, guidance_scale in (
-            ("instruct", "diorama-ip-adapter-instruct.safetensors", 4.0),
+            ("instruct", "diorama-ip-adapter-instruct.safetensors", None),
             ("identity", "diorama-identity", 2.0),
         )
         if part in arguments.parts

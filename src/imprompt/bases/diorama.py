@@ -4,8 +4,8 @@ from pathlib import Path
 
 from imprompt.core.shipped import shipped
 
-# At the 7.5 of larger models its colours run over.
-GUIDANCE_SCALE = 4.0
+# At the 7.5 of larger models its colours run over, and at 5 settings are lost.
+GUIDANCE_SCALE = 3.0
 
 
 def diorama_folder() -> Path:

@@ -83,7 +83,7 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("--num-images", type=int, default=4, help="how many images (4)")
     parser.add_argument("--steps", type=int, default=50, help="sampler steps (50)")
     parser.add_argument(
-        "--guidance-scale", type=float, help="guidance (as the base likes it: 7.5; diorama 4)"
+        "--guidance-scale", type=float, help="guidance (as the base likes it: 7.5; diorama 3)"
     )
     parser.add_argument(
         "--image-guidance-scale", type=float, help="guidance towards the images, if it shall differ"

@@ -26,7 +26,7 @@ from imprompt.systems.image_prompt import ImagePromptSystem
 from imprompt.systems.instruct import InstructSystem
 from imprompt.systems.protocol import System
 
-PREVIEW = Sampling(steps=20, guidance_scale=4.0, seed=0)
+PREVIEW = Sampling(steps=20, seed=0)
 
 Batch = dict[str, Tensor]
 

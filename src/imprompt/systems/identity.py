@@ -207,7 +207,7 @@ class IdentitySystem:
         }
         save_adapter(self.adapter, path / ADAPTER_FILE, metadata, dtype=torch.float16)
         save_network(self.net, path / CONTROLNET_FOLDER)
-        described = {"kind": "identity", **metadata, **self.adapter.metadata}
+        described = {"kind": "identity", **self.adapter.metadata, **metadata}
         (path / "identity.json").write_text(
             json.dumps(described, indent=2) + "\n", encoding="utf-8"
         )

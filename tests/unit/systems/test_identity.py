@@ -154,6 +154,10 @@ def test_what_is_exported_is_read_again_and_gone_on_with(base, columns, tmp_path
     )
     assert all(p.requires_grad for p in again.module.parameters())
     trained(again, columns, steps=1)
+    again.adapter.metadata["base_fingerprint"] = "of the base where it began"
+    again.export(tmp_path / "again")
+    told = json.loads((tmp_path / "again" / "identity.json").read_text())
+    assert (told["base_fingerprint"], told["face_encoder"]) == (base.fingerprint(), "abc")
 
 
 def test_a_published_folder_is_read(base, columns, tmp_path):
