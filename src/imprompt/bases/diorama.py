@@ -4,7 +4,7 @@ from pathlib import Path
 
 from imprompt.core.shipped import shipped
 
-# At the 7.5 of larger models its colours run over, and at 5 settings are lost.
+# At the 7.5 of larger models its colours run over, and at 5 styles and settings suffer a little.
 GUIDANCE_SCALE = 3.0
 
 

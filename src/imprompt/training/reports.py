@@ -30,12 +30,8 @@ class Reports:
         Raises:
             ImpromptError: an unknown tracker, or one that is not installed.
         """
-        self._state, self._config, self._ledger, self._validation = (
-            state,
-            config,
-            ledger,
-            validation,
-        )
+        self._state, self._config = state, config
+        self._ledger, self._validation = ledger, validation
         processes = self._processes = state.engine.processes
         self._log_file = output / "log.jsonl"
         if processes.is_main:
