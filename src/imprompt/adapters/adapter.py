@@ -29,6 +29,7 @@ from imprompt.core.errors import ImpromptError
 
 Variant = Literal["base", "plus", "full", "faceid", "faceid-plus", "instruct"]
 VARIANTS: tuple[str, ...] = get_args(Variant)
+RESAMPLED_VARIANTS = ("plus", "instruct")
 FACE_VARIANTS = ("faceid", "faceid-plus")  # these bring low-rank additions to every site
 
 
@@ -102,6 +103,7 @@ class ImagePromptAdapter(nn.Module):
         fits = len(features) == len(wanted) and all(
             given.ndim == (3 if feature.is_sequence else 2)
             and given.shape[-1] == feature.dim
+            and (feature.length is None or given.shape[1] == feature.length)
             and len(given) == len(features[0])
             for given, feature in zip(features, wanted, strict=True)
         )
@@ -181,6 +183,7 @@ def create_adapter(
     num_tokens: int | None = None,
     resampler_dim: int | None = None,
     depth: int = 4,
+    num_positions: int = 0,
     id_dim: int = 512,
     text_dim: int | None = None,
     lora_rank: int = 128,
@@ -200,6 +203,8 @@ def create_adapter(
             full it is what the encoder gives, and noted only.
         resampler_dim: inner width of plus and instruct; by default the text width, at most 1280.
         depth: layers of a resampler.
+        num_positions: of plus and instruct: how many hidden states there are, if each shall be told
+            where it stands, by a learned embedding. 0, as published, leaves telling to the encoder.
         id_dim: width of the face embedding, for faceid-plus.
         text_dim: width of the states of instruction and prompt, for instruct. By default the text
             width of the UNet, which is right for a base with one text encoder; Stable Diffusion
@@ -208,7 +213,8 @@ def create_adapter(
         seed: of the weights that start at random.
 
     Raises:
-        ImpromptError: unknown variant, or a UNet without cross-attention.
+        ImpromptError: unknown variant, positions for one that has none, or a UNet without
+            cross-attention.
     """
     if variant not in VARIANTS:
         raise ImpromptError(f'variant is "{variant}"; known are {", ".join(VARIANTS)}.')
@@ -216,6 +222,8 @@ def create_adapter(
         raise ImpromptError(
             f"feature_dim={feature_dim} and num_tokens={num_tokens}: both must be at least 1."
         )
+    if num_positions and variant not in RESAMPLED_VARIANTS:
+        raise ImpromptError(f"The {variant} variant has no positions; num_positions must be 0.")
     sites = attention_sites(unet)
     widths = sorted({site.text_dim for site in sites if site.is_cross})
     if len(widths) != 1:
@@ -233,7 +241,13 @@ def create_adapter(
             projection = LinearProjection(feature_dim, width, num_tokens or 4)
         elif variant == "plus":
             projection = Resampler(
-                feature_dim, width, num_tokens or 16, dim=dim, num_heads=num_heads, depth=depth
+                feature_dim,
+                width,
+                num_tokens or 16,
+                dim=dim,
+                num_heads=num_heads,
+                depth=depth,
+                num_positions=num_positions,
             )
         elif variant == "full":
             projection = FullProjection(feature_dim, width, num_tokens)
@@ -257,6 +271,7 @@ def create_adapter(
                 dim=dim,
                 num_heads=num_heads,
                 depth=depth,
+                num_positions=num_positions,
             )
         rank = lora_rank if variant in FACE_VARIANTS else 0
         weights = {site.index: weights_for(site, rank) for site in sites if site.is_cross or rank}

@@ -6,6 +6,9 @@
 `Resampler` is the projection of IP-Adapter-Plus. `InstructResampler` reads three contexts in every
 layer instead of one: the image, the text prompt, and the instruction that says what to take from
 the image. Names of submodules are those of the published checkpoints.
+
+A resampler reads hidden states as a set: where in the picture one stands, it knows only as far as the
+encoder tells. A small encoder hardly does, and positions can be added (the authors' `apply_pos_emb`).
 """
 
 import torch
@@ -75,8 +78,25 @@ def refine(
     return latents + widen_and_narrow(latents)
 
 
+def position_embedding(num_positions: int, feature_dim: int) -> nn.Embedding | None:
+    """What is added to each hidden state for where it stands; None without positions.
+
+    It begins at random, of deviation 1: from zero, places are learnt late or never.
+    """
+    return nn.Embedding(num_positions, feature_dim) if num_positions else None
+
+
+def placed(
+    hidden_states: Float[Tensor, "batch length feature_dim"], embedding: nn.Embedding | None
+) -> Float[Tensor, "batch length feature_dim"]:
+    """The hidden states with their positions, if there are any."""
+    return hidden_states if embedding is None else hidden_states + embedding.weight
+
+
 class Resampler(nn.Module):
     """Projection of IP-Adapter-Plus: hidden states of the image encoder → `num_tokens` tokens.
+
+    With `num_positions` it reads so many hidden states, each with a learned position.
 
     Source: IP-Adapter (2308.06721), section 4.1 (fine-grained features); queries as in Flamingo.
     """
@@ -92,12 +112,17 @@ class Resampler(nn.Module):
         dim: int,
         num_heads: int,
         depth: int = 4,
+        num_positions: int = 0,
     ) -> None:
         super().__init__()
-        self.features = (Feature("hidden_states", feature_dim, is_sequence=True),)
+        states = Feature(
+            "hidden_states", feature_dim, is_sequence=True, length=num_positions or None
+        )
+        self.features = (states,)
         self.num_tokens = num_tokens
         self.cross_attention_dim = cross_attention_dim
         self.latents = nn.Parameter(torch.randn(1, num_tokens, dim) / dim**0.5)
+        self.pos_emb = position_embedding(num_positions, feature_dim)
         self.proj_in = nn.Linear(feature_dim, dim)
         self.layers = resampler_layers(dim, num_heads, depth)
         self.proj_out = nn.Linear(dim, cross_attention_dim)
@@ -106,7 +131,7 @@ class Resampler(nn.Module):
     def forward(
         self, hidden_states: Float[Tensor, "batch length feature_dim"]
     ) -> Float[Tensor, "batch tokens cross_attention_dim"]:
-        context = self.proj_in(hidden_states)
+        context = self.proj_in(placed(hidden_states, self.pos_emb))
         latents = self.latents.expand(len(context), -1, -1)
         for layer in self.layers:
             latents = refine(latents, context, layer)
@@ -118,7 +143,7 @@ class InstructResampler(nn.Module):
 
     The instruction ("use the style", "use the object", …) and the prompt come as token states of
     the base's own text encoder. In each layer the latents read the image, then the prompt, then
-    the instruction.
+    the instruction. `num_positions` as of `Resampler`.
 
     Source: IP-Adapter-Instruct (2408.03209), section 3.2.
     """
@@ -135,16 +160,18 @@ class InstructResampler(nn.Module):
         dim: int,
         num_heads: int,
         depth: int = 4,
+        num_positions: int = 0,
     ) -> None:
         super().__init__()
         self.features = (
-            Feature("hidden_states", feature_dim, is_sequence=True),
+            Feature("hidden_states", feature_dim, is_sequence=True, length=num_positions or None),
             Feature("instruction_states", text_dim, is_sequence=True),
             Feature("prompt_states", text_dim, is_sequence=True),
         )
         self.num_tokens = num_tokens
         self.cross_attention_dim = cross_attention_dim
         self.latents = nn.Parameter(torch.randn(1, num_tokens, dim) / dim**0.5)
+        self.pos_emb = position_embedding(num_positions, feature_dim)
         self.proj_in = nn.Linear(feature_dim, dim)
         self.proj_prompt_input = nn.Linear(text_dim, dim)
         self.proj_new_input = nn.Linear(text_dim, dim)  # of the instruction
@@ -164,7 +191,7 @@ class InstructResampler(nn.Module):
         instruction_states: Float[Tensor, "batch instruction_length text_dim"],
         prompt_states: Float[Tensor, "batch prompt_length text_dim"],
     ) -> Float[Tensor, "batch tokens cross_attention_dim"]:
-        image = self.proj_in(hidden_states)
+        image = self.proj_in(placed(hidden_states, self.pos_emb))
         prompt = self.proj_prompt_input(prompt_states)
         instruction = self.proj_new_input(instruction_states)
         latents = self.latents.expand(len(image), -1, -1)

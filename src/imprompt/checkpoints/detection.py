@@ -26,6 +26,7 @@ from imprompt.core.errors import ImpromptError
 MAX_DEPTH = 64  # of a resampler; a larger number in a key is damage
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 FILLING = ("normal", "uniform", "zero", "zeros", "ones", "fill")  # in-place functions end with "_"
+POSITIONS = "image_proj.pos_emb.weight"  # of a resampler that has them
 LORA_PARTS = ("to_q_lora", "to_k_lora", "to_v_lora", "to_out_lora")
 
 
@@ -136,21 +137,24 @@ def nearest_variant(
     sites = site_keys(present, declared_sites)
     candidates: list[Deviation] = []
     for variant in VARIANTS:
-        expected = projection_keys(variant, depth_of(present)) | sites
+        expected = projection_keys(variant, present) | sites
         candidates.append(
             Deviation(variant, sorted(expected - present), sorted(present - expected))
         )
     return min(candidates, key=len)
 
 
-def projection_keys(variant: str, depth: int) -> set[str]:
-    """Keys of a variant's projection, taken from the very class."""
+def projection_keys(variant: str, present: Collection[str]) -> set[str]:
+    """Keys of a variant's projection, as deep as the present keys are, taken from the very class."""
+    depth, num_positions = depth_of(present), int(POSITIONS in present)
     with WithoutValues():
         projection: nn.Module
         if variant == "base":
             projection = LinearProjection(1, 1)
         elif variant == "plus":
-            projection = Resampler(1, 1, dim=1, num_heads=1, depth=depth)
+            projection = Resampler(
+                1, 1, dim=1, num_heads=1, depth=depth, num_positions=num_positions
+            )
         elif variant == "full":
             projection = FullProjection(1, 1)
         elif variant == "faceid":
@@ -158,7 +162,9 @@ def projection_keys(variant: str, depth: int) -> set[str]:
         elif variant == "faceid-plus":
             projection = FacePlusProjection(1, 1, 1, num_heads=1, depth=depth)
         else:
-            projection = InstructResampler(1, 1, 1, dim=1, num_heads=1, depth=depth)
+            projection = InstructResampler(
+                1, 1, 1, dim=1, num_heads=1, depth=depth, num_positions=num_positions
+            )
     return {f"image_proj.{key}" for key in projection.state_dict()}
 
 
@@ -239,8 +245,17 @@ def build_projection(variant: str, shapes: Shapes) -> nn.Module:
     num_heads = ratio(size("layers.0.0.to_q.weight", 0), HEAD_DIM)
     width = size("proj_out.weight", 0)
     feature_dim = size("proj_in.weight", 1)
+    num_positions = shapes(POSITIONS, 0) if POSITIONS in shapes else 0
     if variant == "plus":
-        return Resampler(feature_dim, width, num_tokens, dim=dim, num_heads=num_heads, depth=depth)
+        return Resampler(
+            feature_dim,
+            width,
+            num_tokens,
+            dim=dim,
+            num_heads=num_heads,
+            depth=depth,
+            num_positions=num_positions,
+        )
     return InstructResampler(
         feature_dim,
         size("proj_new_input.weight", 1),
@@ -249,6 +264,7 @@ def build_projection(variant: str, shapes: Shapes) -> nn.Module:
         dim=dim,
         num_heads=num_heads,
         depth=depth,
+        num_positions=num_positions,
     )
 
 

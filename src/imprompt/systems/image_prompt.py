@@ -47,6 +47,9 @@ class ImagePromptOptions:
     """`base` (global image embedding), `plus` (resampler over patches) or `full` (all patches)."""
     num_tokens: int = 0
     """Tokens per image; 0 takes the variant's usual number (4 for base, 16 for plus)."""
+    positions: bool = False
+    """Whether the resampler of a new `plus` learns where in the picture each state of the image encoder
+    stands. Not of the paper: CLIP ViT-H's states tell it, those of a small encoder may not."""
     drop_image: float = 0.05
     """Share of samples that see the text alone."""
     drop_text: float = 0.05
@@ -90,6 +93,7 @@ def build(options: ImagePromptOptions, base: Base, columns: Rows) -> ImagePrompt
             options.variant,
             feature_dim=encoder.embed_dim if is_global else encoder.hidden_dim,
             num_tokens=options.num_tokens or None,
+            num_positions=encoder.zero_hidden_states().shape[1] if options.positions else 0,
         )
         if options.fit_to_captions:
             if not isinstance(adapter.image_proj, LinearProjection):

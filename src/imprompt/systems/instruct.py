@@ -47,6 +47,9 @@ class InstructOptions:
     """Inner width of the resampler, a multiple of 64; 0 takes the text's width."""
     depth: int = 4
     """Layers of the resampler."""
+    positions: bool = False
+    """Whether the resampler learns where in the picture each state of the image encoder stands. Not of the
+    paper: CLIP ViT-H's states tell it, those of a small encoder may not."""
     instruction_embedding: str = "tokens"
     """`tokens` (a state for each token, as published) or `pooled` (one for the whole instruction)."""
     drop_image: float = 0.05
@@ -90,6 +93,7 @@ def instruct_adapter(options: InstructOptions, base: Base) -> ImagePromptAdapter
             f"{' or '.join(EMBEDDINGS)}."
         )
     encoder = image_encoder_of(base)
+    num_positions = encoder.zero_hidden_states().shape[1] if options.positions else 0
     if options.start_from:
         adapter = load_adapter(options.start_from)
         if adapter.variant == "plus":
@@ -111,6 +115,8 @@ def instruct_adapter(options: InstructOptions, base: Base) -> ImagePromptAdapter
                 f"{options.start_from} reads instructions as {told}; set "
                 f"system.instruction_embedding={told}."
             )
+        if num_positions and adapter.projection.features[0].length is None:
+            adapter = with_positions(adapter, base, num_positions)
     else:
         adapter = create_adapter(
             base.unet,
@@ -119,6 +125,7 @@ def instruct_adapter(options: InstructOptions, base: Base) -> ImagePromptAdapter
             num_tokens=options.num_tokens,
             resampler_dim=options.resampler_dim or None,
             depth=options.depth,
+            num_positions=num_positions,
             text_dim=text_width(base),
         )
     adapter.metadata[METADATA_KEY] = options.instruction_embedding
@@ -130,18 +137,35 @@ def text_width(base: Base) -> int:
     return base.text_encoder.config.hidden_size
 
 
-def new_like(adapter: ImagePromptAdapter, base: Base, more_tokens: int = 0) -> ImagePromptAdapter:
-    """A new Instruct adapter of the shape of this Plus or Instruct adapter, and so many tokens more."""
+def new_like(
+    adapter: ImagePromptAdapter, base: Base, *, more_tokens: int = 0, num_positions: int = 0
+) -> ImagePromptAdapter:
+    """A new Instruct adapter of the shape of this Plus or Instruct adapter, or larger by what is told.
+
+    It has as many tokens more, and the positions if the adapter has none of its own.
+    """
     _, num_tokens, dim = adapter.state_dict()["image_proj.latents"].shape
+    hidden_states = adapter.projection.features[0]
     return create_adapter(
         base.unet,
         "instruct",
-        feature_dim=adapter.projection.features[0].dim,
+        feature_dim=hidden_states.dim,
         num_tokens=num_tokens + more_tokens,
         resampler_dim=dim,
         depth=len(adapter.image_proj.get_submodule("layers")._modules),
+        num_positions=hidden_states.length or num_positions,
         text_dim=text_width(base),
     )
+
+
+def with_positions(
+    adapter: ImagePromptAdapter, base: Base, num_positions: int
+) -> ImagePromptAdapter:
+    """The same Instruct adapter with positions to learn, which disturb its tokens a little at first."""
+    grown = new_like(adapter, base, num_positions=num_positions)
+    grown.load_state_dict({**grown.state_dict(), **adapter.state_dict()})
+    grown.metadata.update(adapter.metadata)
+    return grown
 
 
 @torch.no_grad()

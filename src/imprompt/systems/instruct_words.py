@@ -78,7 +78,7 @@ def with_more_tokens(adapter: ImagePromptAdapter, base: Base, count: int) -> Ima
     """The same Instruct adapter with `count` tokens more, new ones, after its own."""
     weights = adapter.state_dict()
     latents = weights["image_proj.latents"]
-    grown = new_like(adapter, base, count)
+    grown = new_like(adapter, base, more_tokens=count)
     new = grown.state_dict()["image_proj.latents"][:, -count:].to(latents)
     grown.load_state_dict({**weights, "image_proj.latents": torch.cat([latents, new], dim=1)})
     grown.metadata.update(adapter.metadata)

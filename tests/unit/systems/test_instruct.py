@@ -262,3 +262,27 @@ def test_mistakes_are_told(base, columns, folder, tmp_path):
     base.image_encoder = None
     with pytest.raises(ImpromptError, match="no image encoder"):
         instruct.instruct_adapter(InstructOptions(), base)
+
+
+def test_an_adapter_that_gets_positions_keeps_all_else_and_learns_them(base, columns, tmp_path):
+    before = instruct.build(SMALL, base, columns)
+    before.export(tmp_path / "adapter.safetensors")
+    before._handle.remove()
+    options = replace(KEEP_ALL, positions=True, start_from=str(tmp_path / "adapter.safetensors"))
+    system = instruct.build(options, base, columns)
+    weights = system.module.state_dict()
+    torch.testing.assert_close(
+        {key: weights[key] for key in before.module.state_dict()}, dict(before.module.state_dict())
+    )
+    batch = columns.rows(range(4), system.columns)
+    loss, _ = system.loss(batch, Randomness(0, range(4)))
+    loss.backward()
+    positions = system.module.image_proj.pos_emb.weight
+    assert positions.shape == batch["condition_states"].shape[1:]
+    assert positions.grad is not None and positions.grad.any()
+
+    system.export(tmp_path / "placed.safetensors")
+    system._handle.remove()
+    start = replace(SMALL, positions=True, start_from=str(tmp_path / "placed.safetensors"))
+    again = instruct.instruct_adapter(start, base)
+    torch.testing.assert_close(again.image_proj.pos_emb.weight, positions)
