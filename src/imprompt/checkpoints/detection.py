@@ -84,7 +84,7 @@ def build(
         raise ImpromptError(
             f"damaged: weights are floating-point numbers of 16 to 64 bits, but not {listed(odd)}."
         )
-    shapes = Shapes(tensors)
+    shapes = Shapes({key: tuple(tensor.shape) for key, tensor in tensors.items()})
     try:
         with WithoutValues():
             adapter = ImagePromptAdapter(
@@ -146,25 +146,8 @@ def nearest_variant(
 
 def projection_keys(variant: str, present: Collection[str]) -> set[str]:
     """Keys of a variant's projection, as deep as the present keys are, taken from the very class."""
-    depth, num_positions = depth_of(present), int(POSITIONS in present)
     with WithoutValues():
-        projection: nn.Module
-        if variant == "base":
-            projection = LinearProjection(1, 1)
-        elif variant == "plus":
-            projection = Resampler(
-                1, 1, dim=1, num_heads=1, depth=depth, num_positions=num_positions
-            )
-        elif variant == "full":
-            projection = FullProjection(1, 1)
-        elif variant == "faceid":
-            projection = FaceProjection(1, 1)
-        elif variant == "faceid-plus":
-            projection = FacePlusProjection(1, 1, 1, num_heads=1, depth=depth)
-        else:
-            projection = InstructResampler(
-                1, 1, 1, dim=1, num_heads=1, depth=depth, num_positions=num_positions
-            )
+        projection = build_projection(variant, Shapes(dict.fromkeys(present, ())))
     return {f"image_proj.{key}" for key in projection.state_dict()}
 
 
@@ -201,13 +184,13 @@ def depth_of(keys: Iterable[str]) -> int:
 
 
 class Shapes:
-    """Sizes of tensors by key and axis; an axis that is not there counts as 1."""
+    """Sizes of tensors by key and axis; an axis that is not there, and a key, counts as 1."""
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self.shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.shapes = shapes
 
     def __call__(self, key: str, axis: int) -> int:
-        shape = self.shapes[key]
+        shape = self.shapes.get(key, ())
         return shape[axis] if axis < len(shape) else 1
 
     def __contains__(self, key: str) -> bool:
