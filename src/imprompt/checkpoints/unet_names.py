@@ -206,6 +206,8 @@ def check_held(adapter: ImagePromptAdapter) -> None:
         reason = (
             f"diffusers builds resamplers of {NUM_LAYERS} layers; this one has {layers.num_layers}"
         )
+    elif adapter.projection.features[0].length is not None:
+        reason = "diffusers builds resamplers without positions; this one has them"
     if reason:
         raise ImpromptError(f"{reason}: choose the layout native or official.")
 

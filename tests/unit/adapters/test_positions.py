@@ -60,6 +60,13 @@ def test_a_file_keeps_them(unet, variant, tmp_path):
     torch.testing.assert_close(loaded.tokens(*features), adapter.tokens(*features))
 
 
+def test_diffusers_has_no_place_for_them(unet, tmp_path):
+    adapter = create_adapter(unet, "plus", feature_dim=STATE_DIM, num_positions=NUM_STATES)
+    sites = [name.removesuffix(".processor") for name in unet.attn_processors if "attn2" in name]
+    with pytest.raises(ImpromptError, match="without positions"):
+        save_adapter(adapter, tmp_path / "unet.safetensors", layout="diffusers", site_names=sites)
+
+
 def test_another_number_of_states_is_refused(unet):
     adapter = adapter_of(unet, "plus")
     with pytest.raises(ImpromptError, match=r"hidden_states \(batch, 9, 8\); given: \(2, 4, 8\)"):
