@@ -8,6 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from imprompt.bases.folder import first_line
+from imprompt.bases.lora_files import put_lora
 from imprompt.bases.protocol import Base
 from imprompt.core.errors import ImpromptError
 
@@ -15,27 +17,40 @@ from imprompt.core.errors import ImpromptError
 def add_lora(base: Base, source: str | Path, weight: int | float = 1.0, name: str = "lora") -> None:
     """Put a LoRA on a base: a file or folder as diffusers or PEFT's users save it. It stays there.
 
-    Several may be put on under several names; `weight` 0 silences this one.
+    Several may be put on under several names; `weight` 0 silences this one. What PEFT itself saved
+    (`adapter_model.safetensors`) needs its `adapter_config.json` beside it.
 
     Raises:
-        ImpromptError: it cannot be read, or does not fit the base.
+        ImpromptError: it cannot be read, does not fit the base, or the name is taken.
 
     Source: Hu et al. (2106.09685).
     """
     pipeline = pipeline_of(base)
+    if name in _loras_on(pipeline):
+        raise ImpromptError(f"{base.name} has a LoRA {name!r} already: give this one another name.")
+    kept: dict[str, float] = dict(getattr(base.unet, "imprompt_lora_weights", {}))
     try:
-        pipeline.load_lora_weights(_place(source), adapter_name=name)
+        put_lora(pipeline, _place(source), name)
+        if name not in _loras_on(pipeline):
+            raise ValueError("nothing in it is for any of its networks")
+        kept[name] = float(weight)
+        base.unet.imprompt_lora_weights = kept
     except Exception as error:
-        raise ImpromptError(f"The LoRA {source} does not go on {base.name}: {_first(error)}") from (
-            error
-        )
-    kept: dict[str, float] = getattr(base.unet, "imprompt_lora_weights", {})
-    kept[name] = float(weight)
-    base.unet.imprompt_lora_weights = kept
-    # Loading one switches off the others, in the UNet and in every text encoder that it is for.
-    names = sorted({one for names in pipeline.get_list_adapters().values() for one in names})
-    pipeline.set_adapters(names, [kept.get(one, 1.0) for one in names])
-    _freeze(base)
+        if name in _loras_on(pipeline):  # in one network, when another did not take its part
+            pipeline.delete_adapters(name)
+        raise ImpromptError(
+            f"The LoRA {source} does not go on {base.name}: {first_line(error)}."
+        ) from (error)
+    finally:
+        # Loading one switches off the others, in the UNet and in every text encoder that it is for.
+        if names := _loras_on(pipeline):
+            pipeline.set_adapters(names, [kept.get(one, 1.0) for one in names])
+        _freeze(base)
+
+
+def _loras_on(pipeline: Any) -> list[str]:
+    """The names of all LoRAs, in whichever network they are."""
+    return sorted({name for names in pipeline.get_list_adapters().values() for name in names})
 
 
 def _freeze(base: Base) -> None:
@@ -58,7 +73,7 @@ def add_textual_inversion(base: Base, source: str | Path, token: str | None = No
         pipeline.load_textual_inversion(_place(source), token=token)
     except Exception as error:
         raise ImpromptError(
-            f"The textual inversion {source} does not go on {base.name}: {_first(error)}"
+            f"The textual inversion {source} does not go on {base.name}: {first_line(error)}."
         ) from error
     _freeze(base)
 
@@ -87,10 +102,5 @@ def pipeline_of(base: Base) -> Any:
 
 def _place(source: str | Path) -> str:
     if isinstance(source, Path) and not source.exists():
-        raise FileNotFoundError(f"there is no such file or folder as {source}.")
+        raise FileNotFoundError(f"there is no such file or folder as {source}")
     return str(source)
-
-
-def _first(error: Exception) -> str:
-    lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__

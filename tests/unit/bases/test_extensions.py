@@ -5,10 +5,10 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny_base import TEXT_DIM, write_tiny_base
 
 from imprompt.adapters import create_adapter
@@ -120,6 +120,90 @@ def test_the_weight_counts_in_the_text_encoder(base, folder, lora_file, tmp_path
     add_lora(base, files[1], 1.0, name="second")
     assert not torch.allclose(states(), alone, atol=1e-4)
     assert not any(p.requires_grad for part in base.parts().values() for p in part.parameters())
+
+
+def unet_output(unet):
+    generator = torch.Generator().manual_seed(3)
+    latents, text = torch.randn(1, 4, 8, 8, generator=generator), torch.ones(1, 4, TEXT_DIM)
+    with torch.no_grad():
+        return unet(latents, torch.tensor([7]), text).sample
+
+
+def trained_by_peft(unet, **options):
+    """A LoRA that counts four times as much as one whose alpha nobody knows would."""
+    layers = ["to_q", "to_v", "to_out.0"]
+    config = LoraConfig(
+        r=2, lora_alpha=8, target_modules=layers, init_lora_weights=False, **options
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        return get_peft_model(unet, config)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"alpha_pattern": {"to_v": 1}}])
+@pytest.mark.parametrize("is_folder", [True, False])
+def test_what_peft_saved_acts_as_it_does_in_peft(base, folder, tmp_path, options, is_folder):
+    model = trained_by_peft(load_base(folder).unet, **options)
+    model.save_pretrained(tmp_path)
+    plain = unet_output(base.unet)
+    add_lora(base, tmp_path if is_folder else tmp_path / "adapter_model.safetensors")
+    torch.testing.assert_close(unet_output(base.unet), unet_output(model))
+    assert not torch.allclose(unet_output(base.unet), plain, atol=1e-3)
+    add_lora(base, tmp_path, 0.0, name="again")
+    torch.testing.assert_close(unet_output(base.unet), unet_output(model))
+
+
+def test_what_peft_saved_is_nothing_without_its_settings(base, folder, tmp_path):
+    trained_by_peft(load_base(folder).unet).save_pretrained(tmp_path)
+    (tmp_path / "adapter_config.json").unlink()
+    with pytest.raises(ImpromptError, match="adapter_config.json is not beside it"):
+        add_lora(base, tmp_path)
+
+
+def test_what_a_unet_saved_acts_as_it_did(base, folder, tmp_path):
+    unet = trained_by_peft(load_base(folder).unet).get_base_model()
+    unet._hf_peft_config_loaded = True  # as after unet.add_adapter, for which it asks
+    unet.save_lora_adapter(tmp_path)
+    add_lora(base, tmp_path)
+    torch.testing.assert_close(unet_output(base.unet), unet_output(unet))
+
+
+def test_the_names_of_the_first_scripts_are_known(base, folder, lora_file, tmp_path):
+    weights = {
+        key.removeprefix("unet.")
+        .replace(".to_out.0.lora.", ".processor.to_out_lora.")
+        .replace(".to_q.lora.", ".processor.to_q_lora."): value
+        for key, value in load_file(lora_file).items()
+    }
+    assert any(".processor.to_q_lora.down." in key for key in weights)
+    save_file(weights, tmp_path / "first.safetensors")
+    add_lora(base, tmp_path / "first.safetensors")
+    other = load_base(folder)
+    add_lora(other, lora_file)
+    torch.testing.assert_close(unet_output(base.unet), unet_output(other.unet))
+
+
+@pytest.mark.parametrize(
+    "layer", ["transformer.single_transformer_blocks.0.attn.to_q", "text_encoder_2.layers.0.q_proj"]
+)
+def test_a_lora_that_matches_nothing_is_refused_and_leaves_nothing(
+    base, lora_file, tmp_path, layer
+):
+    sides = {"lora_A": torch.ones(2, 8), "lora_B": torch.ones(8, 2)}
+    file = tmp_path / "foreign.safetensors"
+    save_file({f"{layer}.{side}.weight": value for side, value in sides.items()}, file)
+    plain = unet_output(base.unet)
+    with pytest.raises(ImpromptError, match="does not go on tiny: "):
+        add_lora(base, file)
+    torch.testing.assert_close(unet_output(base.unet), plain)
+    add_lora(base, lora_file, 0.4)
+    with_lora = unet_output(base.unet)
+    with pytest.raises(ImpromptError, match="does not go on tiny: "):
+        add_lora(base, file, name="foreign")
+    with pytest.raises(ImpromptError, match="has a LoRA 'lora' already"):
+        add_lora(base, file)
+    torch.testing.assert_close(unet_output(base.unet), with_lora)
+    assert base.unet.imprompt_lora_weights == {"lora": 0.4}
 
 
 def test_a_textual_inversion_works_on_under_an_image_prompt(base, tmp_path):
