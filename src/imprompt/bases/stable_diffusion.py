@@ -22,6 +22,7 @@ from imprompt.bases.latent_space import check_plain_latents
 from imprompt.bases.text import TextStates
 from imprompt.bases.turns import end_offload
 from imprompt.bases.unet_base import UNetBase
+from imprompt.bases.words import token_ids
 from imprompt.core.errors import ImpromptError
 
 
@@ -71,13 +72,8 @@ class StableDiffusionBase(UNetBase):
 
     def tokenize(self, texts: Sequence[str]) -> Int[Tensor, "batch length"]:
         """Token ids, padded or cut to the text encoder's length."""
-        return self.tokenizer(
-            list(texts),
-            padding="max_length",
-            max_length=self.text_encoder.config.max_position_embeddings,
-            truncation=True,
-            return_tensors="pt",
-        ).input_ids
+        length = self.text_encoder.config.max_position_embeddings
+        return token_ids(self.tokenizer, texts, length)
 
     @torch.no_grad()
     def encode_text(self, texts: Sequence[str | None] | Int[Tensor, "batch length"]) -> TextStates:

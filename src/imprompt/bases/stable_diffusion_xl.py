@@ -23,6 +23,7 @@ from imprompt.bases.latent_space import check_plain_latents, pixels_per_latent
 from imprompt.bases.text import TextStates
 from imprompt.bases.turns import end_offload
 from imprompt.bases.unet_base import UNetBase
+from imprompt.bases.words import token_ids
 from imprompt.core.errors import ImpromptError
 
 NUM_FRAMING = 6
@@ -103,13 +104,7 @@ class StableDiffusionXLBase(UNetBase):
             (self.tokenizer_2, self.text_encoder_2),
         )
         ids = [
-            tokenizer(
-                list(texts),
-                padding="max_length",
-                max_length=encoder.config.max_position_embeddings,
-                truncation=True,
-                return_tensors="pt",
-            ).input_ids
+            token_ids(tokenizer, texts, encoder.config.max_position_embeddings)
             for tokenizer, encoder in pairs
         ]
         return torch.cat(ids, dim=1)
