@@ -13,6 +13,9 @@ from imprompt.bases.lora_files import put_lora
 from imprompt.bases.protocol import Base
 from imprompt.core.errors import ImpromptError
 
+A1111_VECTORS = {"emb_params"}
+XL_VECTORS = {"clip_l", "clip_g"}
+
 
 def add_lora(base: Base, source: str | Path, weight: int | float = 1.0, name: str = "lora") -> None:
     """Put a LoRA on a base: a file or folder as diffusers or PEFT's users save it. It stays there.
@@ -61,7 +64,9 @@ def _freeze(base: Base) -> None:
 def add_textual_inversion(base: Base, source: str | Path, token: str | None = None) -> None:
     """Teach a base's text encoder the word of a textual inversion; prompts may then use it.
 
-    `token` is the word, if the file shall not say it.
+    `token` is the word, if the file shall not say it. Files that hold vectors without a word, as
+    A1111 writes them ("emb_params", or "clip_l" and "clip_g" for Stable Diffusion XL), teach their
+    own name: EasyNegative.safetensors teaches "EasyNegative".
 
     Raises:
         ImpromptError: it cannot be read, or is made for another text encoder.
@@ -70,12 +75,49 @@ def add_textual_inversion(base: Base, source: str | Path, token: str | None = No
     """
     pipeline = pipeline_of(base)
     try:
-        pipeline.load_textual_inversion(_place(source), token=token)
+        _teach(pipeline, _place(source), token)
     except Exception as error:
         raise ImpromptError(
             f"The textual inversion {source} does not go on {base.name}: {first_line(error)}."
         ) from error
     _freeze(base)
+
+
+def _teach(pipeline: Any, source: str, token: str | None) -> None:
+    from diffusers.loaders.textual_inversion import load_textual_inversion_state_dicts
+
+    [found] = load_textual_inversion_state_dicts([source])
+    names = set(found) if isinstance(found, dict) else set()
+    own_name = token or Path(source).stem
+    if names == XL_VECTORS:
+        _teach_both(pipeline, found, own_name)
+    elif names == A1111_VECTORS:
+        pipeline.load_textual_inversion(found, token=own_name)
+    elif len(names) > 1 and "string_to_param" not in names:
+        raise ValueError(f"it holds {', '.join(sorted(names)[:3])}, … instead of one word")
+    else:
+        pipeline.load_textual_inversion(found, token=token)
+
+
+def _teach_both(pipeline: Any, vectors: dict[str, Any], token: str) -> None:
+    """One word for both text encoders of Stable Diffusion XL."""
+    if not hasattr(pipeline, "text_encoder_2"):
+        raise ValueError("it is made for the two text encoders of Stable Diffusion XL")
+    pairs = {
+        "clip_l": (pipeline.tokenizer, pipeline.text_encoder),
+        "clip_g": (pipeline.tokenizer_2, pipeline.text_encoder_2),
+    }
+    # Asked of both before one of them has learned anything.
+    for name, (_, encoder) in pairs.items():
+        width = encoder.get_input_embeddings().weight.shape[-1]
+        if vectors[name].shape[-1] != width:
+            raise ValueError(
+                f"its {name} is {vectors[name].shape[-1]} wide, and that text encoder's words {width}"
+            )
+    for name, (tokenizer, encoder) in pairs.items():
+        pipeline.load_textual_inversion(
+            vectors[name], token=token, tokenizer=tokenizer, text_encoder=encoder
+        )
 
 
 def pipeline_of(base: Base) -> Any:

@@ -75,7 +75,7 @@ def add_parser(verbs: Any) -> None:
         action="append",
         default=[],
         metavar="FILE",
-        help="a word that the prompt uses; may be repeated",
+        help="a word that the prompt uses (the file's name, if it says none); may be repeated",
     )
     _add_identity_arguments(parser.add_argument_group("a person who shall be drawn"))
     _add_image_arguments(parser.add_argument_group("how images are read"))
