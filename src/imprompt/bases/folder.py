@@ -160,7 +160,7 @@ def as_ddim(config: Mapping[str, Any], name: str) -> Any:
 def _load(kind: Any, source: Path | str, part: str, name: str, **options: Any) -> Any:
     """One part of a model, with what went wrong in one line."""
     options |= {"subfolder": part, "local_files_only": isinstance(source, Path)}
-    if _has_only_half_precision_files(source, part):
+    if has_only_half_precision_files(source, part):
         options["variant"] = "fp16"
     options["output_loading_info"] = True
     try:
@@ -171,14 +171,21 @@ def _load(kind: Any, source: Path | str, part: str, name: str, **options: Any) -
             f"{name}: its {part or 'model'} could not be read ({first_line(error)}). Needed are "
             f"{Path(part) / 'config.json'} and {Path(part) / '*.safetensors'}."
         ) from error
-    # The libraries would fill such holes with random numbers, and go on.
+    check_complete(info, f"{name}: its {part or 'model'}")
+    return model
+
+
+def check_complete(info: Mapping[str, Any], what: str) -> None:
+    """Raise an ImpromptError if what was loaded has holes; `info` is what the library told of it.
+
+    The libraries would fill such holes with random numbers, and go on.
+    """
     missing = sorted(info["missing_keys"])
     if missing:
         raise ImpromptError(
-            f"{name}: its {part or 'model'} lacks {len(missing)} tensors, {missing[0]!r} the "
-            "first. Is the file complete, and of the same model as its config.json?"
+            f"{what} lacks {len(missing)} tensors, {missing[0]!r} the first. Is the file complete, "
+            "and of the same model as its config.json?"
         )
-    return model
 
 
 @contextmanager
@@ -201,7 +208,8 @@ def quiet_libraries() -> Iterator[None]:
                 log.enable_progress_bar()
 
 
-def _has_only_half_precision_files(source: Path | str, part: str) -> bool:
+def has_only_half_precision_files(source: Path | str, part: str = "") -> bool:
+    """Whether the libraries have to be asked for a part's `fp16` files, as there are no others."""
     if not isinstance(source, Path):
         return False
     names = [file.name for file in (source / part).glob("*.safetensors")]

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from imprompt.bases.folder import check_complete, has_only_half_precision_files
 from imprompt.core.errors import ImpromptError
 from imprompt.core.shipped import WEIGHTS
 
@@ -50,12 +51,18 @@ def load_control(
     import diffusers
 
     try:
-        module = getattr(diffusers, kind).from_pretrained(
-            str(folder), torch_dtype=dtype, local_files_only=True, low_cpu_mem_usage=False
+        module, info = getattr(diffusers, kind).from_pretrained(
+            str(folder),
+            torch_dtype=dtype,
+            local_files_only=True,
+            low_cpu_mem_usage=False,
+            variant="fp16" if has_only_half_precision_files(folder) else None,
+            output_loading_info=True,
         )
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ImpromptError(f"The {kind} in {folder} cannot be read: {reason}") from error
+    check_complete(info, f"The {kind} in {folder}")
     described = _json(folder / DESCRIPTION) if (folder / DESCRIPTION).is_file() else {}
     return LoadedControl(
         module.to(device).eval().requires_grad_(False),

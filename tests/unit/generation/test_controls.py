@@ -13,11 +13,13 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiny_base import write_tiny_base
 
 from imprompt.adapters import create_adapter
 from imprompt.bases import load_base
 from imprompt.checkpoints import LoadedControl, load_control
+from imprompt.checkpoints.identity import load_identity_net
 from imprompt.cli.main import main
 from imprompt.core.errors import ImpromptError
 from imprompt.core.images import pixels_to_images
@@ -267,6 +269,31 @@ def test_a_light_t2i_adapter_lists_a_block_less(base_folder, pictures, tmp_path)
     assert difference(bare, drawn) > 0
     with pytest.raises(ImpromptError, match="its channels is"):
         generate(base, "", controls=Control(image=pictures[0], model=light_adapter([8, 8])))
+
+
+@pytest.mark.parametrize("name", ["controlnet", "t2i-adapter"])
+def test_a_folder_with_holes_is_refused(controls, name, tmp_path):
+    controls[name].module.save_pretrained(tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    gone = sorted(weights)[:2]
+    save_file({key: value for key, value in weights.items() if key not in gone}, file)
+    with pytest.raises(ImpromptError, match=f"lacks 2 tensors, '{gone[0]}' the first"):
+        load_control(tmp_path)
+    if name == "controlnet":
+        with pytest.raises(ImpromptError, match="lacks 2 tensors"):
+            load_identity_net(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["controlnet", "t2i-adapter"])
+def test_a_folder_of_half_precision_is_read(controls, name, tmp_path):
+    controls[name].module.save_pretrained(tmp_path, variant="fp16")
+    assert [file.name for file in tmp_path.glob("*.safetensors")] == [
+        "diffusion_pytorch_model.fp16.safetensors"
+    ]
+    loaded = load_control(tmp_path).module
+    for key, value in controls[name].module.state_dict().items():
+        torch.testing.assert_close(loaded.state_dict()[key], value)
 
 
 def test_the_command_line(base_folder, controls, pictures, tmp_path, capsys, monkeypatch):
