@@ -24,7 +24,7 @@ from imprompt.checkpoints.layouts import (
     to_official,
 )
 from imprompt.checkpoints.messages import listed, one_line
-from imprompt.checkpoints.published import published_name, resampler_of
+from imprompt.checkpoints.published import PORTRAIT, published_name, resampler_of
 from imprompt.checkpoints.reading import read_content
 from imprompt.checkpoints.shipped import shipped_adapter
 from imprompt.checkpoints.unet_names import check_held, to_unet, unet_site_names
@@ -253,6 +253,8 @@ def read_adapter(path: Path, *, with_values: bool = True) -> Read:
         and adapter.projection.features[0].dim == IDENTITY_DIM
     ):
         adapter.metadata.setdefault("reads", READS_RAW_FACES)
+        if published_name(adapter, path.name) == PORTRAIT:
+            adapter.metadata.setdefault("published", PORTRAIT)
     if isinstance(projection, FullProjection):
         projection.num_tokens = positive_number(metadata.get("num_tokens", ""))
     return Read(checkpoint, adapter, content.size_bytes)

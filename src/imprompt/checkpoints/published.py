@@ -12,6 +12,8 @@ from imprompt.adapters import ImagePromptAdapter
 from imprompt.adapters.resampler import HEAD_DIM
 
 FACE_LORA_RANK = 128
+# Of InstantID's sizes, but trained with another face encoder: see imprompt.encoders.face.PACKS.
+PORTRAIT = "ip-adapter-faceid-portrait_sdxl_unnorm"
 
 # (variant, text width, width of the first feature, tokens, LoRA rank) → names of published files.
 # Of the feature widths, 1024 is ViT-H's embedding, 1280 its hidden states or ViT-bigG's embedding,
@@ -26,7 +28,7 @@ PUBLISHED: dict[tuple[str, int, int, int | None, int], tuple[str, ...]] = {
         "ip-adapter-plus_sdxl_vit-h",
         "ip-adapter-plus-face_sdxl_vit-h",
     ),
-    ("plus", 2048, 512, 16, 0): ("InstantID", "ip-adapter-faceid-portrait_sdxl_unnorm"),
+    ("plus", 2048, 512, 16, 0): ("InstantID", PORTRAIT),
     ("full", 768, 1280, None, 0): ("ip-adapter-full-face_sd15",),
     ("faceid", 768, 512, 4, FACE_LORA_RANK): ("ip-adapter-faceid_sd15",),
     ("faceid", 2048, 512, 4, FACE_LORA_RANK): ("ip-adapter-faceid_sdxl",),

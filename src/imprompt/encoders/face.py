@@ -28,8 +28,13 @@ from imprompt.encoders.face_network import SIZE_PX, FaceNetwork, load_face_netwo
 
 INSIGHTFACE = "insightface"
 DEFAULT_PACK = "antelopev2"  # InstantID's
-# What the published adapters of these variants were trained with; all others with the default.
-PACKS = {"faceid": "insightface:buffalo_l", "faceid-plus": "insightface:buffalo_l"}
+# What the published adapters of these variants, and one file of the variant of InstantID's, were
+# trained with; all others with the default.
+PACKS = {
+    "faceid": "insightface:buffalo_l",
+    "faceid-plus": "insightface:buffalo_l",
+    "ip-adapter-faceid-portrait_sdxl_unnorm": "insightface:buffalo_l",
+}
 ALL_PACKS = (DEFAULT_PACK, "buffalo_l", "buffalo_m", "buffalo_s", "buffalo_sc")
 MAX_PICTURES_KNOWN = 1024
 CROP_SIZE_PX = 224

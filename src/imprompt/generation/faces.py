@@ -40,7 +40,8 @@ def face_encoder_of(
                 f"here ({trained_with}): name it (face_encoder=… or --face-encoder)."
             )
     elif encoder is None:
-        encoder = PACKS.get(adapter.variant, INSIGHTFACE)
+        named = adapter.metadata.get("published", "")
+        encoder = PACKS.get(named) or PACKS.get(adapter.variant, INSIGHTFACE)
     if isinstance(encoder, str):
         encoder = loaded_face_encoder(encoder)
     dim = adapter.projection.features[0].dim

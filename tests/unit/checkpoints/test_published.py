@@ -16,6 +16,7 @@ from diffusers import UNet2DConditionModel
 from imprompt.adapters.sites import attention_sites
 from imprompt.checkpoints import inspect, load_adapter
 from imprompt.checkpoints.detection import build
+from imprompt.checkpoints.files import read_adapter
 from imprompt.checkpoints.layouts import to_official
 from imprompt.checkpoints.unet_names import known_site_names
 
@@ -314,6 +315,17 @@ def test_the_generation_of_face_id_plus_is_in_the_name(tmp_path):
     for name, shortcut in (("plusv2_sdxl", True), ("plusv2_sd15", False)):
         write_sparse(renamed, names[f"ip-adapter-faceid-{name}"].shapes())
         assert inspect(renamed).shortcut is shortcut  # of SDXL only the second is known
+
+
+def test_the_portrait_of_instantids_sizes_is_known_by_its_name(tmp_path):
+    [published] = [one for one in PUBLISHED if one.file.endswith("_unnorm")]
+    told = {}
+    for name in (published.file, "ip-adapter"):
+        path = tmp_path / f"{name}.safetensors"
+        write_sparse(path, published.shapes())
+        told[name] = read_adapter(path, with_values=False).adapter.metadata
+    assert told[published.file] == {"reads": "raw id_embeds", "published": published.file}
+    assert told["ip-adapter"] == {"reads": "raw id_embeds"}
 
 
 @by_file

@@ -262,6 +262,9 @@ def test_the_model_of_insightface_is_found_again(base, built, variant, trained_w
     del adapter.metadata["face_encoder"]
     published = {"faceid": "insightface:buffalo_l", "plus": "insightface:antelopev2"}
     assert face_encoder_of(adapter).name == published[variant]
+    # But one published file of InstantID's kind was not trained with InstantID's face encoder.
+    adapter.metadata["published"] = "ip-adapter-faceid-portrait_sdxl_unnorm"
+    assert face_encoder_of(adapter).name == "insightface:buffalo_l"
 
 
 class Portrayed(DioramaFaceEncoder):
