@@ -178,3 +178,18 @@ def test_a_mask_of_another_shape_than_the_picture(installed, denoise):
 def test_combine_wants_conditions():
     with pytest.raises(ImpromptError, match="condition"):
         combine({"scale": 0.5})
+
+
+def test_what_was_made_in_inference_mode_serves_outside_it(
+    unet, base_adapter, make_features, denoise
+):
+    with torch.inference_mode():
+        tokens = base_adapter.tokens(*make_features(base_adapter))
+        scale, mask = torch.tensor([0.3, 0.9]), torch.ones(8, 8)
+    with base_adapter.install(unet) as handle:
+        output = denoise(handle.condition(tokens, scale, mask))
+        expected = denoise(handle.condition(tokens.clone(), scale.clone(), mask.clone()))
+        torch.testing.assert_close(output, expected)
+        output.sum().backward()
+        handle.condition(tokens, scale=0.6)
+    assert all(site.to_v_ip.weight.grad is not None for site in base_adapter.site_weights.values())

@@ -35,6 +35,12 @@ def key_value(
     return KeyValue(key, value, mask)
 
 
+def differentiable(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of what was made in inference mode, which torch keeps from gradients."""
+    is_inference = tensor.is_inference() and not torch.is_inference_mode_enabled()
+    return tensor.clone() if is_inference else tensor
+
+
 def check_tokens(tokens: Tensor, width: int) -> None:
     if tokens.ndim != 3 or tokens.shape[-1] != width or 0 in tokens.shape:
         raise ImpromptError(

@@ -21,6 +21,7 @@ from imprompt.adapters.conditions import (
     checked_mask,
     checked_zero_tokens,
     combine,
+    differentiable,
     key_value,
 )
 from imprompt.adapters.preparation import prepare
@@ -110,8 +111,10 @@ class Handle:
         self._attach()
         check_tokens(tokens, self.cross_attention_dim)
         check_scale(scale, len(tokens))
+        tokens = differentiable(tokens)
+        scale = differentiable(scale) if isinstance(scale, Tensor) else scale
         if mask is not None:
-            mask = checked_mask(mask, len(tokens))
+            mask = differentiable(checked_mask(mask, len(tokens)))
 
         cross_sites = [site for site in self.sites if site.is_cross]
         scales = dict(
