@@ -22,6 +22,12 @@ def token_ids(tokenizer: Any, texts: Sequence[str], length: int) -> Int[Tensor, 
     return torch.tensor([(row + padding)[:length] for row in marked])
 
 
+def unread_part(tokenizer: Any, text: str, length: int) -> str:
+    """What of a text is beyond a length and thus never read, as the tokenizer writes it."""
+    [row] = _rows(tokenizer, [text])
+    return tokenizer.decode(row[length - NUM_MARKS :]).strip()
+
+
 def _rows(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """The ids of each text, however many they are."""
     vectors = _vectors_of_words(tokenizer)

@@ -1,6 +1,8 @@
 """Images from text and image prompts: the whole way in one call."""
 
+import sys
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TypeVar, cast
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from imprompt.adapters.sites import Number
 from imprompt.bases import Base, ClipImageEncoder, TextStates
+from imprompt.bases.words import unread_part
 from imprompt.core.errors import ImpromptError
 from imprompt.core.images import pixels_to_images
 from imprompt.generation.controls import Control, map_control
@@ -45,7 +48,8 @@ def generate(
 
     Args:
         base: a model from `load_base`. Adapters are installed on it for the duration of the call.
-        prompt: a text, or one for each image. Empty, the image prompts alone decide.
+        prompt: a text, or one for each image. Empty, the image prompts alone decide. What is too
+            long for the base's text encoder is not read, which is told once on stderr.
         image_prompts: any number, each with its adapter, weight, mask and time span. Adapters are
             moved to the base's device, and stay there.
         negative_prompt: what to get away from: one text, or one for each image. None, what the
@@ -53,7 +57,7 @@ def generate(
         num_images: how many images of one prompt. With several prompts it is their number.
         steps: of the sampler. Their cost is all there is.
         guidance_scale: how far to go beyond what the prompts say; 1 is not at all, at half the
-            cost. By default as the base is best guided: 7.5, and 4 for "diorama".
+            cost. By default as the base is best guided: 7.5, and 3 for "diorama".
         image_guidance_scale: the same for the image prompts alone, if it shall differ; half more
             cost.
         instruction_guidance_scale: the same for what image prompts of an Instruct adapter are told,
@@ -76,6 +80,7 @@ def generate(
     Source: IP-Adapter (2308.06721) section 3.2, eq. 7 (guidance) and eq. 8 (λ).
     """
     prompts, negative_prompts = _texts(prompt, negative_prompt, num_images)
+    _tell_what_is_not_read(base, [*prompts, *negative_prompts])
     image_prompts = _listed(image_prompts, ImagePrompt, "image_prompts")
     controls = _listed(controls, Control, "controls")
     identities = _listed(identities, IdentityPrompt, "identities")
@@ -200,6 +205,18 @@ def _texts(
             "one text, or one for each image."
         )
     return prompts, list(negative_prompt)
+
+
+def _tell_what_is_not_read(base: Base, texts: Sequence[str | None]) -> None:
+    length = base.text_encoder.config.max_position_embeddings
+    for text in dict.fromkeys(texts):
+        if text and (rest := unread_part(base.tokenizer, text, length)):
+            _say_once(f"the text is too long: of {text[:40]!r}… this is not read: {rest!r}")
+
+
+@lru_cache(maxsize=1024)
+def _say_once(message: str) -> None:
+    print(f"imprompt: {message}", file=sys.stderr, flush=True)
 
 
 def _encode_texts(base: Base, texts: Sequence[str | None]) -> TextStates:

@@ -7,7 +7,7 @@ import numpy
 import pytest
 import torch
 from PIL import Image
-from tiny_base import IMAGE_SIZE_PX, write_tiny_base
+from tiny_base import IMAGE_SIZE_PX, write_tiny_base, write_tiny_xl_base
 
 from imprompt.adapters import ImagePromptAdapter, create_adapter
 from imprompt.bases import Base, load_base
@@ -57,6 +57,22 @@ def test_a_stock_pipeline_draws_the_same(
     )
     assert abs(ours - theirs * 255).max() <= 1
     assert ours.std() > 10
+
+
+def test_what_is_too_long_to_be_read_is_told_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for base in (
+        load_base(write_tiny_base(tmp_path / "sd")),
+        load_base(write_tiny_xl_base(tmp_path / "xl")),
+    ):
+        read = "red " * 9 + f"{base.name[0]}"  # ten tokens, two marks
+        capsys.readouterr()
+        for _ in range(2):
+            draw(base, [f"{read} cat, cat", read], steps=1, negative_prompt=f"{read} red")
+        told = capsys.readouterr().err.splitlines()
+        assert len(told) == 2 and all(line.startswith("imprompt: ") for line in told)
+        assert "'cat , cat'" in told[0] and "'red'" in told[1]
 
 
 def test_weight_zero_is_the_bare_base_to_the_bit(
