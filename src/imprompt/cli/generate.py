@@ -6,6 +6,12 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from imprompt.cli.image_options import (
+    add_identity_arguments,
+    add_image_arguments,
+    check_is_used,
+    given,
+)
 from imprompt.cli.verb import (
     add_image_encoder_argument,
     add_place_arguments,
@@ -44,7 +50,7 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("--base", default="diorama", help="diorama, a folder, a file or a hub id")
     add_image_encoder_argument(parser)
     add_place_arguments(parser, "float32 on a CPU, float16 on a GPU")
-    parser.add_argument("--scale", type=float, default=1.0, help="λ, weight of the images (1.0)")
+    parser.add_argument("--scale", type=float, help="λ, weight of the images (1.0)")
     parser.add_argument(
         "--sweep", type=float, nargs="+", metavar="λ", help="a row for each of these weights"
     )
@@ -77,8 +83,8 @@ def add_parser(verbs: Any) -> None:
         metavar="FILE",
         help="a word that the prompt uses (the file's name, if it says none); may be repeated",
     )
-    _add_identity_arguments(parser.add_argument_group("a person who shall be drawn"))
-    _add_image_arguments(parser.add_argument_group("how images are read"))
+    add_identity_arguments(parser.add_argument_group("a person who shall be drawn"))
+    add_image_arguments(parser.add_argument_group("how images are read"))
     parser.add_argument("--negative-prompt", help="what to get away from")
     parser.add_argument("--num-images", type=int, default=4, help="how many images (4)")
     parser.add_argument("--steps", type=int, default=50, help="sampler steps (50)")
@@ -111,80 +117,13 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace existing files")
 
 
-def _add_identity_arguments(group: Any) -> None:
-    group.add_argument("--identity", type=Path, metavar="FILE", help="a picture of the person")
-    group.add_argument(
-        "--landmarks",
-        type=Path,
-        metavar="FILE",
-        help="where the face shall be: JSON of five points (default: where it is in the picture)",
-    )
-    group.add_argument(
-        "--identity-model",
-        type=Path,
-        metavar="FOLDER",
-        help="InstantID's folder, or what `imprompt train identity` made (default: the base's)",
-    )
-    group.add_argument("--identity-scale", type=float, default=1.0, help="λ of the face (1.0)")
-    group.add_argument(
-        "--identity-net", type=float, default=1.0, metavar="W", help="weight of IdentityNet (1.0)"
-    )
-    group.add_argument(
-        "--face-encoder", help="diorama, insightface or a file (default: the adapter's own)"
-    )
-
-
-def _add_image_arguments(group: Any) -> None:
-    group.add_argument(
-        "--instruction",
-        action="append",
-        default=[],
-        metavar="TEXT",
-        help='what to take from the image, for Instruct adapters: "use the style"; one for all '
-        "images, or one for each",
-    )
-    group.add_argument(
-        "--merge",
-        choices=("concat", "mean", "norm mean", "sum", "difference"),
-        help="make one prompt of several images (default: each is a prompt of its own)",
-    )
-    group.add_argument(
-        "--image-weights", type=float, nargs="+", metavar="W", help="of the merged images"
-    )
-    group.add_argument(
-        "--crop",
-        choices=("center", "pad", "stretch", "tiles"),
-        default="center",
-        help="what is seen of an image that is not square (center)",
-    )
-    group.add_argument("--negative-image", type=Path, help="a picture to get away from")
-    group.add_argument("--mask", type=Path, help="a picture: images act where it is white")
-    group.add_argument("--start", type=float, default=0.0, help="fraction of the steps (0)")
-    group.add_argument("--end", type=float, default=1.0, help="fraction of the steps (1)")
-    group.add_argument(
-        "--over-time", type=float, nargs="+", default=[1.0], metavar="F",
-        help="factors on λ from start to end, interpolated: 1 0 fades the images out",
-    )  # fmt: skip
-    group.add_argument(
-        "--site-preset", help='where in the UNet λ counts: style, composition, "ease in", …'
-    )
-    group.add_argument(
-        "--lora-scale", type=float, default=1.0, help="weight of a face-id adapter's LoRA (1.0)"
-    )
-    group.add_argument(
-        "--shortcut-scale",
-        type=float,
-        default=1.0,
-        help="looks of a face, for face-id-plus v2 (1.0)",
-    )
-
-
 def run(arguments: argparse.Namespace) -> None:
     from imprompt.core.errors import ImpromptError
     from imprompt.core.images import image_grid, open_image
     from imprompt.generation import Explanation, generate
 
-    scales = arguments.sweep or [arguments.scale]
+    check_is_used(arguments)
+    scales = arguments.sweep or [1.0 if arguments.scale is None else arguments.scale]
     output = new_picture(arguments.output, overwrite=arguments.overwrite)
     separate = [
         new_picture(
@@ -193,8 +132,6 @@ def run(arguments: argparse.Namespace) -> None:
         )
         for number in range(len(scales) * arguments.num_images if arguments.separate else 0)
     ]
-    if not arguments.image and (arguments.adapter is not None or arguments.explain is not None):
-        raise ImpromptError("--adapter and --explain are about images, but no --image was given.")
     if arguments.explain is not None:
         new_picture(arguments.explain, overwrite=arguments.overwrite)
         if arguments.sweep:
@@ -258,25 +195,23 @@ def _image_prompts(
 
         # Lowered, but never so far that the image is fled from.
         scale = max(0.0, scale + float(published_guidance(told[0] or "").added_scale))
+    options = given(
+        arguments,
+        "site_preset",
+        "mask",
+        "start",
+        "end",
+        "over_time",
+        "merge",
+        "image_weights",
+        "crop",
+        "face_encoder",
+        "lora_scale",
+        "shortcut_scale",
+        negative="negative_image",
+    )
     return [
-        ImagePrompt(
-            group,
-            adapter=adapter,
-            instruction=instruction,
-            scale=scale,
-            site_preset=arguments.site_preset,
-            mask=arguments.mask,
-            start=arguments.start,
-            end=arguments.end,
-            over_time=tuple(arguments.over_time),
-            merge=arguments.merge or "concat",
-            image_weights=arguments.image_weights,
-            crop=arguments.crop,
-            negative=arguments.negative_image,
-            face_encoder=arguments.face_encoder,
-            lora_scale=arguments.lora_scale,
-            shortcut_scale=arguments.shortcut_scale,
-        )
+        ImagePrompt(group, adapter=adapter, instruction=instruction, scale=scale, **options)
         for group, instruction in zip(groups, told * (len(groups) // len(told)), strict=True)
     ]
 
@@ -364,10 +299,6 @@ def _identities(arguments: argparse.Namespace) -> list[Any]:
     from imprompt.generation import IdentityPrompt
 
     if arguments.identity is None:
-        if arguments.landmarks is not None or arguments.identity_model is not None:
-            raise ImpromptError(
-                "--landmarks and --identity-model are about a person, but no --identity was given."
-            )
         return []
     if arguments.identity_model is None and arguments.base != "diorama":
         raise ImpromptError(f"Name the --identity-model for the base {arguments.base}.")
@@ -375,10 +306,13 @@ def _identities(arguments: argparse.Namespace) -> list[Any]:
         IdentityPrompt(
             open_image(arguments.identity),
             load_identity(arguments.identity_model or shipped_identity()),
-            landmarks=arguments.landmarks,
-            scale=arguments.identity_scale,
-            net_weight=arguments.identity_net,
-            face_encoder=arguments.face_encoder,
+            **given(
+                arguments,
+                "landmarks",
+                "face_encoder",
+                scale="identity_scale",
+                net_weight="identity_net",
+            ),
         )
     ]
 

@@ -84,6 +84,48 @@ def test_mistakes(base_folder, adapter_file, tmp_path, capsys):
     )
 
 
+IMAGE_OPTIONS = [
+    ("--scale", "0"),
+    ("--sweep", "0", "1"),
+    ("--instruction", "use the style"),
+    ("--instruction-guidance-scale", "2"),
+    ("--published-guidance",),
+    ("--merge", "mean"),
+    ("--image-weights", "1"),
+    ("--crop", "center"),
+    ("--negative-image", "none.png"),
+    ("--mask", "none.png"),
+    ("--start", "0"),
+    ("--end", "1"),
+    ("--over-time", "1", "0"),
+    ("--site-preset", "style"),
+    ("--lora-scale", "1"),
+    ("--shortcut-scale", "1"),
+    ("--image-guidance-scale", "2"),
+    ("--face-encoder", "diorama"),
+    ("--image-encoder", "none"),
+]
+
+
+@pytest.mark.parametrize("option", IMAGE_OPTIONS, ids=lambda option: option[0])
+def test_what_is_about_images_is_refused_without_one(option, capsys):
+    line = refused(capsys, "generate", "x", "--base", "nowhere", *option)
+    assert f"{option[0]} is about images, but no --image" in line
+
+
+@pytest.mark.parametrize("option", ["--landmarks", "--identity-scale", "--identity-net"])
+def test_what_is_about_a_person_is_refused_without_one(option, capsys):
+    line = refused(capsys, "generate", "x", "--base", "nowhere", option, "1")
+    assert f"{option} is about a person, but no --identity" in line
+
+
+def test_published_guidance_goes_with_no_other(capsys):
+    command = ["generate", "--image", "a.png", "--instruction", "use the style"]
+    command += ["--base", "nowhere", "--published-guidance"]
+    for option in ("--guidance-scale", "--image-guidance-scale", "--instruction-guidance-scale"):
+        assert f"leave it or {option} out" in refused(capsys, *command, option, "5")
+
+
 def test_an_adapter_of_another_base_is_refused(adapter_file, tmp_path, capsys):
     Image.new("RGB", (30, 20), "red").save(tmp_path / "photo.png")
     arguments = ["generate", "--image", tmp_path / "photo.png", "--adapter", adapter_file]

@@ -1,0 +1,135 @@
+"""The options of `imprompt generate` that are about images and persons, and which of them were given."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+ABOUT_IMAGES = (
+    "adapter",
+    "scale",
+    "sweep",
+    "explain",
+    "instruction",
+    "instruction_guidance_scale",
+    "published_guidance",
+    "merge",
+    "image_weights",
+    "crop",
+    "negative_image",
+    "mask",
+    "start",
+    "end",
+    "over_time",
+    "site_preset",
+    "lora_scale",
+    "shortcut_scale",
+)
+ABOUT_PERSONS = ("landmarks", "identity_model", "identity_scale", "identity_net")
+ABOUT_EITHER = ("image_encoder", "image_guidance_scale", "face_encoder")
+
+
+def add_identity_arguments(group: Any) -> None:
+    group.add_argument("--identity", type=Path, metavar="FILE", help="a picture of the person")
+    group.add_argument(
+        "--landmarks",
+        type=Path,
+        metavar="FILE",
+        help="where the face shall be: JSON of five points (default: where it is in the picture)",
+    )
+    group.add_argument(
+        "--identity-model",
+        type=Path,
+        metavar="FOLDER",
+        help="InstantID's folder, or what `imprompt train identity` made (default: the base's)",
+    )
+    group.add_argument("--identity-scale", type=float, help="λ of the face (1.0)")
+    group.add_argument(
+        "--identity-net", type=float, metavar="W", help="weight of IdentityNet (1.0)"
+    )
+    group.add_argument(
+        "--face-encoder", help="diorama, insightface or a file (default: the adapter's own)"
+    )
+
+
+def add_image_arguments(group: Any) -> None:
+    group.add_argument(
+        "--instruction",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help='what to take from the image, for Instruct adapters: "use the style"; one for all '
+        "images, or one for each",
+    )
+    group.add_argument(
+        "--merge",
+        choices=("concat", "mean", "norm mean", "sum", "difference"),
+        help="make one prompt of several images (default: each is a prompt of its own)",
+    )
+    group.add_argument(
+        "--image-weights", type=float, nargs="+", metavar="W", help="of the merged images"
+    )
+    group.add_argument(
+        "--crop",
+        choices=("center", "pad", "stretch", "tiles"),
+        help="what is seen of an image that is not square (center)",
+    )
+    group.add_argument("--negative-image", type=Path, help="a picture to get away from")
+    group.add_argument("--mask", type=Path, help="a picture: images act where it is white")
+    group.add_argument("--start", type=float, help="fraction of the steps (0)")
+    group.add_argument("--end", type=float, help="fraction of the steps (1)")
+    group.add_argument(
+        "--over-time", type=float, nargs="+", metavar="F",
+        help="factors on λ from start to end, interpolated: 1 0 fades the images out",
+    )  # fmt: skip
+    group.add_argument(
+        "--site-preset", help='where in the UNet λ counts: style, composition, "ease in", …'
+    )
+    group.add_argument("--lora-scale", type=float, help="weight of a face-id adapter's LoRA (1.0)")
+    group.add_argument(
+        "--shortcut-scale",
+        type=float,
+        help="looks of a face, for face-id-plus v2 (1.0)",
+    )
+
+
+def given(arguments: argparse.Namespace, *names: str, **renamed: str) -> dict[str, Any]:
+    """The options that the command line names, by their own names or as they are `renamed`.
+
+    Those it does not name have no value: their defaults are those of what they are given to.
+    """
+    options = {name: name for name in names} | renamed
+    values = {name: getattr(arguments, option) for name, option in options.items()}
+    return {
+        name: value
+        for name, value in values.items()
+        if value is not None and value is not False and value != []
+    }
+
+
+def check_is_used(arguments: argparse.Namespace) -> None:
+    """Raise an ImpromptError if something was given that nothing would read."""
+    from imprompt.core.errors import ImpromptError
+
+    has_image, has_person = bool(arguments.image), arguments.identity is not None
+    for names, is_read, reason in (
+        (ABOUT_IMAGES, has_image, "images, but no --image was given"),
+        (ABOUT_PERSONS, has_person, "a person, but no --identity was given"),
+        (ABOUT_EITHER, has_image or has_person, "images, but no --image (or --identity) was given"),
+    ):
+        unread = {} if is_read else given(arguments, *names)
+        if unread:
+            raise ImpromptError(f"{_option(next(iter(unread)))} is about {reason}.")
+    others = given(
+        arguments, "guidance_scale", "image_guidance_scale", "instruction_guidance_scale"
+    )
+    if arguments.published_guidance and others:
+        raise ImpromptError(
+            "--published-guidance sets all strengths of guidance: leave it or "
+            f"{_option(next(iter(others)))} out."
+        )
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
