@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from imprompt.bases import Base
 from imprompt.checkpoints.identity import Identity, load_identity
@@ -69,6 +69,7 @@ def draw_identity(
     adapter = identity.adapter
     pixels = drawn(portraits.references)
     features = face_features(adapter, list(pixels), faces, base.image_encoder)
+    nn.Module.to(identity.net, device=base.device, dtype=base.dtype)
     with torch.no_grad(), adapter.install(base.unet) as handle:
         tokens = adapter.tokens(*features)
         zero = adapter.tokens(*face_features_of_nothing(adapter, base.image_encoder))

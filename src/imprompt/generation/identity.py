@@ -150,9 +150,9 @@ def net_control(
     start: Number = 0.0,
     end: Number = 1.0,
 ) -> MapControl:
-    """IdentityNet with ready tokens and drawings of landmarks."""
+    """IdentityNet, where the base is and in its precision, with ready tokens and drawings of landmarks."""
     return MapControl(
-        module=identity.net.to(base.device, base.dtype),
+        module=identity.net,
         maps=maps,
         weight=weight,
         start=start,

@@ -7,7 +7,7 @@ from typing import TypeVar, cast
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from imprompt.adapters.sites import Number
 from imprompt.bases import Base, ClipImageEncoder, TextStates
@@ -101,7 +101,8 @@ def generate(
     for adapter in adapters:
         adapter.to(base.device)
     for person in identities:
-        person.identity.net.to(base.device, base.dtype)
+        # Not with diffusers' own `to`, which remarks on modules that it keeps in float32: none.
+        nn.Module.to(person.identity.net, device=base.device, dtype=base.dtype)
     with (
         torch.inference_mode(),
         installed(base.unet, adapters) as handles,

@@ -5,12 +5,13 @@ import json
 import numpy as np
 import pytest
 import torch
+from diffusers.models import modeling_utils
 from safetensors.torch import save_file
 from tiny_base import VISION_HIDDEN_DIM, vision_config
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from imprompt.adapters import create_adapter
-from imprompt.bases import ClipImageEncoder
+from imprompt.bases import ClipImageEncoder, load_base
 from imprompt.checkpoints.identity import Identity
 from imprompt.core.errors import ImpromptError
 from imprompt.encoders import face
@@ -157,6 +158,15 @@ def test_an_identity_acts_by_its_adapter_and_by_its_net(base, faces, pictures, i
     assert all(
         type(p).__module__.startswith("diffusers") for p in base.unet.attn_processors.values()
     )
+
+
+def test_half_precision_is_no_matter_for_remarks(folder, faces, pictures, identity, monkeypatch):
+    remarks = []
+    monkeypatch.setattr(modeling_utils.logger, "warning", lambda *told: remarks.append(told))
+    base = load_base(folder, dtype=torch.bfloat16)
+    person = IdentityPrompt(pictures[0], identity, face_encoder=faces)
+    generate(base, "a cat", identities=person, **FAST)
+    assert next(identity.net.parameters()).dtype == torch.bfloat16 and not remarks
 
 
 def test_identity_net_reads_face_and_landmarks_not_the_text(
