@@ -55,8 +55,9 @@ class Explanation:
         for index, site in sites.items():
             if not handle.processors[index].is_plain:
                 raise ImpromptError(
-                    f"{names[index]} has an attention processor that cannot be looked into: call "
-                    "unet.set_default_attn_processor() first."
+                    f"{names[index]} has an attention processor that cannot be looked into: "
+                    "remove the handles that are on the UNet, then call unet.set_attn_processor("
+                    "diffusers.models.attention_processor.AttnProcessor2_0())."
                 )
             record = self._recorder(prompt, names[index], rows)
             prompts: tuple[KeyValue, ...] = tuple(kv._replace(record=record) for kv in site.prompts)

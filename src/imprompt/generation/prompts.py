@@ -63,7 +63,8 @@ class ImagePrompt:
     `imprompt.adapters.site_presets`)."""
 
     mask: ImageLike | None = field(default=None, kw_only=True, repr=False)
-    """Where it acts: white there, black elsewhere. A tensor is (height, width) in [0, 1]."""
+    """Where it acts: white there, black elsewhere. A tensor is (height, width) in [0, 1], an
+    array that or of uint8 up to 255."""
 
     start: Number = field(default=0.0, kw_only=True)
     """When it begins to act, as a fraction of the steps."""
@@ -346,8 +347,10 @@ def _features_of_nothing(
 
 def mask_to_tensor(mask: ImageLike) -> Float[Tensor, "height width"]:
     """Where a prompt acts, in [0, 1]: of a file or PIL image its brightness."""
-    if isinstance(mask, numpy.ndarray) and mask.ndim == 2 and mask.dtype != numpy.uint8:
-        mask = torch.from_numpy(mask)
+    if isinstance(mask, numpy.ndarray) and mask.ndim == 2:
+        # Zeros and ones are a mask in every type; as brightness of a picture all would be black.
+        is_brightness = mask.dtype == numpy.uint8 and mask.max(initial=0) > 1
+        mask = Image.fromarray(mask) if is_brightness else torch.from_numpy(mask)
     if isinstance(mask, Tensor):
         if mask.ndim != 2:
             raise ImpromptError(

@@ -3,6 +3,7 @@
 import numpy
 import pytest
 import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
 
 from imprompt.core.errors import ImpromptError
 from imprompt.generation import Explanation, ImagePrompt, generate
@@ -102,6 +103,24 @@ def test_an_explanation_shows_where_a_mask_let_the_image_act(base, adapter, pict
         explanation.heat_maps(1)
 
 
+class Foreign(AttnProcessor2_0):
+    """A processor that only its class knows."""
+
+
+def test_what_cannot_be_explained_says_a_way_that_works(base, adapter, pictures):
+    prompt, before = ImagePrompt(pictures[0], adapter=adapter), base.unet.attn_processors
+    try:
+        base.unet.set_attn_processor(Foreign())
+        handle = adapter.install(base.unet)
+        with pytest.raises(ImpromptError, match="remove the handles .* then call"):
+            draw(base, prompt, explanation=Explanation())
+        handle.remove()
+        base.unet.set_attn_processor(AttnProcessor2_0())
+        draw(base, prompt, explanation=Explanation())
+    finally:
+        base.unet.set_attn_processor(before)
+
+
 def test_explaining_changes_nothing_and_needs_prompts_that_act(base, adapter, pictures):
     explanation = Explanation()
     prompt = ImagePrompt(pictures[0], adapter=adapter, start=0.5)
@@ -121,7 +140,8 @@ def test_an_explanation_numbers_prompts_as_they_were_given(base, base_adapter, p
 
 def test_an_array_is_a_picture(base, base_adapter, pictures, left_half):
     expected = draw(base, ImagePrompt(pictures[0], adapter=base_adapter, mask=left_half))
-    for mask in (left_half.numpy(), numpy.uint8(255 * left_half.numpy())):
+    half = left_half.numpy()
+    for mask in (half, numpy.uint8(255 * half), numpy.uint8(half), half.astype(bool)):
         array = ImagePrompt(numpy.asarray(pictures[0]), adapter=base_adapter, mask=mask)
         assert (draw(base, array) == expected).all()
     with pytest.raises(ImpromptError, match="no picture"):
