@@ -1,6 +1,8 @@
 """Pairs encoded at every step train as prepared ones do, faults and all."""
 
+import io
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from imprompt.core.errors import ImpromptError
 from imprompt.data.dataset import Columns
 from imprompt.data.on_the_fly import PairsOnTheFly
 from imprompt.data.prepare import prepare
+from imprompt.data.sources import open_source
 from imprompt.evaluation.previews import set_up_previews
 from imprompt.systems import image_prompt
 from imprompt.training import log
@@ -147,6 +150,48 @@ def test_what_a_system_begins_with_does_not_know_the_rows_held_out(folder, monke
     settings = ["train.steps=1", "train.validation_rows=4", "system.fit_to_captions=true"]
     run_module.prepare_run("image-prompt", base, Columns.open(folder / "data"), None, settings)
     assert seen == [16]
+
+
+def table(path, num_rows, **options):
+    """A Parquet file whose captions are the numbers of their rows."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    file = io.BytesIO()
+    Image.new("RGB", (20, 20)).save(file, "PNG")
+    captions = [str(number) for number in range(num_rows)]
+    columns = {"image": [file.getvalue()] * num_rows, "text": captions}
+    parquet.write_table(pyarrow.table(columns), path, **options)
+    return path
+
+
+def test_readers_side_by_side_each_get_the_row_they_asked_for(folder, tmp_path):
+    base = load_base(folder / "base")
+    live = PairsOnTheFly(str(table(tmp_path / "pairs.parquet", 4000)), base, readers=4)
+    rows = np.random.default_rng(0).permutation(4000)[:96].reshape(8, 12)
+    with ThreadPoolExecutor(2) as ahead:  # two batches are read at a time
+        found = list(ahead.map(lambda some: live.fetch(some, ("text_ids",)), rows))
+    for some, fetched in zip(rows, found, strict=True):
+        assert torch.equal(fetched()["text_ids"], base.tokenize([str(row) for row in some]))
+    assert not live.unusable
+
+
+def test_rows_of_a_table_that_cannot_be_read_are_stood_in_for(folder, tmp_path):
+    path = table(tmp_path / "pairs.parquet", 16, row_group_size=8)
+    from pyarrow import parquet
+
+    with parquet.ParquetFile(path) as file:
+        second = file.metadata.row_group(1).column(0).dictionary_page_offset
+    base = load_base(folder / "base")
+    with open(path, "r+b") as file:
+        file.seek(second)
+        file.write(b"\xff" * 40)
+    live = PairsOnTheFly(str(path), base)
+    found = live.rows([14, 0, 9, 3], ["text_ids"])["text_ids"]
+    assert torch.equal(found, base.tokenize(["0", "0", "0", "3"]))
+    assert {entry["kind"] for entry in live.unusable.values()} == {"source damaged"}
+    with pytest.raises(ImpromptError, match=r"pairs\.parquet cannot be read at row"):
+        open_source(str(path))[0].pairs()[4:12]
 
 
 def test_nothing_but_faults_is_an_error(folder, tmp_path):

@@ -157,7 +157,12 @@ class PairsOnTheFly:
         )
         for number in range(index - begin, index - begin + MAX_UNUSABLE_IN_A_ROW):
             row = begin + number % (end - begin)
-            pair = self._pair(row)
+            try:
+                pair = self._pair(row)
+            except Exception as error:  # of a file that is damaged here, or gone
+                fault = Unusable("source damaged", str(error))
+                self.unusable[row] = fault_entry(f"row {row}", fault)
+                continue
             loaded = try_load(pair, work)
             if isinstance(loaded, Unusable):
                 self.unusable[row] = fault_entry(pair.name, loaded)

@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from imprompt.core.errors import ImpromptError
@@ -135,10 +136,14 @@ class _Rows(Sequence):
         if isinstance(key, int):
             return self[key : key + 1][0]
         start, stop, _ = key.indices(self._count)
-        return [
-            self._pair(self._first + start + i, record)
-            for i, record in enumerate(self._fetch(start, stop))
-        ]
+        try:
+            records = self._fetch(start, stop)
+        except Exception as error:
+            raise ImpromptError(
+                f"{self._file} cannot be read at row {self._first + start}: "
+                f"{str(error) or 'it ends before'}."
+            ) from error
+        return [self._pair(self._first + start + i, record) for i, record in enumerate(records)]
 
     def _pair(self, number: int, record: Mapping[str, Any]) -> Pair:
         name = f"{self._file.name} row {number}"
@@ -221,21 +226,27 @@ def _arrow_rows(file: Path) -> Fetch:
 
 
 def _in_order(stretches: Callable[[int], Iterator[tuple[int, Any]]], offset: int) -> Fetch:
-    """Turn stretches of rows into rows by number. Going back begins again; going on costs nothing."""
-    at, running, rows = 0, None, []
+    """Turn stretches of rows into rows by number. Going back begins again; going on costs nothing.
+
+    Threads take turns: they share the place in the file.
+    """
+    at, running, rows, turn = 0, None, [], Lock()
 
     def fetch(start: int, stop: int) -> list[Mapping[str, Any]]:
         nonlocal at, running, rows
         start, stop = start + offset, stop + offset
-        if running is None or start < at:
-            running, at, rows = stretches(start), start, []
-            first, batch = next(running)
-            rows = batch.slice(start - first).to_pylist()
-        while at < start or len(rows) < stop - at:
-            drop = min(start - at, len(rows))
-            rows, at = rows[drop:], at + drop
-            if len(rows) < stop - at:
-                rows += next(running)[1].to_pylist()
-        return rows[: stop - start]
+        with turn:
+            coming, running = running, None  # after a fault the next one begins again
+            if coming is None or start < at:
+                coming, at, rows = stretches(start), start, []
+                first, batch = next(coming)
+                rows = batch.slice(start - first).to_pylist()
+            while at < start or len(rows) < stop - at:
+                drop = min(start - at, len(rows))
+                rows, at = rows[drop:], at + drop
+                if len(rows) < stop - at:
+                    rows += next(coming)[1].to_pylist()
+            running = coming
+            return rows[: stop - start]
 
     return fetch
