@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from small_system import SmallSystem, write_numbers
 
 from imprompt.core.errors import ImpromptError
+from imprompt.training import parallel, state
 from imprompt.training.batches import rows_of_samples
 from imprompt.training.config import TrainConfig
 from imprompt.training.loop import Interrupted, train
@@ -109,8 +110,6 @@ def test_a_folder_with_something_else_is_refused(columns, tmp_path):
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint(columns, tmp_path, monkeypatch):
-    from imprompt.training import state
-
     real, calls = state.save_file, 0
 
     def full(tensors, path):
@@ -143,6 +142,48 @@ def test_every_epoch_sees_every_row_once(columns, tmp_path):
     rows = rows_of_samples(range(120), 60, seed=3)
     assert sorted(rows[:60]) == list(range(60)) == sorted(rows[60:])
     assert list(rows[:60]) != list(rows[60:])
+
+
+class EightBits(torch.optim.Optimizer):
+    """Its state is laid out as that of bitsandbytes' AdamW8bit: all parameters share one table."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": 0.0})
+        self.tables = {"qmap1": torch.linspace(-1, 1, 256), "qmap2": torch.linspace(0, 1, 256)}
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                if not state:
+                    moment = torch.zeros_like(parameter, dtype=torch.uint8)
+                    state |= {"step": 0, "state1": moment, "absmax1": torch.zeros(1), **self.tables}
+                state["step"] += 1
+                state["absmax1"] = 0.9 * state["absmax1"] + parameter.grad.abs().max()
+                index = (127 + 100 * parameter.grad / state["absmax1"]).to(torch.uint8)
+                state["state1"] = index
+                parameter -= group["lr"] * state["qmap1"][index.long()]
+
+
+def test_moments_in_8_bits_are_saved_and_put_back(columns, tmp_path, monkeypatch):
+    monkeypatch.setattr(parallel, "create_optimizer", lambda ps, config: EightBits(ps))
+    straight = load_file(train(SmallSystem(), columns, CONFIG, tmp_path / "straight"))
+    train(SmallSystem(), columns, CONFIG, tmp_path / "run")
+    newest = whole_checkpoints(tmp_path / "run/checkpoints")[-1]
+    assert {"qmap1.weight", "qmap1.bias"} <= load_file(newest / "state.safetensors").keys()
+    (newest / "counters.json").unlink()
+    resumed = load_file(train(SmallSystem(), columns, CONFIG, tmp_path / "run"))
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+
+
+def test_whatever_fails_while_writing_is_told_in_a_line(columns, tmp_path, monkeypatch):
+    def failing(tensors, path):
+        raise RuntimeError("shared memory")
+
+    monkeypatch.setattr(state, "save_file", failing)
+    with pytest.raises(ImpromptError, match="could not be written to .*: shared memory"):
+        train(SmallSystem(), columns, CONFIG, tmp_path / "run")
 
 
 SCRIPT = """

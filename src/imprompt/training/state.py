@@ -65,7 +65,7 @@ def save_checkpoint(state: TrainingState, folder: Path, *, keep: int) -> Path:
     final = folder / f"step-{state.step:08d}"
     beside = folder / f"{final.name}.writing"
     processes = state.engine.processes
-    tensors = {name: tensor.contiguous() for name, tensor in state.tensors().items()}
+    tensors = _each_its_own(state.tensors())
     error = _write(state, tensors, beside, final) if processes.is_main else None
     if processes.any(error is not None):  # the others must hear of it, or they wait for ever
         raise error or ImpromptError(f"The checkpoint of step {state.step} could not be written.")
@@ -74,6 +74,20 @@ def save_checkpoint(state: TrainingState, folder: Path, *, keep: int) -> Path:
             (old / "counters.json").unlink(missing_ok=True)  # what is left of it is not whole
             shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def _each_its_own(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same in memory of their own: an optimiser in 8 bits gives all parameters one table of values,
+    and the file's format knows no sharing."""
+    found: dict[str, Tensor] = {}
+    known: set[int] = set()
+    for name, tensor in tensors.items():
+        own = tensor.contiguous()
+        if own.untyped_storage().data_ptr() in known:
+            own = own.clone()
+        known.add(own.untyped_storage().data_ptr())
+        found[name] = own
+    return found
 
 
 def _write(
@@ -96,7 +110,7 @@ def _write(
         if final.exists():
             shutil.rmtree(final)
         beside.rename(final)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, RuntimeError) as error:
         shutil.rmtree(beside, ignore_errors=True)
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space" in str(error)
         reason = "the disk is full" if full else str(error)
