@@ -101,6 +101,14 @@ def test_a_figure_that_is_not_finite_is_never_the_best(columns, tmp_path):
     assert (tmp_path / "run/best/best.json").read_text() == kept
 
 
+def test_a_picture_that_cannot_be_drawn_is_told_and_the_run_goes_on(columns, tmp_path, capsys):
+    system = SmallSystem()
+    system.preview = lambda: torch.cat([torch.zeros(1, 2), torch.zeros(1, 3)])
+    run(columns, tmp_path / "run", system)
+    assert "no preview at step 12: RuntimeError: Sizes of tensors" in capsys.readouterr().err
+    assert not (tmp_path / "run/previews").exists()
+
+
 def test_half_precision_with_a_scaled_loss_learns_and_goes_on_exactly(columns, tmp_path):
     straight = load_file(run(columns, tmp_path / "straight", precision="float16"))
     run(columns, tmp_path / "again", precision="float16")

@@ -55,9 +55,10 @@ def draw(
     *,
     show_progress: bool = True,
     controls: Sequence[MapControl] = (),
+    size_px: int | tuple[int, int] | None = None,
 ) -> Tensor:
-    """Pixels (images, 3, size, size) in [-1, 1] for texts (or their token ids), ready token prompts and
-    controls."""
+    """Pixels (images, 3, height, width) in [-1, 1] for texts (or their token ids), ready token prompts
+    and controls. `size_px` is a square's side or (height, width), by default the base's own."""
     with torch.inference_mode():
         latents = sample_latents(
             base,
@@ -68,6 +69,7 @@ def draw(
             guidance_scale=sampling.guidance(base),
             sampler=sampling.sampler,
             seed=sampling.seed,
+            size_px=size_px,
             show_progress=show_progress,
             controls=controls,
         )

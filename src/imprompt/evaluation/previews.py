@@ -14,6 +14,7 @@ from torch import Tensor
 
 from imprompt.adapters import ImagePromptAdapter
 from imprompt.bases import Base
+from imprompt.bases.latent_space import pixels_per_latent
 from imprompt.core.images import image_grid, pixels_to_images
 from imprompt.data.rows import Rows
 from imprompt.encoders.landmarks import landmark_images
@@ -60,7 +61,7 @@ def set_up_previews(system: System, base: Base, data: Rows, num_images: int) -> 
             held_out.update({name: values.to(base.device) for name, values in read.items()})
         with torch.inference_mode():
             asked = ask(held_out)
-            made = _drawn(base, asked, adapter)
+            made = _drawn(base, asked, adapter, _size_px(base, held_out))
             scale = float(base.vae.config.scaling_factor)
             latents = held_out["latent_mean"].to(base.dtype) * scale
             pictures = base.decode_image(latents).float().clamp(-1, 1).cpu()
@@ -118,25 +119,40 @@ def _of_control(system: ControlSystem, rows: Batch) -> Asked:
 def _of_identity(system: IdentitySystem, base: Base, rows: Batch) -> Asked:
     adapter, faces = system.adapter, rows["id_embeds"].float()[:, None]
     tokens, zero_tokens = adapter.tokens(faces), adapter.tokens(torch.zeros_like(faces[:1]))
-    size_px = base.image_size_px
     control = MapControl(
         module=system.net,
-        maps=landmark_images(rows["landmarks"], size_px, size_px),
+        maps=landmark_images(rows["landmarks"], *_size_px(base, rows)),
         tokens=tokens,
         zero_tokens=zero_tokens,
     )
     return Asked(texts=rows["text_ids"], tokens=tokens, zero_tokens=zero_tokens, controls=[control])
 
 
-def _drawn(base: Base, asked: Asked, adapter: ImagePromptAdapter | None) -> Tensor:
+def _size_px(base: Base, rows: Batch) -> tuple[int, int]:
+    """Height and width of the data's pictures, which need not be those that the base was made for."""
+    factor = pixels_per_latent(base.vae)
+    height, width = rows["latent_mean"].shape[-2:]
+    return height * factor, width * factor
+
+
+def _drawn(
+    base: Base, asked: Asked, adapter: ImagePromptAdapter | None, size_px: tuple[int, int]
+) -> Tensor:
     """Pixels of what is asked for."""
-    if adapter is None or asked.tokens is None or asked.zero_tokens is None:
-        prompts: list[TokenPrompt] = []
+
+    def made(prompts: Sequence[TokenPrompt]) -> Tensor:
         return draw(
-            base, asked.texts, prompts, PREVIEW, controls=asked.controls, show_progress=False
+            base,
+            asked.texts,
+            prompts,
+            PREVIEW,
+            controls=asked.controls,
+            size_px=size_px,
+            show_progress=False,
         )
+
+    if adapter is None or asked.tokens is None or asked.zero_tokens is None:
+        return made(())
     with adapter.install(base.unet) as handle:
         prompt = TokenPrompt(handle=handle, tokens=asked.tokens, zero_tokens=asked.zero_tokens)
-        return draw(
-            base, asked.texts, [prompt], PREVIEW, controls=asked.controls, show_progress=False
-        )
+        return made([prompt])

@@ -18,6 +18,7 @@ from imprompt.data.rows import Rows
 from imprompt.data.store import disk_errors, write_json
 from imprompt.systems.protocol import System, ValidatedInParts
 from imprompt.training.config import PRECISIONS, TrainConfig
+from imprompt.training.output import say
 from imprompt.training.state import TrainingState
 
 
@@ -61,7 +62,7 @@ class Validation:
             system.module.eval()
             with torch.autocast(self._device.type, dtype, enabled=half):
                 figures = system.validate(self._held_out, randomness)
-            picture = system.preview()
+            picture = self._drawn()
             if state.engine.processes.is_main and picture is not None:
                 folder = self._output / "previews"
                 with disk_errors(folder):
@@ -71,6 +72,18 @@ class Validation:
             self._keep_best(figures)
             system.module.train()
         return figures
+
+    def _drawn(self) -> Image.Image | None:
+        """What the system draws; where that fails it is told, and the run goes on without."""
+        processes = self._state.engine.processes
+        try:
+            return self._system.preview()
+        except Exception as error:
+            if processes.engine == "fsdp2":  # blocks are gathered by all: one must not go on alone
+                raise
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+            say(f"no preview at step {self._state.step}: {reason}")
+            return None
 
     def headline(self, figures: dict[str, float]) -> dict[str, float]:
         """What of the figures the live line has room for: the loss with the image and without."""

@@ -23,6 +23,12 @@ CASES = {
         ["system.kind=depth"],
         3,
     ),
+    "t2i-adapter": (
+        "diorama:6",
+        {"columns": ("latent_mean", "latent_logvar", "text_ids", "control_depth")},
+        ["system.kind=depth"],
+        3,
+    ),
 }
 
 
@@ -47,6 +53,20 @@ def test_a_preview_shows_rows_of_pictures(name, base_folder, tmp_path, monkeypat
     assert ImageChops.difference(picture, system.preview()).getbbox() is None  # fixed seeds
     last = picture.crop((0, height * (num_rows - 1) // num_rows, width, height))
     assert len(set(last.convert("L").getdata())) > 8
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_drawn_is_as_large_as_the_data(name, base_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(previews, "PREVIEW", previews.Sampling(steps=1, guidance_scale=4.0))
+    source, how, settings, num_rows = CASES[name]
+    base = load_base(base_folder)
+    columns = Columns.open(prepare(source, tmp_path / "data", base, size_px=16, **how))
+    assert base.image_size_px == 32
+    settings = ["train.steps=1", "train.validation_rows=4", *settings]
+    system, _, _ = prepare_run(name, base, columns, None, settings)
+    set_up_previews(system, base, columns, COUNT)
+    picture = system.preview()
+    assert picture is not None and picture.size == (COUNT * 16, num_rows * 16)
 
 
 def test_systems_beside_no_base_and_none_wanted_draw_nothing(base_folder, tmp_path):
