@@ -176,7 +176,7 @@ class IdentitySystem:
         count = len(batch["text_ids"])
         timesteps = self._denoising.spread_timesteps(count)
         figures: dict[str, float] = {}
-        strangers = {**batch, "id_embeds": batch["id_embeds"].roll(count // 2, 0)}
+        strangers = {**batch, "id_embeds": batch["id_embeds"].float().roll(count // 2, 0)}
         for name, given, has_adapter, has_net in (
             ("loss", batch, True, True),
             ("loss_without_adapter", batch, False, True),

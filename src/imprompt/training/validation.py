@@ -62,7 +62,7 @@ class Validation:
             system.module.eval()
             with torch.autocast(self._device.type, dtype, enabled=half):
                 figures = system.validate(self._held_out, randomness)
-            picture = self._drawn()
+                picture = self._drawn()
             if state.engine.processes.is_main and picture is not None:
                 folder = self._output / "previews"
                 with disk_errors(folder):

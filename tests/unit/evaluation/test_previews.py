@@ -9,7 +9,7 @@ from imprompt.data.dataset import Columns
 from imprompt.data.prepare import prepare
 from imprompt.evaluation import previews
 from imprompt.evaluation.previews import set_up_previews
-from imprompt.training.run import prepare_run
+from imprompt.training.run import prepare_run, run_training
 
 COUNT = 3
 CASES = {
@@ -67,6 +67,29 @@ def test_what_is_drawn_is_as_large_as_the_data(name, base_folder, tmp_path, monk
     set_up_previews(system, base, columns, COUNT)
     picture = system.preview()
     assert picture is not None and picture.size == (COUNT * 16, num_rows * 16)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_run_beside_a_base_in_half_precision_draws(name, base_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(previews, "PREVIEW", previews.Sampling(steps=1, guidance_scale=4.0))
+    source, how, settings, _ = CASES[name]
+    run_training(
+        name,
+        data=prepare(source, tmp_path / "data", load_base(base_folder), **how),
+        base=str(base_folder),
+        output=tmp_path / "run",
+        settings=[
+            "train.steps=1",
+            "train.batch_size=2",
+            "train.validation_rows=3",
+            "train.precision=bfloat16",
+            "train.frozen_precision=bfloat16",
+            "train.report_to=none",
+            *settings,
+        ],
+        set_up_previews=set_up_previews,
+    )
+    assert (tmp_path / "run/previews/step-00000001.png").is_file()
 
 
 def test_systems_beside_no_base_and_none_wanted_draw_nothing(base_folder, tmp_path):
