@@ -237,6 +237,7 @@ def test_where_rows_are_coupled_a_batch_keeps_its_parts(columns, tmp_path):
         (TrainConfig, {"weight_decay": -1.0}, "weight_decay is -1.0"),
         (TrainConfig, {"learning_rate": float("nan")}, "learning_rate is nan"),
         (TrainConfig, {"learning_rate": float("inf")}, "learning_rate is inf, but must be finite"),
+        (TrainConfig, {"frozen_precision": "bfloat16"}, "set precision=bfloat16, too"),
         (ImagePromptOptions, {"drop_image": 5.0}, "drop_image is 5.0, but must be .* at most 1"),
         (ImagePromptOptions, {"drop_image": 0.6, "drop_text": 0.6}, "are 1.25 together"),
         (InstructOptions, {"drop_all": -0.1}, "drop_all is -0.1"),

@@ -48,7 +48,8 @@ class TrainConfig:
     precision: str = "float32"
     """`float32`; or `bfloat16` or `float16` for autocast, the latter with a scaled loss."""
     frozen_precision: str = "float32"
-    """In what the base, which does not learn, is kept: half of the memory in the precision of training."""
+    """In what the base, which does not learn, is kept: half of the memory in the precision of training,
+    which must be a half one, too."""
     gradient_checkpointing: bool = False
     """Compute the denoiser's activations again for the gradient instead of keeping them."""
     compile_blocks: bool = False
@@ -95,6 +96,11 @@ class TrainConfig:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ImpromptError(f"{name} is {getattr(self, name)!r}; use {', '.join(choices)}.")
+        if self.frozen_precision != "float32" and self.precision == "float32":
+            raise ImpromptError(
+                f"frozen_precision is {self.frozen_precision!r}, which goes with half precision: "
+                f"set precision={self.frozen_precision}, too."
+            )
         if not self.learning_rate > 0:
             raise ImpromptError(f"learning_rate is {self.learning_rate}, but must be positive.")
         if self.best_by and self.best_by.partition(":")[0] not in ("lowest", "highest"):
