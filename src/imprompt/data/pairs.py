@@ -73,7 +73,7 @@ class Pair:
     read_caption: Callable[[], str]
     image: ImageSource
     read_scores: Callable[[], Mapping[str, Any]] = field(default=dict)
-    reference: Path | Scene | None = None
+    reference: ImageSource | None = None
     maps: Mapping[str, Path] = field(default_factory=dict)
     """Pictures that show the same as the image in another way, by kind; scenes need none."""
     read_condition: Callable[[], Condition] | None = None
@@ -224,8 +224,9 @@ def load(
         if filters.scores:
             filters.check_scores(pair.read_scores())
         reference: object = pair.reference
-        if isinstance(reference, Path):
-            reference = _open(reference, reference.name, size_px, None, "reference missing").picture
+        if reference is not None and not isinstance(reference, Scene):
+            name = reference.name if isinstance(reference, Path) else f"reference of {pair.name}"
+            reference = _open(reference, name, size_px, None, "reference missing").picture
         image = _open(pair.image, pair.name, size_px, filters)
         framing = framing_of(image.size, size_px)
         maps = {k: _read_map(file, k, image.size, size_px) for k, file in pair.maps.items()}

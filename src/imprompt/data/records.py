@@ -14,10 +14,13 @@ from urllib.parse import unquote, urlsplit
 from imprompt.core.errors import ImpromptError
 from imprompt.data.filters import Unusable
 from imprompt.data.pairs import (
+    MAX_IMAGE_BYTES,
     Condition,
+    ImageSource,
     Pair,
     Part,
     caption_of,
+    check_size,
     faulty,
     first_of,
     identity_of,
@@ -157,49 +160,53 @@ def record_pair(number: str, record: object, root: Path, reading: Reading) -> Pa
     path = record.get(reading.image_key) if reading.image_key else first_of(record, IMAGE_KEYS)
     if not isinstance(path, str) or not path or "\0" in path:
         return faulty(number, "entry", f"it names no image file: {shown(str(record))[:200]}")
-    entry = _Entry(root, path, record, reading.caption_key)
-    reference = first_of(record, (REFERENCE_KEY,))
-    other = None
-    if isinstance(reference, str) and reference and "\0" not in reference:
-        other = _Entry(root, reference, {}, None)
+    return _pair(shown(path), _File(root, path), record, root, reading)
 
-    def read_caption() -> str:
-        if other is not None:
-            other.check_inside()
-        return entry.read_caption()
 
-    file = None if other is None else other.file
-    has_condition = first_of(record, (*CONDITION_KEYS, "instruction")) is not None
-    return Pair(
-        shown(path),
-        read_caption,
-        entry.file,
-        entry.read_scores,
-        file,
-        read_condition=entry.read_condition if has_condition else None,
-    )
+def embedded_pair(
+    name: str, content: bytes, record: Mapping[str, Any], root: Path, reading: Reading
+) -> Pair:
+    """The pair of an entry that has the bytes of its image in it; all else is as in other entries."""
+    return _pair(shown(name), _Embedded(name, content), record, root, reading)
 
 
 @dataclass(frozen=True)
-class _Entry:
-    root: Path
-    path: str
-    record: Mapping[str, Any]
-    caption_key: str | None
+class _Embedded:
+    """A picture as the bytes of its file."""
+
+    name: str
+    content: bytes
 
     @property
-    def file(self) -> Path:
+    def source(self) -> ImageSource:
+        return self._read
+
+    def check(self) -> None:
+        pass
+
+    def _read(self) -> bytes:
+        check_size(self.name, len(self.content), MAX_IMAGE_BYTES, "image missing")
+        return self.content
+
+
+@dataclass(frozen=True)
+class _File:
+    """A picture by the path that an entry gives."""
+
+    root: Path
+    path: str
+
+    @property
+    def source(self) -> ImageSource:
         is_address = self.path.startswith("file://")
         return self.root / (unquote(urlsplit(self.path).path) if is_address else self.path)
 
-    def read_caption(self) -> str:
-        self.check_inside()
-        return caption_of(self.record, self.caption_key)
-
-    def check_inside(self) -> None:
+    def check(self) -> None:
         """Raise Unusable if the file lies outside of what a list may name."""
+        file = self.source
+        assert isinstance(file, Path)
         try:
-            inside = self.file.resolve().is_relative_to(self.root)
+            inside = file.resolve().is_relative_to(self.root)
         except (
             OSError,
             RuntimeError,
@@ -212,16 +219,49 @@ class _Entry:
                 "image outside", f"the image lies outside {self.root}; --image-root moves the limit"
             )
 
-    def read_condition(self) -> Condition:
-        path = first_of(self.record, CONDITION_KEYS)
-        texts = {name: self.record.get(name) or "" for name in ("instruction", "task", "kept")}
-        if not isinstance(path, str) or not path or "\0" in path:
-            raise Unusable("condition missing", 'no condition image: "condition_image" is missing')
-        if not all(isinstance(text, str) for text in texts.values()) or not texts["instruction"]:
-            raise Unusable("condition missing", '"instruction" is missing, or no text')
-        other = _Entry(self.root, path, {}, None)
-        other.check_inside()
-        return Condition(other.file, **texts)
 
-    def read_scores(self) -> Mapping[str, Any]:
-        return self.record
+def _picture(name: str, value: Any, root: Path) -> _File | _Embedded | None:
+    """What an entry says of another picture: a path, bytes, or both as `datasets` has them; or None."""
+    if isinstance(value, Mapping):
+        value = value.get("path") if value.get("bytes") is None else value["bytes"]
+    if isinstance(value, bytes):
+        return _Embedded(name, value)
+    return _File(root, value) if isinstance(value, str) and value and "\0" not in value else None
+
+
+def _pair(
+    name: str,
+    image: _File | _Embedded,
+    record: Mapping[str, Any],
+    root: Path,
+    reading: Reading,
+) -> Pair:
+    given = first_of(record, (REFERENCE_KEY,))
+    reference = _picture(f"the reference of {name}", given, root)
+
+    def read_caption() -> str:
+        for one in (image, reference):
+            if one is not None:
+                one.check()
+        return caption_of(record, reading.caption_key)
+
+    has_condition = first_of(record, (*CONDITION_KEYS, "instruction")) is not None
+    return Pair(
+        name,
+        read_caption,
+        image.source,
+        lambda: record,
+        None if reference is None else reference.source,
+        read_condition=(lambda: _condition(name, record, root)) if has_condition else None,
+    )
+
+
+def _condition(name: str, record: Mapping[str, Any], root: Path) -> Condition:
+    other = _picture(f"the condition of {name}", first_of(record, CONDITION_KEYS), root)
+    texts = {key: record.get(key) or "" for key in ("instruction", "task", "kept")}
+    if other is None:
+        raise Unusable("condition missing", 'no condition image: "condition_image" is missing')
+    if not all(isinstance(text, str) for text in texts.values()) or not texts["instruction"]:
+        raise Unusable("condition missing", '"instruction" is missing, or no text')
+    other.check()
+    return Condition(other.source, **texts)

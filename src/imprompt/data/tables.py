@@ -8,24 +8,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
 from imprompt.core.errors import ImpromptError
-from imprompt.data.pairs import (
-    MAX_IMAGE_BYTES,
-    Pair,
-    Part,
-    caption_of,
-    check_size,
-    identity_of,
-    shown,
-)
-from imprompt.data.records import IMAGE_KEYS, Reading, check_keys, record_pair
+from imprompt.data.pairs import Pair, Part, identity_of, shown
+from imprompt.data.records import IMAGE_KEYS, Reading, check_keys, embedded_pair, record_pair
 
 ROWS_AT_A_TIME = 256
+_PATH = "image_file"  # under which a row without bytes is read as an entry of a list
 
 
 def is_table(path: Path) -> bool:
@@ -149,43 +142,21 @@ class _Rows(Sequence):
         name = f"{self._file.name} row {number}"
         key = self._reading.image_key
         image = record.get(key) if key else _image_of(record)
+        reading = self._reading
         if isinstance(image, Mapping):
             if image.get("bytes") is None:
-                record = {**record, "image_file": image.get("path")}
-                return record_pair(name, record, self._root, Reading())
+                record = {**record, _PATH: image.get("path")}
+                return record_pair(name, record, self._root, replace(reading, image_key=_PATH))
             name = f"{name} {image['path']}" if isinstance(image.get("path"), str) else name
             image = image["bytes"]
         if isinstance(image, bytes):
-            return _Embedded(name, image, record, self._reading.caption_key).pair()
-        return record_pair(name, record, self._root, self._reading)
+            return embedded_pair(name, image, record, self._root, reading)
+        return record_pair(name, record, self._root, reading)
 
 
 def _image_of(record: Mapping[str, Any]) -> Any:
     lowered = {key.lower(): value for key, value in record.items()}
     return next((lowered[key] for key in IMAGE_KEYS if key in lowered), None)
-
-
-@dataclass(frozen=True)
-class _Embedded:
-    """A row that has the bytes of its image in it."""
-
-    name: str
-    image: bytes
-    record: Mapping[str, Any]
-    caption_key: str | None
-
-    def pair(self) -> Pair:
-        return Pair(shown(self.name), self.read_caption, self.read_image, self.read_scores)
-
-    def read_caption(self) -> str:
-        return caption_of(self.record, self.caption_key)
-
-    def read_image(self) -> bytes:
-        check_size(self.name, len(self.image), MAX_IMAGE_BYTES, "image missing")
-        return self.image
-
-    def read_scores(self) -> Mapping[str, Any]:
-        return self.record
 
 
 def _parquet_rows(file: Path, first: int, stop: int) -> Fetch:

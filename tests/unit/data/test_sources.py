@@ -162,6 +162,58 @@ def test_parquet_with_images_in_it(tmp_path):
     assert [load(pairs[i], 16).caption for i in (2, 0, 1)] == [CAPTIONS[i] for i in (2, 0, 1)]
 
 
+@pytest.mark.parametrize("embedded", ["nothing", "image", "everything"])
+def test_a_table_has_all_that_a_list_has(tmp_path, embedded):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    for i in range(3):
+        write_pair(tmp_path, f"{i}.png", picture(i), None)
+
+    def stored(i, with_bytes):
+        return {"bytes": picture(i) if with_bytes else None, "path": f"{i}.png"}
+
+    def other(i):
+        return stored(i, True) if embedded == "everything" else f"{i}.png"
+
+    row = {
+        "image": stored(0, embedded != "nothing"),
+        "text": "not this one",
+        "blip": "a caption",
+        "reference_file": other(1),
+        "condition_image": other(2),
+        "instruction": "use the style",
+        "task": "style",
+    }
+    parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "pairs.parquet")
+    (tmp_path / "list.json").write_text(
+        json.dumps(
+            [row | {"image": "0.png", "reference_file": "1.png", "condition_image": "2.png"}]
+        )
+    )
+    of_table, of_list = (
+        load(
+            open_source(str(tmp_path / name), Reading(caption_key="blip"))[0].pairs()[0],
+            16,
+            with_condition=True,
+        )
+        for name in ("pairs.parquet", "list.json")
+    )
+    assert of_table.caption == "a caption" and of_table.content == of_list.content
+    assert of_table.reference == of_list.reference is not None
+    assert of_table.condition_picture == of_list.condition_picture is not None
+    assert (of_table.condition.instruction, of_table.condition.task) == ("use the style", "style")
+
+
+def test_files_beside_an_embedded_image_may_not_lie_outside(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    row = {"image": picture(0), "text": "a", "reference_file": "../b.png"}
+    parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "pairs.parquet")
+    assert loaded(tmp_path / "pairs.parquet")[1] == {"pairs.parquet row 0": "image outside"}
+
+
 def test_a_dataset_on_disk(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     folder = tmp_path / "dataset"
