@@ -130,8 +130,8 @@ def add_parser(verbs: Any) -> None:
         "--duplicates",
         default="image",
         choices=("image", "pair", "keep"),
-        help="of pairs with the same image file keep the first; with `pair`, those with other captions "
-        "too; with `keep`, all",
+        help="of pairs with the same image file (and reference or condition) keep the first; with `pair`, "
+        "those with other captions too; with `keep`, all",
     )
     processes = parser.add_argument_group("several processes")
     processes.add_argument("--workers", type=int, default=1, help="processes (default 1)")

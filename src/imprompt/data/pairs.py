@@ -94,7 +94,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A pair that can be used. `content` tells the image (and if wanted the caption) from others.
+    """A pair that can be used. `content` tells the image with its reference or condition, if it has
+    one (and if wanted the caption), from others.
 
     `framing` is what was cut out of the image, see `framing_of`.
     """
@@ -224,22 +225,24 @@ def load(
         if filters.scores:
             filters.check_scores(pair.read_scores())
         reference: object = pair.reference
+        of_reference: list[bytes] = []
         if reference is not None and not isinstance(reference, Scene):
             name = reference.name if isinstance(reference, Path) else f"reference of {pair.name}"
-            reference = _open(reference, name, size_px, None, "reference missing").picture
+            opened = _open(reference, name, size_px, None, "reference missing")
+            reference, of_reference = opened.picture, [opened.content]
         image = _open(pair.image, pair.name, size_px, filters)
         framing = framing_of(image.size, size_px)
         maps = {k: _read_map(file, k, image.size, size_px) for k, file in pair.maps.items()}
+        # The same image may be asked for in several ways: from other references, by instructions.
         if not with_condition:
-            number = _content(image.content, caption, filters)
+            number = _content([image.content, *of_reference], caption, filters)
             return Loaded(image.picture, caption, number, framing, reference, maps)
         if pair.read_condition is None:
             raise Unusable("condition missing", "it has no condition image and no instruction")
         condition = pair.read_condition()
         other = _open(condition.image, pair.name, size_px, filters)
-        # The same target may be asked for in several ways.
-        parts = (image.content, other.content, condition.instruction.encode())
-        number = _content(b"\0".join(parts), caption, filters)
+        asked = [other.content, condition.instruction.encode()]
+        number = _content([image.content, *asked, *of_reference], caption, filters)
         return Loaded(
             image.picture, caption, number, framing, reference, maps, condition, other.picture
         )
@@ -306,8 +309,8 @@ def _read_map(file: Path, kind: str, image_size: tuple[int, int], size_px: int) 
     return resize_and_center_crop(found, size_px)
 
 
-def _content(image: bytes, caption: str, filters: Filters) -> int:
-    digest = hashlib.blake2b(image, digest_size=8)
+def _content(parts: Sequence[bytes], caption: str, filters: Filters) -> int:
+    digest = hashlib.blake2b(b"\0".join(parts), digest_size=8)
     if filters.duplicates == "pair":
         digest.update(b"\0" + caption.encode())
     return int.from_bytes(digest.digest(), "little", signed=True)

@@ -1,5 +1,6 @@
 """Portraits in twos, and what is cached of them."""
 
+import hashlib
 import json
 from types import SimpleNamespace
 
@@ -112,6 +113,31 @@ def test_a_list_names_references(base, faces, tmp_path):
     assert torch.equal(rows["reference_hidden_states"][1], rows["hidden_states"][1])
     told = [json.loads(line) for line in (output / "quarantine.jsonl").read_text().splitlines()]
     assert [entry["kind"] for entry in told] == ["reference missing", "image outside"]
+
+
+def test_an_image_may_have_several_references(base, faces, tmp_path):
+    for number, name in enumerate("abc"):
+        Image.new("RGB", (40, 40), (80 * number, 9, 9)).save(tmp_path / f"{name}.png")
+    pairs = [("a", "b"), ("a", "c"), ("a", "b"), ("a", None), ("a", None)]
+    entries = [
+        {"image_file": f"{image}.png", "text": "one"}
+        | ({"reference_file": f"{reference}.png"} if reference else {})
+        for image, reference in pairs
+    ]
+    (tmp_path / "list.json").write_text(json.dumps(entries))
+    data = Columns.open(
+        prepare(
+            str(tmp_path / "list.json"),
+            tmp_path / "data",
+            base,
+            columns=("id_embeds",),
+            face_encoder=faces,
+        )
+    )
+    assert len(data) == 3
+    contents = [row["content"] for row in data.pairs()]
+    digest = hashlib.blake2b((tmp_path / "a.png").read_bytes(), digest_size=8).digest()
+    assert contents[2] == int.from_bytes(digest, "little", signed=True)  # as it was ever written
 
 
 def test_pictures_that_are_kept_are_not_drawn_again(base, faces, tmp_path, monkeypatch):
