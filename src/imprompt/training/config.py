@@ -51,9 +51,11 @@ class TrainConfig:
     """In what the base, which does not learn, is kept: half of the memory in the precision of training,
     which must be a half one, too."""
     gradient_checkpointing: bool = False
-    """Compute the denoiser's activations again for the gradient instead of keeping them."""
+    """Compute the denoiser's activations, and a ControlNet's, again for the gradient instead of keeping
+    them."""
     compile_blocks: bool = False
-    """Compile the denoiser's transformer blocks (torch.compile), all of which share one program."""
+    """Compile the denoiser's transformer blocks, and a ControlNet's (torch.compile), all of which share
+    one program."""
     seed: int = 0
     """Decides the order of rows, noise, timesteps, drops: everything random."""
     log_every_steps: int = 20

@@ -46,7 +46,8 @@ def attention_kernels(system: System, device: torch.device) -> AbstractContextMa
 
 
 def set_up_denoiser(system: System, config: TrainConfig) -> None:
-    """Turn on what the configuration asks of the denoiser.
+    """Turn on what the configuration asks of the denoiser, and of networks of its kind that train beside
+    it: a ControlNet keeps more for its gradient than the frozen denoiser does.
 
     Raises:
         ImpromptError: the system has none, or it cannot do this.
@@ -60,9 +61,14 @@ def set_up_denoiser(system: System, config: TrainConfig) -> None:
         )
     if config.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
+        for module in system.module.modules():
+            if getattr(module, "_supports_gradient_checkpointing", False):
+                module.enable_gradient_checkpointing()  # type: ignore[operator]
     if config.compile_blocks:
         repeated = set(getattr(denoiser, "_repeated_blocks", None) or ())
-        found = [module for module in denoiser.modules() if type(module).__name__ in repeated]
+        # A denoiser may be what trains, or train a part of itself: each block is compiled once.
+        modules = dict.fromkeys([*denoiser.modules(), *system.module.modules()])
+        found = [module for module in modules if type(module).__name__ in repeated]
         if not found:
             raise ImpromptError(
                 f"{type(denoiser).__name__} names no repeated blocks to compile; compile_blocks=false."
