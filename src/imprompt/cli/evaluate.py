@@ -20,6 +20,8 @@ UNITS = {
 
 # These train before they measure, beside a base in full precision.
 TRAINING = ("ablation", "instruct-table")
+# These ask no judge what a base draws.
+UNJUDGED = ("judge", "instructions")
 
 
 def add_parser(verbs: Any) -> None:
@@ -58,7 +60,9 @@ def add_parser(verbs: Any) -> None:
         "joining tokens (ablation); a person kept; controls; Instruct, its comparison with rivals, or a map "
         "of its instructions",
     )
-    parser.add_argument("--base", default="diorama", help="diorama, or a folder")
+    parser.add_argument(
+        "--base", default="diorama", help="diorama, or a folder of a base for 64 px"
+    )
     add_place_arguments(parser, "float32 on a CPU, float16 on a GPU")
     parser.add_argument("--count", type=int, default=96, help="how many images (96)")
     parser.add_argument("--steps", type=int, default=50, help="of the sampler (50)")
@@ -97,12 +101,19 @@ def add_parser(verbs: Any) -> None:
 def run(arguments: argparse.Namespace) -> None:
     import json
 
+    from imprompt.evaluation.judge import check_can_judge
     from imprompt.evaluation.run import evaluate
+
+    def load() -> Any:
+        base = load_placed_base(arguments, half_on_gpu=arguments.what not in TRAINING)
+        if arguments.what not in UNJUDGED:
+            check_can_judge(base)
+        return base
 
     figures = evaluate(
         arguments.what,
         adapter_file=arguments.adapter,
-        load=lambda: load_placed_base(arguments, half_on_gpu=arguments.what not in TRAINING),
+        load=load,
         count=arguments.count,
         steps=arguments.steps,
         sampler=arguments.sampler,

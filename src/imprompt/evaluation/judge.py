@@ -9,10 +9,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from imprompt.bases import Base
 from imprompt.core.errors import ImpromptError
 from imprompt.core.shipped import shipped
 from imprompt.diorama import Scene
 from imprompt.systems.classifier import ATTRIBUTES, Judge
+
+JUDGED_SIZE_PX = 64
 
 
 def load_judge(path: Path | None = None) -> Judge:
@@ -30,6 +33,19 @@ def load_judge(path: Path | None = None) -> Judge:
         {name: tensor.to(judge.state_dict()[name].dtype) for name, tensor in weights.items()}
     )
     return judge.eval()
+
+
+def check_can_judge(base: Base) -> None:
+    """Raise an ImpromptError unless a base draws pictures of the size that the judge was made for.
+
+    It answers for others as well, and what it says means nothing.
+    """
+    if base.image_size_px != JUDGED_SIZE_PX:
+        raise ImpromptError(
+            f"{base.name} draws {base.image_size_px} px, and what is measured here are scenes of the "
+            f"embedded world at {JUDGED_SIZE_PX} px, which its judge reads. Of a training on your own "
+            "photos the validation_* figures in log.jsonl and previews/ tell what was learned."
+        )
 
 
 @torch.inference_mode()

@@ -7,6 +7,7 @@ from tiny_base import write_tiny_base
 
 from imprompt.bases import load_base
 from imprompt.cli.evaluate import with_unit
+from imprompt.cli.main import main
 from imprompt.core.errors import ImpromptError
 from imprompt.diorama import OBJECT_KINDS, render
 from imprompt.evaluation import ablation
@@ -98,6 +99,15 @@ def test_the_ablation_trains_on_the_base_that_was_named(tmp_path, monkeypatch):
 def test_nothing_to_measure_is_told(tmp_path):
     with pytest.raises(ImpromptError, match="count is 0, but must be at least 1"):
         evaluate("judge", load=lambda: load_base("diorama"), count=0, output=tmp_path, **SETTINGS)
+
+
+@pytest.mark.parametrize("what", ["adapter", "base", "control", "identity", "ablation"])
+def test_a_base_of_another_size_is_not_judged(what, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folder = write_tiny_base(tmp_path / "mine")
+    assert main(["evaluate", "--what", what, "--base", str(folder), "--count", "1"]) != 0
+    told = capsys.readouterr().err
+    assert "mine draws 32 px" in told and "previews/" in told
 
 
 def test_figures_have_their_units():
