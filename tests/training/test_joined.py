@@ -1,5 +1,8 @@
 """Several prepared folders train as one."""
 
+import json
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -81,3 +84,56 @@ def test_a_run_sees_all_of_them_and_one_alone_is_itself(tmp_path):
     assert open_data([folders[0]], base).path == folders[0]
     with pytest.raises(ImpromptError, match="Leave --face-encoder out"):
         open_data(folders, base, face_encoder="diorama")
+
+
+def test_other_data_under_the_same_names_are_noticed(tmp_path):
+    config = TrainConfig(steps=2, batch_size=4, validation_rows=8)
+
+    def run():
+        data = JoinedColumns([Columns.open(tmp_path / name) for name in "ab"])
+        return train(SmallSystem(), data, config, tmp_path / "run")
+
+    def describe(name, fingerprint):
+        described = json.loads((tmp_path / name / "meta.json").read_text())
+        described["content_fingerprint"] = fingerprint
+        (tmp_path / name / "meta.json").write_text(json.dumps(described))
+
+    for name in "ab":
+        write_numbers(tmp_path / name, 16)
+        describe(name, f"of {name}")
+    run()
+    describe("a", "of another")
+    with pytest.raises(ImpromptError, match=r"content_fingerprint was 'of a \+ of b'"):
+        run()
+    kept = tmp_path / "run/run.json"
+    described = json.loads(kept.read_text())
+    del described["data"]["content_fingerprint"]  # as it was written before it was known of
+    kept.write_text(json.dumps(described))
+    run()
+
+
+def test_vectors_of_faces_may_be_added_to_data_that_others_train_on(tmp_path):
+    config = TrainConfig(steps=2, batch_size=4, validation_rows=8)
+    (tmp_path / "data").mkdir()
+    writer = ColumnsWriter(tmp_path / "data", 16)
+    ones = {"x": torch.ones(16, 3), "y": torch.ones(16, 1), "id_embeds": torch.ones(16, 2)}
+    writer.write(0, ones)
+    writer.finish(16, {"source": "numbers"})
+    columns = Columns.open(tmp_path / "data")
+
+    def run(output, *reads, **meta):
+        system = SmallSystem()
+        system.columns = ("x", "y", *reads)
+        data = replace(columns, meta={**columns.meta, **meta})
+        train(system, data, config, tmp_path / output)
+
+    run("run")
+    run("run", face_encoder="added")
+    kept = tmp_path / "run/run.json"
+    described = json.loads(kept.read_text())
+    described["data"]["face_encoder"] = "added"  # as a run kept it that began when they were there
+    kept.write_text(json.dumps(described))
+    run("run", face_encoder="added")
+    run("faces", "id_embeds", face_encoder="one")
+    with pytest.raises(ImpromptError, match="face_encoder was 'one', now 'another'"):
+        run("faces", "id_embeds", face_encoder="another")

@@ -56,6 +56,9 @@ class JoinedColumns:
             **known,
             "source": " + ".join(str(part.meta.get("source", part.path)) for part in parts),
             "count": len(self),
+            "content_fingerprint": " + ".join(
+                str(part.meta.get("content_fingerprint", "unknown")) for part in parts
+            ),
         }
 
     def __len__(self) -> int:

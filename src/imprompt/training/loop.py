@@ -75,7 +75,10 @@ def train(
         others = dict(identity or {})
         if getattr(system, "rows_are_coupled", False):
             others["num_parts"] = processes.count * config.gradient_accumulation_steps
-        claim_output(output, describe(config, dict(data.meta), others))
+        meta = dict(data.meta)
+        if "id_embeds" not in system.columns:  # which may be added while others train on these data
+            meta.pop("face_encoder", None)
+        claim_output(output, describe(config, meta, others))
     set_up_denoiser(system, config)
     state = _begin(system, config, processes)
     checkpoints = output / "checkpoints"

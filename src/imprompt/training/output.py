@@ -45,6 +45,7 @@ def claim_output(output: Path, identity: dict[str, Any]) -> None:
             if field.default is not dataclasses.MISSING
         }
         found["config"] = defaults | found.get("config", {})
+        _leave_out_what_one_does_not_know(found.get("data", {}), wanted["data"])
         if "num_parts" in wanted:
             found.setdefault("num_parts", found["config"]["gradient_accumulation_steps"])
         for name in FREE_TO_CHANGE:
@@ -68,6 +69,15 @@ def claim_output(output: Path, identity: dict[str, Any]) -> None:
     except OSError as error:
         raise ImpromptError(f"Cannot write to {output}: {error.strerror}.") from error
     write_json(description, wanted)
+
+
+def _leave_out_what_one_does_not_know(found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Of what is known of the data: runs on several folders did not always keep what is in them, and
+    runs that read no faces kept whose vectors lay beside what they read."""
+    if "content_fingerprint" not in found:
+        wanted.pop("content_fingerprint", None)
+    if "face_encoder" not in wanted:
+        found.pop("face_encoder", None)
 
 
 def _differences(found: Any, wanted: Any, name: str = "") -> Iterator[str]:
