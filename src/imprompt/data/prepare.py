@@ -55,11 +55,12 @@ def prepare(
     """Encode all pairs of a source into the folder `output`; the same call resumes.
 
     `columns` are by default what an image-prompt adapter of `variant` is trained on; beside latents a
-    base that reads framing gets that, too. Columns that a finished folder lacks are added to it. Several processes may work on one folder: `workers` of this
-    machine or, with the engine `ray`, of a cluster; or `num_shards` calls, each with another `shard`,
-    of which the last to end makes the folder whole. `face_encoder` reads the columns `id_embeds` and,
-    of photos, `landmarks`; see `load_face_encoder`. By default it is the embedded world's for its own
-    portraits, and insightface for photos, of which those without a face are left out.
+    base that reads framing gets that, too. Columns that a finished folder lacks are added to it.
+    Several processes may work on one folder: `workers` of this machine or, with the engine `ray`, of a
+    cluster; or `num_shards` calls, each with another `shard`, of which the last to end makes the folder
+    whole. `face_encoder` reads the columns `id_embeds` and, of photos, `landmarks`; see
+    `load_face_encoder`. By default it is the embedded world's for its own portraits, and insightface
+    for photos, of which those without a face are left out.
 
     Raises:
         ImpromptError: nothing to prepare, an output folder that holds something else, a full disk.
