@@ -222,8 +222,8 @@ def control(base: Base, batch: Batch, kind: str) -> Tensor:
         return ((pixels + 1) * 127.5).round().to(torch.uint8)
     if batch.render is None:
         raise ImpromptError(
-            f"The column {CONTROL}{kind} needs a map for each image: give --map {kind}=FOLDER, whose "
-            "pictures are named as the images are."
+            f"The column {CONTROL}{kind} needs a map for each image: prepare the data with `imprompt "
+            f"prepare` and give --map {kind}=FOLDER, whose pictures are named as the images are."
         )
     return (draw_maps(batch.render, kind) * 255).round().to(torch.uint8)
 

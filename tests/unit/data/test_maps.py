@@ -62,7 +62,7 @@ def test_a_users_maps_lie_on_his_images(base, photos):
 
 
 def test_mistakes_are_told(base, base_folder, photos, capsys):
-    with pytest.raises(ImpromptError, match="give --map depth=FOLDER"):
+    with pytest.raises(ImpromptError, match="`imprompt prepare` and give --map depth=FOLDER"):
         prepare(str(photos / "photos"), photos / "data", base, columns=["control_depth"])
     with pytest.raises(ImpromptError, match="no map 'ears'"):
         prepare("diorama:2", photos / "data2", base, columns=["control_ears"])
