@@ -69,7 +69,8 @@ class TrainConfig:
     validation_rows: int = 64
     """The last rows of the data are held out for validation."""
     preview_images: int = 4
-    """How many pictures are drawn at each validation, where a system can draw; 0 draws none."""
+    """How many pictures are drawn at each validation, where a system can draw, at most as many as rows are
+    held out; 0 draws none."""
     best_by: str = ""
     """Which validation figure decides what is kept as `best`: `lowest:NAME` or `highest:NAME`; empty
     takes the lowest of the first figure whose name begins with loss or error."""

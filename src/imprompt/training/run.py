@@ -216,7 +216,9 @@ def run_training(
     )
     system, config, resolved = prepare_run(system_name, loaded, columns, preset, settings or [])
     if set_up_previews is not None:
-        set_up_previews(system, loaded, columns, config.preview_images)
+        # The last rows are drawn, and of these no more than are held out.
+        num_images = min(config.preview_images, config.validation_rows)
+        set_up_previews(system, loaded, columns, num_images)
     identity: dict[str, Any] = {"system": {"name": system_name, **resolved["system"]}}
     if FRAMING in system.columns:  # may have been added to data that a run was begun on without
         identity[FRAMING] = True

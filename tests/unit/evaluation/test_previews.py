@@ -92,6 +92,20 @@ def test_a_run_beside_a_base_in_half_precision_draws(name, base_folder, tmp_path
     assert (tmp_path / "run/previews/step-00000001.png").is_file()
 
 
+def test_no_more_is_drawn_than_is_held_out(base_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(previews, "PREVIEW", previews.Sampling(steps=1))
+    settings = ["steps=1", "batch_size=2", "validation_rows=2", "preview_images=4"]
+    run_training(
+        "image-prompt",
+        data=prepare("diorama:6", tmp_path / "data", load_base(base_folder)),
+        base=str(base_folder),
+        output=tmp_path / "run",
+        settings=[f"train.{setting}" for setting in (*settings, "report_to=none")],
+        set_up_previews=set_up_previews,
+    )
+    assert Image.open(tmp_path / "run/previews/step-00000001.png").size == (2 * 32, 2 * 32)
+
+
 def test_systems_beside_no_base_and_none_wanted_draw_nothing(base_folder, tmp_path):
     base = load_base(base_folder)
     columns = Columns.open(prepare("diorama:6", tmp_path / "data", base))
