@@ -53,7 +53,8 @@ def guide_by_instruction(
     `uninstructed` has tokens of image, text and the instruction "everything", `image_only` has
     tokens of the image without text and instruction. Beside its tokens the denoiser reads the text
     in `conditional` alone; in the other three, `uninstructed` too, it reads the negative text, as
-    published. With equal scales it is the same as `guide`.
+    published (but Stable Diffusion XL's pooled state is the text's in all but `unconditional`).
+    With equal scales it is the same as `guide`.
 
     Source: the published pipelines of IP-Adapter-Instruct (2408.03209).
     """

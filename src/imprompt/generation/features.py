@@ -154,7 +154,8 @@ def merge_features(
 ) -> Float[Tensor, "merged *shape"]:
     """Several pictures' features as one prompt's.
 
-    concat: all of them, read one beside the other (`weights` multiply each). mean, sum: of the
+    concat: all of them, read one beside the other (`weights` multiply each, most of which a projection
+    that ends in a normalisation takes back). mean, sum: of the
     weighted features; norm mean: the mean of directions, at the mean length. difference: the first
     minus the mean of the others, which takes away what these show; each is multiplied with its weight
     before, and the mean divides by their number, so that a small weight takes away little.

@@ -60,7 +60,7 @@ def words_of(
     """
     texts = one_if_equal(prompts)
     negative_texts = None
-    if any(negative_prompts) and "text_encoder_2" not in base.parts():
+    if any(negative_prompts) and not _has_two_text_encoders(base):
         negative_texts = one_if_equal([text or "" for text in negative_prompts])
     return Words(base, base.instruct_states(texts, text_states[: len(texts)]), negative_texts)
 
@@ -123,23 +123,30 @@ class Guidance:
     added_scale: Number
 
 
-def published_guidance(instruction: str) -> Guidance:
+def published_guidance(instruction: str, base: Base | None = None) -> Guidance:
     """The mode that the authors' pipeline takes for an instruction, by the words in it.
 
     Style, colour, face and everything are guided jointly; all else by image, text and instruction
-    apart. For a composition or a pose λ is lowered by 0.2.
+    apart. Strengths and λ are those for Stable Diffusion 1.5, where λ is lowered by 0.2 for a
+    composition or a pose, unless the `base` has two text encoders, as Stable Diffusion XL.
 
     Source: the pipelines of IP-Adapter-Instruct (2408.03209) as published.
     """
     text = instruction.lower()
     joint = any(word in text for word in ("style", "colo", "everything", "face", "facial"))
-    lowered = any(word in text for word in ("composition", "pose"))
+    is_xl = base is not None and _has_two_text_encoders(base)
+    lowered = not is_xl and any(word in text for word in ("composition", "pose"))
+    text_scale = 5.0 if is_xl else 6.0
     return Guidance(
-        text_scale=6.0,
+        text_scale=text_scale,
         image_scale=None if joint else 1.0,
-        instruction_scale=None if joint else 6.0,
+        instruction_scale=None if joint else text_scale,
         added_scale=-0.2 if lowered else 0.0,
     )
+
+
+def _has_two_text_encoders(base: Base) -> bool:
+    return "text_encoder_2" in base.parts()
 
 
 def one_if_equal(texts: Sequence[str]) -> Sequence[str]:

@@ -207,7 +207,12 @@ def _stack_text(
     assert negative is not None
     negative = negative[rows] if len(negative) == len(text_states) else negative
     negative = negative.expand(len(text))
-    return TextStates.join([text if branch == "conditional" else negative for branch in branches])
+    read = {"conditional": text, "unconditional": negative, "image_only": negative}
+    if "uninstructed" in branches:
+        # As published: of Stable Diffusion XL the whole text's one state, and the sizes, stay.
+        beside = TextStates(negative.sequence, text.pooled, text.framing)
+        read |= {"image_only": beside, "uninstructed": beside}
+    return TextStates.join([read[branch] for branch in branches])
 
 
 def _guided(

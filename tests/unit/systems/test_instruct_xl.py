@@ -15,7 +15,7 @@ from imprompt.core.randomness import Randomness
 from imprompt.data.dataset import Columns
 from imprompt.data.prepare import prepare
 from imprompt.encoders.instruction import instruction_states
-from imprompt.generation.instructed import words_of
+from imprompt.generation.instructed import published_guidance, words_of
 from imprompt.systems import instruct, instruct_words
 from imprompt.systems.instruct import InstructOptions
 from imprompt.systems.instruct_words import InstructWordsOptions
@@ -105,6 +105,42 @@ def test_what_it_trained_draws_from_its_file(base, columns, tmp_path):
 
     assert drawn("use the style") == drawn("use the style") != drawn("a dog")
     assert drawn("use the style", "red") != drawn("use the style")
+
+
+def test_the_whole_texts_state_stays_in_all_passes_but_that_of_nothing(base, monkeypatch):
+    adapter = create_adapter(
+        base.unet, "instruct", feature_dim=24, text_dim=TEXT_DIM, resampler_dim=64, depth=1
+    )
+    read = []
+    denoise = type(base).denoise
+    monkeypatch.setattr(
+        type(base), "denoise", lambda self, *given: read.append(given[2]) or denoise(self, *given)
+    )
+    photo = ImagePrompt(torch.zeros(3, 32, 32), adapter=adapter, instruction="use the duck")
+    generate(
+        base,
+        "a red cat",
+        photo,
+        negative_prompt="dull",
+        steps=1,
+        instruction_guidance_scale=5.0,
+        progress=False,
+    )
+    text, negative = base.encode_text(["a red cat"]), base.encode_text(["dull"])
+    nothing, image, uninstructed, full = (read[0][[row]] for row in range(4))
+    for states in (nothing, image, uninstructed):
+        assert torch.allclose(states.sequence, negative.sequence, atol=1e-5)
+    for states in (image, uninstructed, full):
+        assert torch.allclose(states.pooled, text.pooled, atol=1e-5)
+    assert torch.allclose(full.sequence, text.sequence, atol=1e-5)
+    assert torch.allclose(nothing.pooled, negative.pooled, atol=1e-5)
+    assert not torch.allclose(text.pooled, negative.pooled)
+
+
+def test_the_authors_strengths_are_lower_than_of_stable_diffusion_1_5(base):
+    apart = published_guidance("take the composition", base)
+    assert (apart.text_scale, apart.image_scale, apart.instruction_scale) == (5.0, 1.0, 5.0)
+    assert apart.added_scale == 0.0
 
 
 def test_tokens_of_nothing_read_the_empty_text_whatever_the_negative_one(base):
