@@ -83,9 +83,9 @@ def _each_its_own(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     known: set[int] = set()
     for name, tensor in tensors.items():
         own = tensor.contiguous()
-        if own.untyped_storage().data_ptr() in known:
+        if own.data_ptr() in known:
             own = own.clone()
-        known.add(own.untyped_storage().data_ptr())
+        known.add(own.data_ptr())
         found[name] = own
     return found
 
