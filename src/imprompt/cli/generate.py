@@ -142,7 +142,7 @@ def run(arguments: argparse.Namespace) -> None:
     base = load_placed_base(arguments)
     _extend(base, arguments)
     adapter = _adapter(arguments) if pictures else None
-    guidance = _guidance(arguments)
+    published = _published_guidance(arguments, base)
     controls = _controls(arguments)
     identities = _identities(arguments)
     images = []
@@ -151,11 +151,11 @@ def run(arguments: argparse.Namespace) -> None:
         images += generate(
             base,
             arguments.prompt,
-            [] if adapter is None else _image_prompts(arguments, pictures, adapter, scale),
+            _image_prompts(arguments, pictures, adapter, _lowered(scale, published)),
             negative_prompt=arguments.negative_prompt,
             num_images=arguments.num_images,
             steps=arguments.steps,
-            **guidance,
+            **_guidance(arguments, published),
             sampler=arguments.sampler,
             seed=arguments.seed,
             size_px=arguments.size_px,
@@ -181,6 +181,8 @@ def _image_prompts(
     from imprompt.core.errors import ImpromptError
     from imprompt.generation import ImagePrompt
 
+    if adapter is None:
+        return []
     if arguments.image_weights is not None and arguments.merge is None:
         raise ImpromptError("--image-weights are for merged images: add --merge.")
     groups = [pictures] if arguments.merge is not None else [[picture] for picture in pictures]
@@ -190,11 +192,6 @@ def _image_prompts(
             f"{len(told)} instructions were given for {len(groups)} image prompts: give one for all, "
             "or one for each."
         )
-    if arguments.published_guidance and scale > 0:
-        from imprompt.generation import published_guidance
-
-        # Lowered, but never so far that the image is fled from.
-        scale = max(0.0, scale + float(published_guidance(told[0] or "").added_scale))
     options = given(
         arguments,
         "site_preset",
@@ -216,18 +213,30 @@ def _image_prompts(
     ]
 
 
-def _guidance(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The strengths of guidance, as `generate` takes them."""
+def _published_guidance(arguments: argparse.Namespace, base: Any) -> Any:
+    """How the authors guide for the first instruction on this base; None if that was not asked for."""
     from imprompt.core.errors import ImpromptError
-
-    if not arguments.published_guidance:
-        names = ("guidance_scale", "image_guidance_scale", "instruction_guidance_scale")
-        return {name: getattr(arguments, name) for name in names}
-    if not arguments.instruction:
-        raise ImpromptError("--published-guidance goes by the instruction: add --instruction.")
     from imprompt.generation import published_guidance
 
-    published = published_guidance(arguments.instruction[0])
+    if not arguments.published_guidance:
+        return None
+    if not arguments.instruction:
+        raise ImpromptError("--published-guidance goes by the instruction: add --instruction.")
+    return published_guidance(arguments.instruction[0], base)
+
+
+def _lowered(scale: float, published: Any) -> float:
+    """λ as the authors lower it, but never so far that the image is fled from."""
+    if published is None or scale <= 0:
+        return scale
+    return max(0.0, scale + float(published.added_scale))
+
+
+def _guidance(arguments: argparse.Namespace, published: Any) -> dict[str, Any]:
+    """The strengths of guidance, as `generate` takes them."""
+    if published is None:
+        names = ("guidance_scale", "image_guidance_scale", "instruction_guidance_scale")
+        return {name: getattr(arguments, name) for name in names}
     return {
         "guidance_scale": published.text_scale,
         "image_guidance_scale": published.image_scale,

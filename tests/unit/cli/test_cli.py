@@ -7,8 +7,9 @@ from tiny_base import build_parts, write_tiny_base
 from imprompt.adapters import create_adapter
 from imprompt.bases import load_base
 from imprompt.checkpoints import save_adapter
-from imprompt.cli.generate import _image_prompts
+from imprompt.cli.generate import _image_prompts, _lowered
 from imprompt.cli.main import VERBS, create_parser, main
+from imprompt.generation import published_guidance
 
 
 @pytest.fixture(scope="module")
@@ -245,14 +246,9 @@ def test_separate_pictures_are_not_overwritten_and_nothing_is_drawn(tmp_path, ca
 
 
 def test_published_guidance_never_flees_from_the_image():
-    command = ["generate", "--image", "a.png", "--instruction", "use the pose"]
-    arguments = create_parser().parse_args([*command, "--published-guidance"])
-    adapter = create_adapter(build_parts()["unet"], "instruct", feature_dim=6, depth=1)
-    pictures = [Image.new("RGB", (8, 8))]
-    scales = [
-        _image_prompts(arguments, pictures, adapter, scale)[0].scale for scale in (0.0, 0.1, 1.0)
-    ]
-    assert scales == [0, 0, 0.8]
+    published = published_guidance("use the pose")
+    assert [_lowered(scale, published) for scale in (0.0, 0.1, 1.0)] == [0, 0, 0.8]
+    assert _lowered(0.1, None) == 0.1
 
 
 def test_the_weights_of_a_face_adapter_are_passed_on():
