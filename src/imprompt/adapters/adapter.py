@@ -232,7 +232,12 @@ def create_adapter(
         )
     width = widths[0]
     dim = resampler_dim or min(width, 1280)
-    num_heads = max(1, dim // HEAD_DIM)
+    resampler_size = {
+        "dim": dim,
+        "num_heads": max(1, dim // HEAD_DIM),
+        "depth": depth,
+        "num_positions": num_positions,
+    }
     weight = linear_weight(sites[0].module.to_k)
 
     with own_randomness(seed), torch.device("meta" if weight.is_meta else "cpu"):
@@ -240,15 +245,7 @@ def create_adapter(
         if variant == "base":
             projection = LinearProjection(feature_dim, width, num_tokens or 4)
         elif variant == "plus":
-            projection = Resampler(
-                feature_dim,
-                width,
-                num_tokens or 16,
-                dim=dim,
-                num_heads=num_heads,
-                depth=depth,
-                num_positions=num_positions,
-            )
+            projection = Resampler(feature_dim, width, num_tokens or 16, **resampler_size)
         elif variant == "full":
             projection = FullProjection(feature_dim, width, num_tokens)
         elif variant == "faceid":
@@ -264,14 +261,7 @@ def create_adapter(
             )
         else:
             projection = InstructResampler(
-                feature_dim,
-                text_dim or width,
-                width,
-                num_tokens or 16,
-                dim=dim,
-                num_heads=num_heads,
-                depth=depth,
-                num_positions=num_positions,
+                feature_dim, text_dim or width, width, num_tokens or 16, **resampler_size
             )
         rank = lora_rank if variant in FACE_VARIANTS else 0
         weights = {site.index: weights_for(site, rank) for site in sites if site.is_cross or rank}

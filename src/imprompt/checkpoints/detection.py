@@ -228,27 +228,16 @@ def build_projection(variant: str, shapes: Shapes) -> nn.Module:
     num_heads = ratio(size("layers.0.0.to_q.weight", 0), HEAD_DIM)
     width = size("proj_out.weight", 0)
     feature_dim = size("proj_in.weight", 1)
-    num_positions = shapes(POSITIONS, 0) if POSITIONS in shapes else 0
+    resampler_size = {
+        "dim": dim,
+        "num_heads": num_heads,
+        "depth": depth,
+        "num_positions": shapes(POSITIONS, 0) if POSITIONS in shapes else 0,
+    }
     if variant == "plus":
-        return Resampler(
-            feature_dim,
-            width,
-            num_tokens,
-            dim=dim,
-            num_heads=num_heads,
-            depth=depth,
-            num_positions=num_positions,
-        )
-    return InstructResampler(
-        feature_dim,
-        size("proj_new_input.weight", 1),
-        width,
-        num_tokens,
-        dim=dim,
-        num_heads=num_heads,
-        depth=depth,
-        num_positions=num_positions,
-    )
+        return Resampler(feature_dim, width, num_tokens, **resampler_size)
+    text_dim = size("proj_new_input.weight", 1)
+    return InstructResampler(feature_dim, text_dim, width, num_tokens, **resampler_size)
 
 
 def ratio(whole: int, part: int) -> int:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from tiny_base import build_parts
 from torch.nn.functional import mse_loss
 
 from imprompt.adapters import create_adapter
@@ -15,15 +15,7 @@ NUM_STATES, STATE_DIM = 9, 8
 
 @pytest.fixture(scope="module")
 def unet():
-    return UNet2DConditionModel(
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=64,
-        attention_head_dim=2,
-    )
+    return build_parts()["unet"]
 
 
 def adapter_of(unet, variant, num_positions=NUM_STATES):
