@@ -43,7 +43,7 @@ def add_lora(base: Base, source: str | Path, weight: int | float = 1.0, name: st
             pipeline.delete_adapters(name)
         raise ImpromptError(
             f"The LoRA {source} does not go on {base.name}: {first_line(error)}."
-        ) from (error)
+        ) from error
     finally:
         # Loading one switches off the others, in the UNet and in every text encoder that it is for.
         if names := _loras_on(pipeline):

@@ -207,10 +207,8 @@ class _File:
         assert isinstance(file, Path)
         try:
             inside = file.resolve().is_relative_to(self.root)
-        except (
-            OSError,
-            RuntimeError,
-        ) as error:  # too long a name, or a link that leads in a circle
+        except (OSError, RuntimeError) as error:
+            # Too long a name, or a link that leads in a circle.
             raise Unusable(
                 "image missing", f"{shown(self.path)} cannot be found: {error}"
             ) from error

@@ -87,6 +87,11 @@ def build(options: ImagePromptOptions, base: Base, columns: Rows) -> ImagePrompt
             raise ImpromptError(
                 f"{options.start_from} is a {adapter.variant} adapter; variant is {options.variant}."
             )
+        if options.positions and adapter.projection.features[0].length is None:
+            raise ImpromptError(
+                f"{options.start_from} has no positions, and only a new adapter gets them here: set "
+                "system.positions=false."
+            )
     else:
         adapter = create_adapter(
             base.unet,

@@ -163,3 +163,23 @@ def test_ridge_regression_finds_a_linear_map():
     found, offset = ridge_regression(inputs, inputs @ weight + bias)
     torch.testing.assert_close(found, weight, rtol=0.01, atol=0.01)
     torch.testing.assert_close(offset, bias, rtol=0.01, atol=0.01)
+
+
+def test_positions_are_for_a_new_plus(base, variant_and_columns, tmp_path):
+    variant, columns = variant_and_columns
+    if variant != "plus":
+        with pytest.raises(ImpromptError, match=f"{variant} variant has no positions"):
+            system_of(base, variant, columns, positions=True)
+        return
+    system = system_of(base, variant, columns, positions=True)
+    loss, _ = system.loss(columns.rows(range(4), system.columns), Randomness(0, range(4)))
+    loss.backward()
+    assert system.module.image_proj.pos_emb.weight.grad.any()
+    system.export(tmp_path / "placed.safetensors")
+    start = str(tmp_path / "placed.safetensors")
+    assert system_of(base, variant, columns, positions=True, start_from=start)
+
+    system_of(base, variant, columns).export(tmp_path / "plain.safetensors")
+    with pytest.raises(ImpromptError, match="plain.safetensors has no positions"):
+        start = str(tmp_path / "plain.safetensors")
+        system_of(base, variant, columns, positions=True, start_from=start)
