@@ -34,6 +34,7 @@ from imprompt.diorama import (
     character_number,
     draw_maps,
     landmarks_of,
+    subject_caption,
 )
 from imprompt.encoders.face import FaceEncoder, loaded_face_encoder
 
@@ -190,6 +191,11 @@ def phrasing_ids(base: Base, batch: Batch) -> Tensor:
     return base.tokenize(texts).unflatten(0, (-1, NUM_PHRASINGS))
 
 
+def subject_ids(base: Base, batch: Batch) -> Tensor:
+    """Token ids of what or whom a scene shows, and nothing else: int64 (batch, length)."""
+    return base.tokenize([subject_caption(scene) for scene in _scenes(batch)])
+
+
 def pixels(base: Base, batch: Batch) -> Tensor:
     """The picture itself: uint8 (batch, 3, size, size)."""
     return to_bytes(batch.pixels)
@@ -291,6 +297,7 @@ COLUMNS: dict[str, Callable[[Base, Batch], Tensor]] = {
     "text_ids": text_ids,
     "latents": latents,
     "phrasing_ids": phrasing_ids,
+    "subject_ids": subject_ids,
     "pixels": pixels,
     "labels": labels,
     "character": character,

@@ -30,6 +30,7 @@ from imprompt.diorama import (
     everyday_caption,
     phrases,
     sample_scene,
+    subject_caption,
 )
 from imprompt.diorama.people import training_character
 from imprompt.diorama.vocabulary import COLOURS, PERSON
@@ -87,11 +88,10 @@ def kept_in_words(task: str, scene: Scene) -> str:
         return caption(scene, 3)
     if task == "style":
         return said.adverb
-    if task == "object":
-        return said.subject
     if task == "composition":
-        return f"a {scene.size} {scene.kind} {said.place}"
-    return f"a person with {said.looks}"
+        # What it is, the prompt says.
+        return f"{scene.size} {said.place}"
+    return subject_caption(scene)
 
 
 def _scene(seed: int, **fixed: object) -> Scene:

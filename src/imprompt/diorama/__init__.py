@@ -7,6 +7,7 @@ from imprompt.diorama.captions import (
     everyday_caption,
     phrases,
     portrait_caption,
+    subject_caption,
 )
 from imprompt.diorama.maps import MAP_KINDS, draw_maps
 from imprompt.diorama.people import (
@@ -51,5 +52,6 @@ __all__ = [
     "render",
     "sample_character",
     "sample_scene",
+    "subject_caption",
     "training_portrait",
 ]

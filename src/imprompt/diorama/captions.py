@@ -50,6 +50,13 @@ def caption(scene: Scene, phrasing: int = 0) -> str:
     )[phrasing % NUM_PHRASINGS]
 
 
+def subject_caption(scene: Scene) -> str:
+    """Only what a scene shows, "a red house", or whom: "a person with long black hair and tan skin"."""
+    if scene.character is not None:
+        return f"a person with {_looks(scene.character)}"
+    return _subject(scene)
+
+
 # How often a caption says what. A caption that says everything makes its image redundant as a
 # prompt; that few do is what lets adapters learn to take from an image what a text leaves open.
 _SHARES = {"all": 0.3, "subject": 0.35, "subject and setting": 0.1, "style": 0.15, "setting": 0.1}

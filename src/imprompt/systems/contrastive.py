@@ -2,6 +2,10 @@
 
 Source: Radford et al. 2021 (2103.00020), figure 3: a symmetric cross-entropy over the similarities of all
 pairs in a batch, with a learned temperature clipped at 100.
+
+An encoder that adapters already stand on can learn more without making them useless: what it says of
+pictures of objects is then held to what it said before, while portraits teach it persons. Ours; as in
+learning without forgetting (Li and Hoiem, 1606.09282), with states in the place of classes.
 """
 
 from __future__ import annotations
@@ -26,11 +30,22 @@ from transformers import (
 )
 
 from imprompt.bases import Base, image_encoder_of
+from imprompt.core.config import check_range
+from imprompt.core.errors import ImpromptError
 from imprompt.core.randomness import Randomness
 from imprompt.data.rows import Rows
+from imprompt.diorama import KINDS
+from imprompt.diorama.vocabulary import PERSON
 from imprompt.systems.protocol import starts_from_base
+from imprompt.systems.warm_start import ridge_regression
 
 MAX_TOKENS = 32
+PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
+PIXEL_DEVIATION = (0.26862954, 0.26130258, 0.27577711)
+"""Of the vision tower's pixels in [0, 1]."""
+NUM_PAIRS_TO_FIT = 2048
+SMALLEST_DEVIATION = 1e-3
+CAPTION_COLUMNS = {"whole": "phrasing_ids", "subject": "subject_ids"}
 
 
 def train_tokenizer(captions: Iterable[str], vocabulary_size: int = 1024) -> CLIPTokenizer:
@@ -121,56 +136,107 @@ class _TwoTowers(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class ContrastiveOptions:
-    """What is trained."""
+    """What is trained, on what."""
 
     start: str = "new"
     """`new` for random weights, `base` to go on with the base's encoders."""
     lock_text: bool = False
-    """Train the image encoder alone, so that a denoiser trained on the text encoder stays right
-    (locked tuning, Zhai et al., 2111.07991, with the roles exchanged)."""
+    """Train the image encoder, and of the text encoder its projection alone, so that a denoiser trained
+    on the text encoder stays right (locked tuning, Zhai et al., 2111.07991, with the roles exchanged)."""
+    captions: str = "whole"
+    """`whole` for captions that tell all of a picture, in one of several phrasings (column
+    phrasing_ids), `subject` for those that say only what or whom it shows (column subject_ids). Among
+    whole captions few differ in a face alone, and it is learnt last."""
+    hold: float = 0.0
+    """How strongly what is said of objects stays what it was; 0 leaves it free. Needs start="base" and
+    the column labels, which tells persons from objects."""
+
+    def __post_init__(self) -> None:
+        check_range(self, ("hold",), 0)
+        if self.captions not in CAPTION_COLUMNS:
+            raise ImpromptError(
+                f"captions is {self.captions!r}; it must be one of: {', '.join(CAPTION_COLUMNS)}."
+            )
+        if self.hold and not starts_from_base(self.start):
+            raise ImpromptError('hold keeps what the base\'s encoder says; it needs start="base".')
 
 
 def build(options: ContrastiveOptions, base: Base, columns: Rows) -> ContrastiveSystem:
-    """The system for columns of pixels and token ids."""
+    """The system for columns of pixels and token ids.
+
+    Raises:
+        ImpromptError: the data lack a column.
+    """
     text, vision = create_encoders(base.tokenizer)
+    before = None
     if starts_from_base(options.start):
+        before = image_encoder_of(base).model
         text.load_state_dict(base.text_encoder.state_dict(), strict=False)
-        vision.load_state_dict(image_encoder_of(base).model.state_dict())
-    system = ContrastiveSystem(text, vision)
-    system.module.text.requires_grad_(not options.lock_text)
+        vision.load_state_dict(before.state_dict())
+    system = ContrastiveSystem(text, vision, options, before)
+    if before is not None:
+        columns.require(system.columns)
+        fit_text_projection(text, vision, columns, CAPTION_COLUMNS[options.captions])
+    text.requires_grad_(not options.lock_text)
+    text.text_projection.requires_grad_(True)
     system.module.to(base.device)
     return system
 
 
+@torch.no_grad()
+def fit_text_projection(
+    text: CLIPTextModelWithProjection, vision: nn.Module, columns: Rows, caption_column: str
+) -> None:
+    """Find again the text encoder's projection into the space of pictures, which a base does without."""
+    rows = columns.rows(range(min(NUM_PAIRS_TO_FIT, len(columns))), ["pixels", caption_column])
+    ids = rows[caption_column]
+    ids = ids if ids.ndim == 2 else ids[:, 0]
+    texts = torch.cat([text.text_model(input_ids=part).pooler_output for part in ids.split(256)])
+    pictures = rows["pixels"].split(256)
+    images = torch.cat([vision(pixel_values=_normalized(part)).image_embeds for part in pictures])
+    # The projection has no bias: with every pair and its opposite the means are zero.
+    weight, _ = ridge_regression(torch.cat([texts, -texts]), torch.cat([images, -images]))
+    text.text_projection.weight.copy_(weight.T)
+
+
+def _normalized(pixels: Tensor) -> Tensor:
+    """What the image encoder reads of pixels in 0 … 255."""
+    mean = torch.tensor(PIXEL_MEAN, device=pixels.device)[:, None, None]
+    deviation = torch.tensor(PIXEL_DEVIATION, device=pixels.device)[:, None, None]
+    return (pixels.float() / 255.0 - mean) / deviation
+
+
 class ContrastiveSystem:
-    """Trains both towers on `pixels` (uint8) and one of `phrasing_ids` (rows, phrasings, tokens) at a time.
+    """Trains both towers on `pixels` (uint8) and captions."""
 
-    `pixel_mean` and `pixel_std` are the vision tower's normalisation of pixels in [0, 1].
-    """
-
-    columns = ("pixels", "phrasing_ids")
     rows_are_coupled = True  # each is told from the others
-    pixel_mean = (0.48145466, 0.4578275, 0.40821073)
-    pixel_std = (0.26862954, 0.26130258, 0.27577711)
 
-    def __init__(self, text: CLIPTextModelWithProjection, vision: CLIPVisionModelWithProjection):
+    def __init__(
+        self,
+        text: CLIPTextModelWithProjection,
+        vision: CLIPVisionModelWithProjection,
+        options: ContrastiveOptions | None = None,
+        before: nn.Module | None = None,
+    ):
+        """before: the image encoder whose word on objects is kept, where `options.hold` is not 0."""
         self.module = _TwoTowers(text, vision)
-
-    def _similarities(self, pixels: Tensor, text_ids: Tensor) -> Tensor:
-        mean = torch.tensor(self.pixel_mean, device=pixels.device)[:, None, None]
-        std = torch.tensor(self.pixel_std, device=pixels.device)[:, None, None]
-        image = self.module.vision(pixel_values=(pixels.float() / 255.0 - mean) / std).image_embeds
-        text = self.module.text(input_ids=text_ids).text_embeds
-        image = functional.normalize(image.float(), dim=1)
-        text = functional.normalize(text.float(), dim=1)
-        return image @ text.T * self.module.log_temperature.exp().clamp(max=100.0)
+        self.options = ContrastiveOptions() if options is None else options
+        self._before = before
+        self._captions = CAPTION_COLUMNS[self.options.captions]
+        held = ("labels",) if self.options.hold else ()
+        self.columns = ("pixels", self._captions, *held)
 
     def loss(
         self, batch: dict[str, Tensor], randomness: Randomness
     ) -> tuple[Tensor, dict[str, float | Tensor]]:
-        phrasing = randomness.integers("phrasing", batch["phrasing_ids"].shape[1])
-        text_ids = batch["phrasing_ids"][torch.arange(len(phrasing)), phrasing]
-        logits = self._similarities(batch["pixels"], text_ids)
+        text_ids = batch[self._captions]
+        if text_ids.ndim == 3:
+            phrasing = randomness.integers("phrasing", text_ids.shape[1])
+            text_ids = text_ids[torch.arange(len(phrasing)), phrasing]
+        pixels = _normalized(batch["pixels"])
+        hold = self.options.hold
+        seen: Any = self.module.vision(pixel_values=pixels, output_hidden_states=hold > 0)
+        logits = self._similarities(seen.image_embeds, text_ids)
         # Two images may have the very same caption: both are then right.
         same = (text_ids[:, None] == text_ids[None]).all(2).float()
         target = same / same.sum(1, keepdim=True)
@@ -178,12 +244,43 @@ class ContrastiveSystem:
             functional.cross_entropy(logits, target) + functional.cross_entropy(logits.T, target)
         )
         right = (same.gather(1, logits.argmax(1, keepdim=True)) > 0).float().mean()
-        return loss, {"right": right.detach()}
+        figures: dict[str, float | Tensor] = {"right": right.detach()}
+        if hold:
+            moved = self._moved(seen, pixels, batch["labels"][:, 0] != KINDS.index(PERSON))
+            loss = loss + hold * moved
+            figures["moved"] = moved.detach()
+        return loss, figures
+
+    def _similarities(self, image: Tensor, text_ids: Tensor) -> Tensor:
+        text = self.module.text(input_ids=text_ids).text_embeds
+        image = functional.normalize(image.float(), dim=1)
+        text = functional.normalize(text.float(), dim=1)
+        return image @ text.T * self.module.log_temperature.exp().clamp(max=100.0)
+
+    def _moved(self, seen: Any, pixels: Tensor, is_object: Tensor) -> Tensor:
+        """How far what adapters read of objects is from what it was, in units of its variance.
+
+        That is the penultimate states, and the embedding.
+        """
+        assert self._before is not None
+        with torch.no_grad():
+            before: Any = self._before(pixel_values=pixels, output_hidden_states=True)
+        count = is_object.sum().clamp(min=1)
+        moved = pixels.new_zeros(())
+        for now, then in (
+            (seen.hidden_states[-2], before.hidden_states[-2]),
+            (seen.image_embeds[:, None], before.image_embeds[:, None]),
+        ):
+            then = then.float()
+            deviation = then.std((0, 1)).clamp(min=SMALLEST_DEVIATION)
+            errors = ((now.float() - then) / deviation).square().mean((1, 2))
+            moved = moved + (errors * is_object).sum() / count
+        return moved
 
     @torch.no_grad()
     def validate(self, batch: dict[str, Tensor], randomness: Randomness) -> dict[str, float]:
         loss, figures = self.loss(batch, randomness)
-        return {"loss": loss.item(), "right": float(figures["right"])}
+        return {"loss": loss.item()} | {name: float(value) for name, value in figures.items()}
 
     def preview(self) -> Image.Image | None:
         return None

@@ -9,7 +9,16 @@ from imprompt.bases import load_base
 from imprompt.core.errors import ImpromptError
 from imprompt.core.randomness import Randomness
 from imprompt.data.dataset import Columns, ColumnsWriter
-from imprompt.diorama import COLOURS, KINDS, SETTINGS, STYLES, caption, render, sample_scene
+from imprompt.diorama import (
+    COLOURS,
+    KINDS,
+    SETTINGS,
+    STYLES,
+    caption,
+    render,
+    sample_scene,
+    subject_caption,
+)
 from imprompt.evaluation.judge import load_judge
 from imprompt.systems import autoencoder, classifier, contrastive, text_to_image
 from imprompt.training.run import prepare_run
@@ -101,6 +110,58 @@ def test_contrastive_towers(tokenizer, batch, tmp_path):
     system.export(tmp_path)
     assert (tmp_path / "text_encoder" / "config.json").is_file()
     assert (tmp_path / "image_encoder" / "config.json").is_file()
+
+
+def test_an_image_encoder_learns_on_without_forgetting(batch, tmp_path):
+    """Rows that show objects stay what they were, and the projection of texts is found again."""
+    base = load_base("diorama")
+    ids = base.tokenize([subject_caption(sample_scene(seed)) for seed in range(8)])
+    writer = ColumnsWriter(tmp_path, 8)
+    writer.write(0, {"pixels": batch["pixels"], "subject_ids": ids, "labels": batch["labels"]})
+    writer.finish(8, {"base_fingerprint": base.fingerprint()})
+    columns = Columns.open(tmp_path)
+    rows = columns.rows(range(8), columns.names)
+    drawn = Randomness(0, range(8))
+    moved = []
+    for hold in (0.01, 20.0):
+        options = contrastive.ContrastiveOptions(
+            start="base", lock_text=True, captions="subject", hold=hold
+        )
+        system = contrastive.build(options, base, columns)
+        text = {name for name, p in system.module.text.named_parameters() if p.requires_grad}
+        assert text == {"text_projection.weight"}
+        first = system.validate(rows, drawn)
+        assert first["moved"] == pytest.approx(0, abs=1e-6)
+        assert first["right"] == 1.0
+        steps(system, rows, count=8, learning_rate=1e-3)
+        moved.append(system.validate(rows, drawn)["moved"])
+    assert moved[1] < 0.5 * moved[0]
+
+
+def test_portraits_may_move_while_objects_are_held():
+    base = load_base("diorama")
+    torch.manual_seed(0)
+    text, vision = contrastive.create_encoders(base.tokenizer)
+    options = contrastive.ContrastiveOptions(start="base", captions="subject", hold=1.0)
+    system = contrastive.ContrastiveSystem(text, vision, options, base.image_encoder.model)
+    person, duck = KINDS.index("person"), KINDS.index("duck")
+    batch = {
+        "pixels": torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8),
+        "subject_ids": base.tokenize(["a person with dark skin", "a red duck"]),
+        "labels": torch.tensor([[person, 0, 0, 0], [person, 0, 0, 0]]),
+    }
+    assert system.loss(batch, Randomness(0, range(2)))[1]["moved"] == 0
+    batch["labels"][1, 0] = duck
+    assert system.loss(batch, Randomness(0, range(2)))[1]["moved"] > 0.1
+
+
+def test_what_is_asked_of_the_encoders_is_checked():
+    with pytest.raises(ImpromptError, match="must be one of: whole, subject"):
+        contrastive.ContrastiveOptions(captions="half")
+    with pytest.raises(ImpromptError, match='needs start="base"'):
+        contrastive.ContrastiveOptions(hold=1.0)
+    with pytest.raises(ImpromptError, match="hold is -1"):
+        contrastive.ContrastiveOptions(start="base", hold=-1.0)
 
 
 def test_text_to_image(tokenizer, batch, tmp_path):
