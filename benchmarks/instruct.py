@@ -64,7 +64,9 @@ def measure(adapter: Path | None, count: int) -> dict[str, float]:
     )
 
 
-def compare(output: Path, pairs: int, steps: int, count: int) -> dict[str, float]:
+def compare(
+    output: Path, pairs: int, steps: int, count: int, words: Path | None
+) -> dict[str, float]:
     from imprompt.bases import load_base
     from imprompt.evaluation.instruct_table import measure_instruct_table
     from imprompt.evaluation.judge import load_judge
@@ -79,6 +81,7 @@ def compare(output: Path, pairs: int, steps: int, count: int) -> dict[str, float
         count,
         num_pairs=pairs,
         steps=steps,
+        words=words,
     )
 
 
@@ -161,6 +164,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=48)
     parser.add_argument("--pairs", type=int, default=5000, help="lessons that compare trains on")
     parser.add_argument("--steps", type=int, default=300, help="steps of each model of compare")
+    parser.add_argument("--words", type=Path, help="first stage for compare, trained already")
     parser.add_argument("--output", type=Path, default=Path("runs/instruct-table"))
     arguments = parser.parse_args()
     if arguments.what == "picture":
@@ -171,7 +175,11 @@ def main() -> None:
         figures["instruct"] = measure(arguments.adapter, arguments.count)
     elif arguments.what == "compare":
         figures["instruct-table"] = compare(
-            arguments.output, arguments.pairs, arguments.steps, arguments.count
+            arguments.output,
+            arguments.pairs,
+            arguments.steps,
+            arguments.count,
+            arguments.words,
         )
     if arguments.what != "tables":
         FIGURES.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")

@@ -41,7 +41,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the embedded base from nothing.")
     parser.add_argument("output", type=Path)
     parser.add_argument("--num-scenes", type=int, default=48_000)
-    parser.add_argument("--num-portraits", type=int, default=16_384, help="for the denoiser")
+    parser.add_argument(
+        "--num-portraits", type=int, default=16_384, help="for encoder and denoiser"
+    )
     parser.add_argument("--num-pairs", type=int, default=20_000, help="of the adapter")
     parser.add_argument("--num-images", type=int, default=500, help="to measure with")
     parser.add_argument("--factor", type=float, default=1.0, help="times the presets' steps")
@@ -66,14 +68,19 @@ def main() -> None:
         image_encoder=ClipImageEncoder(vision),
     )
     base.to(device)
-    source = f"diorama:{arguments.num_scenes}"
-    pictures = prepare(
-        source, out / "pictures", base, columns=("pixels", "labels", "phrasing_ids"), batch_size=104
+    source, portraits = (
+        f"diorama:{arguments.num_scenes}",
+        f"diorama-people:{arguments.num_portraits}",
     )
-    columns = Columns.open(pictures)
+    seen = ("pixels", "labels", "phrasing_ids", "subject_ids")
+    columns = Columns.open(prepare(source, out / "pictures", base, columns=seen, batch_size=104))
+    faces = Columns.open(prepare(portraits, out / "portraits", base, columns=seen, batch_size=104))
+
+    def preset(name: str) -> dict[str, Any]:
+        return read_toml(preset_path(f"diorama-{name}"))
 
     def config(name: str) -> TrainConfig:
-        settings = build(TrainConfig, read_toml(preset_path(f"diorama-{name}"))["train"])
+        settings = build(TrainConfig, preset(name)["train"])
         return dataclasses.replace(settings, steps=max(1, int(settings.steps * arguments.factor)))
 
     def fit(system: Any, name: str, columns: Rows) -> Path:
@@ -91,16 +98,22 @@ def main() -> None:
 
     encoders = contrastive.ContrastiveSystem(*contrastive.create_encoders(tokenizer))
     clip_folder = fit(encoders, "contrastive", columns)
+
+    def see_with(folder: Path) -> CLIPVisionModelWithProjection:
+        encoder: Any = CLIPVisionModelWithProjection.from_pretrained(folder / "image_encoder")
+        base.image_encoder = ClipImageEncoder(encoder)
+        base.to(device)
+        return encoder
+
     base.vae = vae
     base.text_encoder = CLIPTextModel.from_pretrained(clip_folder / "text_encoder")
-    image_encoder: Any = CLIPVisionModelWithProjection.from_pretrained(
-        clip_folder / "image_encoder"
-    )
-    base.image_encoder = ClipImageEncoder(image_encoder)
-    base.to(device)
+    see_with(clip_folder)
+    both = JoinedColumns([faces, columns])
+    options = build(contrastive.ContrastiveOptions, preset("contrastive-persons")["system"])
+    persons = contrastive.build(options, base, both)
+    image_encoder = see_with(fit(persons, "contrastive-persons", both))
     read = ("latents", "phrasing_ids")
     scenes = Columns.open(prepare(source, out / "latents", base, columns=read))
-    portraits = f"diorama-people:{arguments.num_portraits}"
     people = Columns.open(prepare(portraits, out / "people", base, columns=read))
 
     denoiser = text_to_image.TextToImageSystem(

@@ -19,7 +19,9 @@ import torch
 from imprompt.bases import load_base
 from imprompt.checkpoints import load_adapter, save_adapter
 from imprompt.core.config import read_toml
+from imprompt.data.dataset import Columns
 from imprompt.data.prepare import prepare
+from imprompt.evaluation.instruct_table import rows_of_task
 from imprompt.evaluation.run import evaluate
 from imprompt.training.run import preset_path, run_training
 
@@ -49,12 +51,19 @@ def prepared(source: str, folder: str, arguments: argparse.Namespace, **wanted) 
 
 
 def instruct(arguments: argparse.Namespace, weights: Path) -> None:
-    """Both stages; shipped in half precision."""
+    """Layouts, all words, then the denoiser; shipped in half precision."""
     lessons = f"diorama-instruct:{arguments.num_lessons}"
     data = prepared(lessons, "lessons", arguments, variant="instruct-words")
-    words = trained("instruct-words", "diorama-instruct-words", data, arguments, "words")
-    start = f'system.start_from="{words}"'
-    made = load_adapter(trained("instruct", "diorama-instruct", data, arguments, "joint", start))
+    some = rows_of_task(Columns.open(data), "composition", arguments.output / "compositions")
+    file: Path | None = None
+    for system, preset, rows in (
+        ("instruct-words", "diorama-instruct-layouts", some),
+        ("instruct-words", "diorama-instruct-words", data),
+        ("instruct", "diorama-instruct", data),
+    ):
+        start = [] if file is None else [f'system.start_from="{file}"']
+        file = trained(system, preset, rows, arguments, preset.removeprefix("diorama-"), *start)
+    made = load_adapter(file)
     file = weights / "diorama-ip-adapter-instruct.safetensors"
     save_adapter(made, file, made.metadata, dtype=torch.float16)
 

@@ -31,7 +31,8 @@ from imprompt.evaluation.measure import Sampling
 from imprompt.systems.classifier import Judge
 from imprompt.training.run import run_training
 
-WORDS_PRESET, PRESET = "diorama-instruct-words", "diorama-instruct"
+LAYOUTS_PRESET, WORDS_PRESET = "diorama-instruct-layouts", "diorama-instruct-words"
+PRESET = "diorama-instruct"
 ONE_INSTRUCTION = "one fixed instruction"
 FIXED = {
     "everything": "use everything",
@@ -52,13 +53,14 @@ def measure_instruct_table(
     *,
     num_pairs: int = 3000,
     steps: int = 300,
+    words: Path | None = None,
     words_settings: list[str] | None = None,
     settings: list[str] | None = None,
 ) -> dict[str, float]:
     """Figures of each model for each task, by name. What `output` has already is not done again.
 
     `load` brings the base, anew for each training and measurement, since a training leaves its adapter
-    in the base.
+    in the base. `words` is a first stage that is trained already; without it one is trained.
     """
     base = load()
     data = prepare(
@@ -68,19 +70,13 @@ def measure_instruct_table(
         columns=default_columns("instruct-words"),
         batch_size=250,
     )
-    words = run_training(
-        "instruct-words",
-        data=data,
-        base=load(),
-        output=output / "words",
-        preset=WORDS_PRESET,
-        settings=words_settings or [],
-    )
     columns = Columns.open(data)
-    tasks_of_rows = columns.rows(range(len(columns)), ["task_ids"])["task_ids"].numpy()
     sets = {"joint": data, ONE_INSTRUCTION: with_fixed_instructions(columns, base, output)}
-    for number, task in enumerate(TASKS):
-        sets[task] = some_rows(columns, np.flatnonzero(tasks_of_rows == number), output / task)
+    for task in TASKS:
+        sets[task] = rows_of_task(columns, task, output / task)
+
+    if words is None:
+        words = _first_stage(load, sets["composition"], data, output, words_settings or [])
     clip = ClipScores(base)
     figures: dict[str, float] = {}
     for name, folder in sets.items():
@@ -112,6 +108,27 @@ def measure_instruct_table(
     return figures
 
 
+def _first_stage(
+    load: Callable[[], Base], layouts: Path, data: Path, output: Path, settings: list[str]
+) -> Path:
+    """A resampler that has learnt layouts, and then the words of all tasks."""
+    file: Path | None = None
+    for name, folder, preset in (
+        ("layouts", layouts, LAYOUTS_PRESET),
+        ("words", data, WORDS_PRESET),
+    ):
+        file = run_training(
+            "instruct-words",
+            data=folder,
+            base=load(),
+            output=output / name,
+            preset=preset,
+            settings=[*settings, *([] if file is None else [f'system.start_from="{file}"'])],
+        )
+    assert file is not None
+    return file
+
+
 def fixed(lessons: Sequence[InstructExample]) -> list[InstructExample]:
     """The same lessons, each asked for in its task's one instruction."""
     return [
@@ -120,9 +137,11 @@ def fixed(lessons: Sequence[InstructExample]) -> list[InstructExample]:
     ]
 
 
-def some_rows(columns: Columns, rows: np.ndarray, folder: Path) -> Path:
-    """A folder with some of the rows, if it is not there already."""
+def rows_of_task(columns: Columns, task: str, folder: Path) -> Path:
+    """A folder with the rows of one task, if it is not there already."""
     if not (folder / "meta.json").exists():
+        tasks = columns.rows(range(len(columns)), ["task_ids"])["task_ids"].numpy()
+        rows = np.flatnonzero(tasks == TASKS.index(task))
         folder.mkdir(parents=True, exist_ok=True)
         writer = ColumnsWriter(folder, len(rows))
         writer.write(0, columns.rows(rows, columns.names))

@@ -171,7 +171,7 @@ def build(options: ContrastiveOptions, base: Base, columns: Rows) -> Contrastive
     before = None
     if starts_from_base(options.start):
         before = image_encoder_of(base).model
-        text.load_state_dict(base.text_encoder.state_dict(), strict=False)
+        text.text_model.load_state_dict(base.text_encoder.state_dict())
         vision.load_state_dict(before.state_dict())
     system = ContrastiveSystem(text, vision, options, before)
     if before is not None:

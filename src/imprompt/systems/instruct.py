@@ -138,11 +138,16 @@ def text_width(base: Base) -> int:
 
 
 def new_like(
-    adapter: ImagePromptAdapter, base: Base, *, more_tokens: int = 0, num_positions: int = 0
+    adapter: ImagePromptAdapter,
+    base: Base,
+    *,
+    more_tokens: int = 0,
+    more_layers: int = 0,
+    num_positions: int = 0,
 ) -> ImagePromptAdapter:
     """A new Instruct adapter of the shape of this Plus or Instruct adapter, or larger by what is told.
 
-    It has as many tokens more, and the positions if the adapter has none of its own.
+    It has as many tokens and layers more, and the positions if the adapter has none of its own.
     """
     _, num_tokens, dim = adapter.state_dict()["image_proj.latents"].shape
     hidden_states = adapter.projection.features[0]
@@ -152,7 +157,7 @@ def new_like(
         feature_dim=hidden_states.dim,
         num_tokens=num_tokens + more_tokens,
         resampler_dim=dim,
-        depth=len(adapter.image_proj.get_submodule("layers")._modules),
+        depth=len(adapter.image_proj.get_submodule("layers")._modules) + more_layers,
         num_positions=hidden_states.length or num_positions,
         text_dim=text_width(base),
     )

@@ -6,7 +6,8 @@ asks for ("as line art", "a red duck"). That needs no denoiser and is a hundred 
 with the denoiser then goes on from tokens that are understood, and adds what words do not say.
 
 An adapter that is trained already may be given more tokens: these learn words, while its own are held to
-what they say. What was never learnt of it is then learnt in minutes.
+what they say. Or it is given more layers, which begin by changing nothing, and learns the words of some tasks,
+while its tokens for all others are held. What was never learnt of it is then learnt in minutes.
 
 Ours, not of the paper. It needs words for what is to be kept, which ground truth or captions of crops,
 styles and faces give.
@@ -14,7 +15,7 @@ styles and faces give.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -44,17 +45,36 @@ class InstructWordsOptions(InstructOptions):
 
     added_tokens: int = 0
     """Tokens that the adapter in `start_from` gets in addition, which alone learn words."""
+    added_layers: int = 0
+    """Layers that the resampler of the adapter in `start_from` gets in addition, after its own. They
+    begin by changing nothing, and find what trained ones no longer look for."""
+    learn: tuple[str, ...] = ()
+    """Tasks whose words are learnt, while for all others the tokens are held to what the adapter in
+    `hold_to` says; none named is all of them, and nothing held."""
+    hold_to: str = ""
+    """The Instruct adapter that tasks not in `learn` are held to; empty is that in `start_from`."""
     layout_weight: float = 1.0
     """How many times a composition's words count. They say size and place, a tenth of the variance of the
     states of words, which is learnt after all else."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_range(self, ("added_tokens", "layout_weight"), 0)
-        if self.added_tokens and not self.start_from:
+        check_range(self, ("added_tokens", "added_layers", "layout_weight"), 0)
+        for name in ("added_tokens", "added_layers", "learn"):
+            if getattr(self, name) and not self.start_from:
+                raise ImpromptError(
+                    f"{name} is about the adapter in system.start_from, and none is named."
+                )
+        if unknown := sorted(set(self.learn) - set(TASKS)):
             raise ImpromptError(
-                "added_tokens are added to the adapter in system.start_from, and none is named; "
-                "system.num_tokens is how many a new one has."
+                f"There is no task {unknown[0]!r} to learn; choose of: {', '.join(TASKS)}."
+            )
+        if self.hold_to and not self.learn:
+            raise ImpromptError("hold_to holds the tasks that are not in learn, and none is there.")
+        if self.added_tokens and self.learn:
+            raise ImpromptError(
+                "With added_tokens all tasks are learnt by these, and with learn some tasks by all "
+                "tokens; choose one."
             )
 
 
@@ -67,8 +87,13 @@ def build(options: InstructWordsOptions, base: Base, columns: Rows) -> InstructW
     check_same_base(columns, base)
     columns.require(("kept_ids", "task_ids"))
     adapter, before = instruct_adapter(options, base), None
+    if options.learn:
+        held = replace(options, start_from=options.hold_to or options.start_from)
+        before = instruct_adapter(held, base)
     if options.added_tokens:
         before, adapter = adapter, with_more_tokens(adapter, base, options.added_tokens)
+    if options.added_layers:
+        adapter = with_more_layers(adapter, base, options.added_layers)
     rows = columns.rows(range(min(NUM_ROWS_FOR_SCALE, len(columns))), ["kept_ids"])
     return InstructWordsSystem(base, adapter, options, rows["kept_ids"], before)
 
@@ -85,6 +110,20 @@ def with_more_tokens(adapter: ImagePromptAdapter, base: Base, count: int) -> Ima
     return grown.to(latents.device)
 
 
+@torch.no_grad()
+def with_more_layers(adapter: ImagePromptAdapter, base: Base, count: int) -> ImagePromptAdapter:
+    """The same Instruct adapter with `count` layers more, new ones after its own that change nothing yet."""
+    weights = adapter.state_dict()
+    grown = new_like(adapter, base, more_layers=count)
+    grown.load_state_dict({**grown.state_dict(), **weights})
+    for name, weight in grown.named_parameters():
+        # What a layer adds to the latents: the last map of its attention, and of its feed-forward.
+        if name not in weights and name.endswith(("to_out.weight", "1.3.weight")):
+            nn.init.zeros_(weight)
+    grown.metadata.update(adapter.metadata)
+    return grown.to(weights["image_proj.latents"].device)
+
+
 class InstructWordsSystem:
     """Trains the resampler of an Instruct adapter to say what is kept; K' and V' stay as they are."""
 
@@ -96,8 +135,8 @@ class InstructWordsSystem:
         kept_ids: Tensor,
         before: ImagePromptAdapter | None = None,
     ) -> None:
-        """kept_ids: words of some of the data, for their deviation. before: the adapter without the
-        tokens that were added to it, whose own go on saying what it says."""
+        """kept_ids: words of some of the data, for their deviation. before: the adapter as it was, whose
+        tokens go on saying what it says, but for those that were added and for tasks to learn."""
         self.base = base
         self.adapter = adapter
         self.options = options
@@ -107,7 +146,8 @@ class InstructWordsSystem:
         """How many rows are validated together; set by the loop, None is all."""
         self._empty_ids = base.tokenize([""]).to(base.device)
         self._before = before
-        self._num_held = 0 if before is None else before.num_tokens or 0
+        self._num_held = 0 if not options.added_tokens or before is None else before.num_tokens or 0
+        self._learnt_tasks = torch.tensor([TASKS.index(task) for task in options.learn])
         with torch.no_grad():
             states = self._words(kept_ids)
             self._deviation = states.std((0, 1)).clamp(min=SMALLEST_DEVIATION)
@@ -125,10 +165,7 @@ class InstructWordsSystem:
         return encoded.sequence.float()[:, 1 : 1 + count]
 
     def _errors(self, batch: dict[str, Tensor], no_text: Tensor) -> tuple[Tensor, Tensor]:
-        """Squared errors of the tokens that learn words and of those that are held, (batch,) each.
-
-        In units of the words' variance; the second is 0 where none is held.
-        """
+        """Squared errors of what learns words and of what is held, (batch,) each; 0 where that is nothing."""
         with torch.no_grad():
             text_ids = replace_rows(batch["text_ids"], self._empty_ids, no_text)
             prompts = self.base.instruct_states(text_ids)
@@ -136,14 +173,27 @@ class InstructWordsSystem:
                 self.base, batch["instruction_ids"], self.options.instruction_embedding
             )
             conditions = (batch["condition_states"].float(), instructions, prompts)
-            wanted = self._words(batch["kept_ids"])
-            if self._before is not None:
-                wanted = torch.cat([self._before.tokens(*conditions).float(), wanted], dim=1)
+            words = self._words(batch["kept_ids"])
+            before = None if self._before is None else self._before.tokens(*conditions).float()
         tokens = self.adapter.tokens(*conditions).float()
+        said = tokens[:, self._num_held :]
         # A text encoder of few states may have fewer than there are tokens to learn them.
-        errors = ((tokens[:, : wanted.shape[1]] - wanted) / self._deviation).square()
-        held, learnt = errors[:, : self._num_held], errors[:, self._num_held :]
-        return learnt.mean((1, 2)), held.sum((1, 2)) / max(1, held[0].numel())
+        learnt = self._distance(said[:, : words.shape[1]], words)
+        if before is None:
+            return learnt, torch.zeros_like(learnt)
+        if self._num_held:
+            return learnt, self._distance(tokens[:, : self._num_held], before)
+        learns = self._learns(batch)
+        return learnt * learns, self._distance(tokens, before) * ~learns
+
+    def _learns(self, batch: dict[str, Tensor]) -> Tensor:
+        """Which rows are of tasks to learn, where these are named."""
+        tasks = batch["task_ids"]
+        return torch.isin(tasks, self._learnt_tasks.to(tasks.device))
+
+    def _distance(self, tokens: Tensor, wanted: Tensor) -> Tensor:
+        """Mean squared errors, (batch,), in units of the words' variance."""
+        return ((tokens - wanted) / self._deviation).square().mean((1, 2))
 
     def loss(
         self, batch: dict[str, Tensor], randomness: Randomness
@@ -167,6 +217,10 @@ class InstructWordsSystem:
         }
         if self._before is None:
             del asked["lost_of_before"]
+        shares = [1.0, 1.0]
+        if self.options.learn:
+            learnt = self._learns(batch).float().mean().item()
+            shares = [learnt, 1 - learnt]
         return {
             name: mean_in_parts(
                 lambda rows, _, no_text, part=part: self._errors(rows, no_text)[part],
@@ -175,6 +229,7 @@ class InstructWordsSystem:
                 never,
                 rows_at_once=self.rows_at_once,
             )
+            / max(shares[part], 1e-9)  # rows of the other kind count as 0
             for name, (given, part) in asked.items()
         }
 

@@ -130,6 +130,10 @@ def test_an_image_encoder_learns_on_without_forgetting(batch, tmp_path):
         system = contrastive.build(options, base, columns)
         text = {name for name, p in system.module.text.named_parameters() if p.requires_grad}
         assert text == {"text_projection.weight"}
+        torch.testing.assert_close(
+            system.module.text.text_model(input_ids=ids).last_hidden_state,
+            base.text_encoder(input_ids=ids).last_hidden_state,
+        )
         first = system.validate(rows, drawn)
         assert first["moved"] == pytest.approx(0, abs=1e-6)
         assert first["right"] == 1.0

@@ -175,6 +175,38 @@ def test_added_tokens_learn_words_while_the_others_say_what_they_said(base, colu
     assert load_adapter(tmp_path / "grown.safetensors").num_tokens == 7
 
 
+def test_added_layers_learn_some_tasks_while_the_others_are_held(base, columns, tmp_path):
+    torch.manual_seed(0)
+    old = create_adapter(base.unet, "instruct", feature_dim=24, num_tokens=3, resampler_dim=64)
+    save_adapter(old, tmp_path / "old.safetensors", {"base_fingerprint": base.fingerprint()})
+    options = replace(
+        WORDS,
+        start_from=str(tmp_path / "old.safetensors"),
+        added_layers=1,
+        learn=("composition",),
+    )
+    system = instruct_words.build(options, base, columns)
+    batch, randomness = columns.rows(range(20), system.columns), Randomness(0, range(20))
+    before = system.validate(batch, randomness)
+    assert before["lost_of_before"] == pytest.approx(0, abs=1e-6)
+    rows = [i for i, task in enumerate(batch["task_ids"].tolist()) if task == 3]
+    layouts = {name: values[rows] for name, values in batch.items()}
+    alone = system.validate(layouts, Randomness(0, rows))
+    assert alone["unsaid"] == pytest.approx(before["unsaid"], rel=1e-4)  # of its own rows alone
+    optimizer = torch.optim.Adam(system.module.parameters(), lr=3e-3)
+    for _ in range(40):
+        loss, _ = system.loss(batch, randomness)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    after = system.validate(batch, randomness)
+    assert after["unsaid"] < 0.7 * before["unsaid"]
+    assert after["lost_of_before"] < 0.3 * after["unsaid"] + 0.1
+    system.export(tmp_path / "grown.safetensors")
+    depth = len(load_adapter(tmp_path / "grown.safetensors").image_proj.get_submodule("layers"))
+    assert depth == len(old.image_proj.get_submodule("layers")) + 1
+
+
 def test_a_compositions_words_may_count_more(base, columns):
     rows = [i for i in range(20) if columns.rows([i], ["task_ids"])["task_ids"] == 3]
     one, four = (
@@ -189,8 +221,13 @@ def test_a_compositions_words_may_count_more(base, columns):
 
 
 def test_tokens_are_added_to_an_adapter_only():
-    with pytest.raises(ImpromptError, match="none is named"):
-        InstructWordsOptions(added_tokens=4)
+    for more in ({"added_tokens": 4}, {"added_layers": 1}, {"learn": ("face",)}):
+        with pytest.raises(ImpromptError, match="none is named"):
+            InstructWordsOptions(**more)
+    with pytest.raises(ImpromptError, match="no task 'mood' to learn"):
+        InstructWordsOptions(start_from="a.safetensors", learn=("mood",))
+    with pytest.raises(ImpromptError, match="choose one"):
+        InstructWordsOptions(start_from="a.safetensors", added_tokens=4, learn=("face",))
 
 
 def test_from_words_to_images_by_the_products_own_command(folder, tmp_path):
