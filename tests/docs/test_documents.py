@@ -96,7 +96,12 @@ def test_presets_fit_their_systems(preset):
     tables = read_toml(preset)
     build(TrainConfig, tables["train"], "train.")
     name = preset.stem.removeprefix("diorama-")
-    module, options = SYSTEMS["image-prompt" if name == "shipped" else name]
+    others = {
+        "shipped": "image-prompt",
+        "contrastive-persons": "contrastive",
+        "instruct-layouts": "instruct-words",
+    }
+    module, options = SYSTEMS[others.get(name, name)]
     build(getattr(import_module(module), options), tables.get("system", {}), "system.")
 
 
