@@ -68,10 +68,8 @@ def main() -> None:
         image_encoder=ClipImageEncoder(vision),
     )
     base.to(device)
-    source, portraits = (
-        f"diorama:{arguments.num_scenes}",
-        f"diorama-people:{arguments.num_portraits}",
-    )
+    source = f"diorama:{arguments.num_scenes}"
+    portraits = f"diorama-people:{arguments.num_portraits}"
     seen = ("pixels", "labels", "phrasing_ids", "subject_ids")
     columns = Columns.open(prepare(source, out / "pictures", base, columns=seen, batch_size=104))
     faces = Columns.open(prepare(portraits, out / "portraits", base, columns=seen, batch_size=104))

@@ -188,7 +188,9 @@ def fit_text_projection(
     text: CLIPTextModelWithProjection, vision: nn.Module, columns: Rows, caption_column: str
 ) -> None:
     """Find again the text encoder's projection into the space of pictures, which a base does without."""
-    rows = columns.rows(range(min(NUM_PAIRS_TO_FIT, len(columns))), ["pixels", caption_column])
+    # Evenly from all of them, for data of several folders come one folder after the other.
+    some = range(0, len(columns), max(1, len(columns) // NUM_PAIRS_TO_FIT))
+    rows = columns.rows(some, ["pixels", caption_column])
     ids = rows[caption_column]
     ids = ids if ids.ndim == 2 else ids[:, 0]
     texts = torch.cat([text.text_model(input_ids=part).pooler_output for part in ids.split(256)])
