@@ -150,6 +150,16 @@ def test_words_teach_the_resampler_alone(base, columns):
     )
 
 
+def learn(system, batch, randomness):
+    """Forty steps on one batch."""
+    optimizer = torch.optim.Adam(system.module.parameters(), lr=3e-3)
+    for _ in range(40):
+        loss, _ = system.loss(batch, randomness)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
 def test_added_tokens_learn_words_while_the_others_say_what_they_said(base, columns, tmp_path):
     old = create_adapter(base.unet, "instruct", feature_dim=24, num_tokens=3, resampler_dim=64)
     save_adapter(old, tmp_path / "old.safetensors", {"base_fingerprint": base.fingerprint()})
@@ -162,12 +172,7 @@ def test_added_tokens_learn_words_while_the_others_say_what_they_said(base, colu
     assert all(torch.equal(grown[name], old.state_dict()[name]) for name in grown)
     batch, randomness = columns.rows(range(10), system.columns), Randomness(0, range(10))
     before = system.validate(batch, randomness)
-    optimizer = torch.optim.Adam(system.module.parameters(), lr=3e-3)
-    for _ in range(40):
-        loss, _ = system.loss(batch, randomness)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    learn(system, batch, randomness)
     after = system.validate(batch, randomness)
     assert after["unsaid"] < 0.7 * before["unsaid"]
     assert after["lost_of_before"] < before["lost_of_before"]
@@ -193,16 +198,20 @@ def test_added_layers_learn_some_tasks_while_the_others_are_held(base, columns, 
     layouts = {name: values[rows] for name, values in batch.items()}
     alone = system.validate(layouts, Randomness(0, rows))
     assert alone["unsaid"] == pytest.approx(before["unsaid"], rel=1e-4)  # of its own rows alone
-    optimizer = torch.optim.Adam(system.module.parameters(), lr=3e-3)
-    for _ in range(40):
-        loss, _ = system.loss(batch, randomness)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    learn(system, batch, randomness)
     after = system.validate(batch, randomness)
     assert after["unsaid"] < 0.7 * before["unsaid"]
     assert after["lost_of_before"] < 0.3 * after["unsaid"] + 0.1
     system.export(tmp_path / "grown.safetensors")
+    again = replace(options, start_from=str(tmp_path / "grown.safetensors"), added_layers=0)
+    held = instruct_words.build(
+        replace(again, hold_to=str(tmp_path / "old.safetensors")), base, columns
+    )
+    assert instruct_words.build(again, base, columns).validate(batch, randomness)[
+        "lost_of_before"
+    ] == pytest.approx(0, abs=1e-6)
+    figures = held.validate(batch, randomness)
+    assert figures["lost_of_before"] == pytest.approx(after["lost_of_before"], rel=1e-3)
     depth = len(load_adapter(tmp_path / "grown.safetensors").image_proj.get_submodule("layers"))
     assert depth == len(old.image_proj.get_submodule("layers")) + 1
 
@@ -226,6 +235,8 @@ def test_tokens_are_added_to_an_adapter_only():
             InstructWordsOptions(**more)
     with pytest.raises(ImpromptError, match="no task 'mood' to learn"):
         InstructWordsOptions(start_from="a.safetensors", learn=("mood",))
+    with pytest.raises(ImpromptError, match="none is there"):
+        InstructWordsOptions(start_from="a.safetensors", hold_to="b.safetensors")
     with pytest.raises(ImpromptError, match="choose one"):
         InstructWordsOptions(start_from="a.safetensors", added_tokens=4, learn=("face",))
 
