@@ -14,7 +14,7 @@ from imprompt.evaluation.instruct import (
     measure_task,
     unseen_lessons,
 )
-from imprompt.evaluation.instruct_table import fixed, measure_instruct_table
+from imprompt.evaluation.instruct_table import fixed
 from imprompt.evaluation.judge import load_judge
 from imprompt.evaluation.map_reader import load_map_reader
 from imprompt.evaluation.measure import Sampling
@@ -86,26 +86,3 @@ def test_a_task_is_drawn_and_measured(base):
         "text: setting",
         "text: all at once",
     }
-
-
-@slow
-def test_the_table_of_joint_and_single_models_is_made_by_one_command(base, tmp_path):
-    figures = measure_instruct_table(
-        lambda: load_base("diorama"),
-        load_judge(),
-        Sampling(steps=1),
-        tmp_path,
-        count=2,
-        num_pairs=10,
-        steps=1,
-        words_settings=["train.steps=1", "train.validation_rows=0"],
-        settings=["train.validation_rows=0"],
-    )
-    for task in TASKS:
-        for model in (
-            "joint",
-            f"{task} alone",
-            "one fixed instruction",
-            "one fixed instruction, asked in other words",
-        ):
-            assert f"{task}, {model}: CLIP-I" in figures
