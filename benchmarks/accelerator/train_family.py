@@ -55,15 +55,11 @@ def instruct(arguments: argparse.Namespace, weights: Path) -> None:
     lessons = f"diorama-instruct:{arguments.num_lessons}"
     data = prepared(lessons, "lessons", arguments, variant="instruct-words")
     some = rows_of_task(Columns.open(data), "composition", arguments.output / "compositions")
-    file: Path | None = None
-    for system, preset, rows in (
-        ("instruct-words", "diorama-instruct-layouts", some),
-        ("instruct-words", "diorama-instruct-words", data),
-        ("instruct", "diorama-instruct", data),
-    ):
-        start = [] if file is None else [f'system.start_from="{file}"']
-        file = trained(system, preset, rows, arguments, preset.removeprefix("diorama-"), *start)
-    made = load_adapter(file)
+    layouts = trained("instruct-words", "diorama-instruct-layouts", some, arguments, "layouts")
+    start = f'system.start_from="{layouts}"'
+    words = trained("instruct-words", "diorama-instruct-words", data, arguments, "words", start)
+    start = f'system.start_from="{words}"'
+    made = load_adapter(trained("instruct", "diorama-instruct", data, arguments, "joint", start))
     file = weights / "diorama-ip-adapter-instruct.safetensors"
     save_adapter(made, file, made.metadata, dtype=torch.float16)
 

@@ -90,8 +90,6 @@ class Phrases:
     """the setting, such as: in the snow"""
     place: str
     """in the picture, such as: on the left"""
-    looks: str
-    """of a person, such as: short brown hair and tan skin; empty for an object"""
 
 
 def phrases(scene: Scene) -> Phrases:
@@ -103,7 +101,6 @@ def phrases(scene: Scene) -> Phrases:
         adverb=adverb,
         where=_SETTING_PHRASES[scene.setting],
         place=_PLACEMENT_PHRASES[scene.placement],
-        looks="" if scene.character is None else _looks(scene.character),
     )
 
 

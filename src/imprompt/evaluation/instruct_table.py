@@ -112,21 +112,22 @@ def _first_stage(
     load: Callable[[], Base], layouts: Path, data: Path, output: Path, settings: list[str]
 ) -> Path:
     """A resampler that has learnt layouts, and then the words of all tasks."""
-    file: Path | None = None
-    for name, folder, preset in (
-        ("layouts", layouts, LAYOUTS_PRESET),
-        ("words", data, WORDS_PRESET),
-    ):
-        file = run_training(
-            "instruct-words",
-            data=folder,
-            base=load(),
-            output=output / name,
-            preset=preset,
-            settings=[*settings, *([] if file is None else [f'system.start_from="{file}"'])],
-        )
-    assert file is not None
-    return file
+    begun = run_training(
+        "instruct-words",
+        data=layouts,
+        base=load(),
+        output=output / "layouts",
+        preset=LAYOUTS_PRESET,
+        settings=settings,
+    )
+    return run_training(
+        "instruct-words",
+        data=data,
+        base=load(),
+        output=output / "words",
+        preset=WORDS_PRESET,
+        settings=[*settings, f'system.start_from="{begun}"'],
+    )
 
 
 def fixed(lessons: Sequence[InstructExample]) -> list[InstructExample]:

@@ -173,22 +173,27 @@ class InstructWordsSystem:
                 self.base, batch["instruction_ids"], self.options.instruction_embedding
             )
             conditions = (batch["condition_states"].float(), instructions, prompts)
-            words = self._words(batch["kept_ids"])
-            before = None if self._before is None else self._before.tokens(*conditions).float()
         tokens = self.adapter.tokens(*conditions).float()
-        said = tokens[:, self._num_held :]
-        # A text encoder of few states may have fewer than there are tokens to learn them.
-        learnt = self._distance(said[:, : words.shape[1]], words)
-        if before is None:
-            return learnt, torch.zeros_like(learnt)
-        if self._num_held:
-            return learnt, self._distance(tokens[:, : self._num_held], before)
         learns = self._learns(batch)
-        return learnt * learns, self._distance(tokens, before) * ~learns
+        learnt = tokens.new_zeros(len(tokens))
+        held = torch.zeros_like(learnt)
+        if learns.any():
+            words = self._words(batch["kept_ids"][learns])
+            said = tokens[learns, self._num_held :]
+            # A text encoder of few states may have fewer than there are tokens to learn them.
+            learnt[learns] = self._distance(said[:, : words.shape[1]], words)
+        is_held = torch.ones_like(learns) if self._num_held else ~learns
+        if self._before is not None and is_held.any():
+            with torch.no_grad():
+                before = self._before.tokens(*(one[is_held] for one in conditions)).float()
+            held[is_held] = self._distance(tokens[is_held, : before.shape[1]], before)
+        return learnt, held
 
     def _learns(self, batch: dict[str, Tensor]) -> Tensor:
-        """Which rows are of tasks to learn, where these are named."""
+        """Which rows learn words: those of the tasks that are named, or all where none is."""
         tasks = batch["task_ids"]
+        if not self.options.learn:
+            return torch.ones_like(tasks, dtype=torch.bool)
         return torch.isin(tasks, self._learnt_tasks.to(tasks.device))
 
     def _distance(self, tokens: Tensor, wanted: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from imprompt.data.dataset import Columns
 from imprompt.data.instruct_scenes import instruct_example, kept_in_words
 from imprompt.data.instructions import TASKS, fault_of
 from imprompt.data.prepare import prepare
-from imprompt.diorama import phrases, render, sample_scene
+from imprompt.diorama import phrases, render, sample_scene, subject_caption
 
 COUNT = 40
 LAYOUT = ("kind", "placement", "size", "turn_degrees", "camera_degrees", "zoom", "offset", "shape")
@@ -54,7 +54,7 @@ def test_the_text_says_what_the_image_must_not():
         assert layout.target.colour in layout.prompt
         assert phrases(layout.target).where in layout.prompt
         face = instruct_example(number, "face")
-        assert phrases(face.target).looks not in face.prompt
+        assert subject_caption(face.target).removeprefix("a person with ") not in face.prompt
 
 
 def test_tasks_take_turns_and_a_lesson_is_a_function_of_its_number():
