@@ -54,8 +54,5 @@ class SmallSystem:
     def validate(self, batch, randomness):
         return {"error": (self.module(batch["x"]) - batch["y"]).square().mean().item()}
 
-    def preview(self):
-        return None
-
     def export(self, path):
         save_file(self.module.state_dict(), path)

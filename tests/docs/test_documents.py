@@ -2,7 +2,6 @@
 
 import re
 import shlex
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -13,8 +12,9 @@ from imprompt.core.config import build, read_toml, with_settings
 from imprompt.core.images import pixels_to_images
 from imprompt.data.columns import default_columns
 from imprompt.diorama import render, sample_scene
+from imprompt.systems.catalogue import trainable
 from imprompt.training.config import TrainConfig
-from imprompt.training.run import PRESETS, SYSTEMS, preset_path
+from imprompt.training.run import PRESETS, preset_path
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -44,11 +44,10 @@ def test_commands_can_be_typed(command):
         assert ending.code == 0
         return
     if parsed.verb == "train":
-        assert parsed.system in SYSTEMS
         tables = with_settings(read_toml(preset_path(parsed.preset)), parsed.set)
         build(TrainConfig, tables["train"], "train.")
-        module, options = SYSTEMS[parsed.system]
-        build(getattr(import_module(module), options), tables.get("system", {}), "system.")
+        _, options = trainable(parsed.system).load()
+        build(options, tables.get("system", {}), "system.")
 
 
 def test_what_an_example_prepares_is_what_it_trains_on():
@@ -101,8 +100,8 @@ def test_presets_fit_their_systems(preset):
         "contrastive-persons": "contrastive",
         "instruct-layouts": "instruct-words",
     }
-    module, options = SYSTEMS[others.get(name, name)]
-    build(getattr(import_module(module), options), tables.get("system", {}), "system.")
+    _, options = trainable(others.get(name, name)).load()
+    build(options, tables.get("system", {}), "system.")
 
 
 def test_make_targets_of_the_readme_exist():

@@ -17,7 +17,7 @@ from imprompt.data.dataset import Columns
 from imprompt.data.on_the_fly import PairsOnTheFly
 from imprompt.data.prepare import prepare
 from imprompt.data.sources import open_source
-from imprompt.evaluation.previews import set_up_previews
+from imprompt.evaluation.previews import preview_of
 from imprompt.systems import image_prompt
 from imprompt.training import log
 from imprompt.training import run as run_module
@@ -56,7 +56,7 @@ def run(folder, data, output, *settings):
         base=str(folder / "base"),
         output=output,
         settings=[*SETTINGS, *settings],
-        set_up_previews=set_up_previews,
+        preview_of=preview_of,
     )
 
 

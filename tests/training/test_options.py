@@ -102,9 +102,10 @@ def test_a_figure_that_is_not_finite_is_never_the_best(columns, tmp_path):
 
 
 def test_a_picture_that_cannot_be_drawn_is_told_and_the_run_goes_on(columns, tmp_path, capsys):
-    system = SmallSystem()
-    system.preview = lambda: torch.cat([torch.zeros(1, 2), torch.zeros(1, 3)])
-    run(columns, tmp_path / "run", system)
+    def preview():
+        return torch.cat([torch.zeros(1, 2), torch.zeros(1, 3)])
+
+    train(SmallSystem(), columns, TrainConfig(**CONFIG), tmp_path / "run", preview=preview)
     assert "no preview at step 12: RuntimeError: Sizes of tensors" in capsys.readouterr().err
     assert not (tmp_path / "run/previews").exists()
 

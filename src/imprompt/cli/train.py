@@ -94,7 +94,7 @@ def add_parser(verbs: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from imprompt.data.records import Reading
-    from imprompt.evaluation.previews import set_up_previews
+    from imprompt.evaluation.previews import preview_of
     from imprompt.training.run import run_training
 
     export = run_training(
@@ -108,7 +108,7 @@ def run(arguments: argparse.Namespace) -> None:
         engine=arguments.engine,
         num_processes=arguments.processes,
         device=arguments.device,
-        set_up_previews=set_up_previews,
+        preview_of=preview_of,
         size_px=arguments.size_px,
         face_encoder=arguments.face_encoder,
         reading=Reading(

@@ -1,6 +1,7 @@
 """Pictures of what a training has learned, drawn with fixed seeds at every validation.
 
-Above stands what a control was shown (a map, landmarks), then the held-out picture, below it what is drawn.
+Above stands what a control was shown (a map, landmarks), then the held-out picture, below it what is drawn
+or, by an autoencoder, decoded again.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from imprompt.encoders.landmarks import landmark_images
 from imprompt.evaluation.measure import Sampling, draw
 from imprompt.generation.conditions import TokenPrompt
 from imprompt.generation.controls import MapControl
+from imprompt.systems.autoencoder import AutoencoderSystem
 from imprompt.systems.control import ControlSystem
 from imprompt.systems.identity import IdentitySystem
 from imprompt.systems.image_prompt import ImagePromptSystem
@@ -44,32 +46,49 @@ class Asked:
     controls: Sequence[MapControl] = ()
 
 
-def set_up_previews(system: System, base: Base, data: Rows, num_images: int) -> None:
-    """Let a system that trains beside the base draw held-out rows.
+def preview_of(
+    system: System, base: Base, data: Rows, num_images: int
+) -> Callable[[], Image.Image] | None:
+    """What draws the last rows of the data, as many as `num_images`, as the system has learned to.
 
-    Other systems say themselves what they draw, if anything.
+    None for systems that have nothing to draw, or where no picture is wanted.
     """
-    ask, adapter = _asking(system, base)
-    if num_images < 1 or ask is None or getattr(system, "draw", None) is not None:
-        return
+    if num_images < 1:
+        return None
     held_out: Batch = {}
 
-    def drawn() -> Image.Image:
+    def rows() -> Batch:
         if not held_out:
-            rows = range(max(0, len(data) - num_images), len(data))
-            read = data.rows(rows, system.columns)
+            last = range(max(0, len(data) - num_images), len(data))
+            read = data.rows(last, system.columns)
             held_out.update({name: values.to(base.device) for name, values in read.items()})
-        with torch.inference_mode():
-            asked = ask(held_out)
-            made = _drawn(base, asked, adapter, _size_px(base, held_out))
-            scale = float(base.vae.config.scaling_factor)
-            latents = held_out["latent_mean"].to(base.dtype) * scale
-            pictures = base.decode_image(latents).float().clamp(-1, 1).cpu()
-        shown = [control.maps.expand(-1, 3, -1, -1).cpu() * 2 - 1 for control in asked.controls]
-        rows_of_pixels = torch.cat([*shown, pictures, made])
-        return image_grid(pixels_to_images(rows_of_pixels), columns=len(made))
+        return held_out
 
-    system.draw = drawn  # type: ignore[attr-defined]
+    if isinstance(system, AutoencoderSystem):
+        return lambda: _reconstructions(system, rows())
+    ask, adapter = _asking(system, base)
+    if ask is None:
+        return None
+    return lambda: _as_asked(base, ask, adapter, rows())
+
+
+@torch.inference_mode()
+def _reconstructions(system: AutoencoderSystem, rows: Batch) -> Image.Image:
+    pixels = rows["pixels"].float() / 127.5 - 1
+    pictures = torch.cat([pixels, system.reconstructed(pixels).clamp(-1, 1)])
+    return image_grid(pixels_to_images(pictures), columns=len(pixels))
+
+
+@torch.inference_mode()
+def _as_asked(
+    base: Base, ask: Callable[[Batch], Asked], adapter: ImagePromptAdapter | None, rows: Batch
+) -> Image.Image:
+    asked = ask(rows)
+    made = _drawn(base, asked, adapter, _size_px(base, rows))
+    latents = rows["latent_mean"].to(base.dtype) * float(base.vae.config.scaling_factor)
+    pictures = base.decode_image(latents).float().clamp(-1, 1).cpu()
+    shown = [control.maps.expand(-1, 3, -1, -1).cpu() * 2 - 1 for control in asked.controls]
+    return image_grid(pixels_to_images(torch.cat([*shown, pictures, made])), columns=len(made))
 
 
 def _asking(

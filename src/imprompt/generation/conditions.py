@@ -126,7 +126,6 @@ def conditions_by_step(
     very `text_states` that every step brings to the UNet, all is as precise as these, and the text's
     K and V are computed here too, and with the `latent_size` the masks at each site.
     """
-    batch = len(range(*rows.indices(num_images)))
     # For each step the prompts that act, each with its factor.
     active_by_step = [
         tuple(
@@ -137,7 +136,7 @@ def conditions_by_step(
         for step in range(num_steps)
     ]
     single = {
-        j: _condition(prompts[j], branches, rows, batch, num_images)
+        j: _condition(prompts[j], branches, rows, num_images)
         for j in sorted({j for active in active_by_step for j, _ in active})
     }
     if explanation is not None:
@@ -183,40 +182,46 @@ def weakened(condition: dict[str, Any], factor: float) -> dict[str, Any]:
 
 
 def _condition(
-    prompt: TokenPrompt, branches: Sequence[Branch], rows: slice, batch: int, num_images: int
+    prompt: TokenPrompt, branches: Sequence[Branch], rows: slice, num_images: int
 ) -> dict[str, Any]:
-    tokens = _rows(prompt.tokens, rows, batch, num_images, "tokens")
+    def own(values: Tensor, what: str) -> Tensor:
+        return rows_of(values, rows, num_images, f"An image prompt has {what}")
+
+    tokens = own(prompt.tokens, "tokens")
     shown: dict[Branch, Tensor] = {
         "image_only": tokens,
         "uninstructed": tokens,
         "conditional": tokens,
     }
     if prompt.zero_tokens is not None:
-        zero = _rows(prompt.zero_tokens, rows, batch, num_images, "zero_tokens")
-        shown["unconditional"] = zero
+        shown["unconditional"] = own(prompt.zero_tokens, "zero_tokens")
     elif "unconditional" in branches:
         raise ImpromptError(
             "An image prompt without zero_tokens was given: only guidance_scale=1 does without."
         )
     if prompt.image_only_tokens is not None:
-        shown["image_only"] = _rows(prompt.image_only_tokens, rows, batch, num_images, "tokens")
+        shown["image_only"] = own(prompt.image_only_tokens, "tokens")
     if prompt.uninstructed_tokens is not None:
-        shown["uninstructed"] = _rows(prompt.uninstructed_tokens, rows, batch, num_images, "tokens")
+        shown["uninstructed"] = own(prompt.uninstructed_tokens, "tokens")
     mask, scale = prompt.mask, prompt.scale
     if mask is not None and len(mask) > 1:
-        mask = _rows(mask, rows, batch, num_images, "mask").repeat(len(branches), 1, 1)
+        mask = own(mask, "a mask").repeat(len(branches), 1, 1)
     if isinstance(scale, Tensor) and scale.ndim == 1:
-        scale = _rows(scale, rows, batch, num_images, "scale").repeat(len(branches))
+        scale = own(scale, "a scale").repeat(len(branches))
     stacked = torch.cat([shown[branch] for branch in branches])
     return prompt.handle.condition(stacked, scale=scale, mask=mask, lora_scale=prompt.lora_scale)
 
 
-def _rows(values: Tensor, rows: slice, batch: int, num_images: int, what: str) -> Tensor:
+def rows_of(values: Tensor, rows: slice, num_images: int, what: str) -> Float[Tensor, "rows ..."]:
+    """Of what was given for each image, or once for all, that of some rows.
+
+    Raises:
+        ImpromptError: it was given for another number of images; it begins with `what`.
+    """
     if len(values) == num_images:
         return values[rows]
     if len(values) == 1:
-        return values.expand(batch, *values.shape[1:])
+        return values.expand(len(range(*rows.indices(num_images))), *values.shape[1:])
     raise ImpromptError(
-        f"An image prompt has {what} for {len(values)} images, but {num_images} are generated: "
-        f"give 1 or {num_images}."
+        f"{what} for {len(values)} images, but {num_images} are generated: give 1 or {num_images}."
     )

@@ -16,7 +16,7 @@ from imprompt.bases.latent_space import height_and_width
 from imprompt.checkpoints import LoadedControl
 from imprompt.checkpoints.controls import CLASSES
 from imprompt.core.errors import ImpromptError
-from imprompt.generation.conditions import Branch, check_time_span
+from imprompt.generation.conditions import Branch, check_time_span, rows_of
 from imprompt.generation.features import ImageLike
 from imprompt.generation.features import to_pixels as image_to_pixels
 from imprompt.systems.controlnet import control_residuals
@@ -168,16 +168,14 @@ class ControlRun:
             for control in controls
             if any(control.is_active(step, num_steps) for step in range(num_steps))
         ]
-        batch = len(range(*rows.indices(num_images)))
         self._maps = [
-            _rows(control.maps, rows, batch, num_images)
+            rows_of(control.maps, rows, num_images, "A control has maps")
             .to(base.device, base.dtype)
             .repeat(len(branches), 1, 1, 1)
             for control in self._controls
         ]
         self._states = [
-            _states(control, branches, rows, batch, num_images, text_states)
-            for control in self._controls
+            _states(control, branches, rows, num_images, text_states) for control in self._controls
         ]
         # What does not depend on the noise is computed here, once.
         self._constant: dict[int, Residuals] = {
@@ -212,25 +210,13 @@ def _states(
     control: MapControl,
     branches: Sequence[Branch],
     rows: slice,
-    batch: int,
     num_images: int,
     text_states: TextStates,
 ) -> TextStates:
     if control.tokens is None:
         return text_states
-    tokens = _rows(control.tokens, rows, batch, num_images)
+    tokens = rows_of(control.tokens, rows, num_images, "A control has tokens")
     zero = tokens if control.zero_tokens is None else control.zero_tokens.expand_as(tokens)
     stacked = [zero if branch == "unconditional" else tokens for branch in branches]
     sequence = torch.cat(stacked).to(text_states.sequence)
     return TextStates(sequence, text_states.pooled, text_states.framing)
-
-
-def _rows(values: Tensor, rows: slice, batch: int, num_images: int) -> Tensor:
-    if len(values) == num_images:
-        return values[rows]
-    if len(values) == 1:
-        return values.expand(batch, *values.shape[1:])
-    raise ImpromptError(
-        f"A control has {len(values)} maps, but {num_images} images are generated: give 1 or "
-        f"{num_images}."
-    )

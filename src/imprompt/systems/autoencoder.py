@@ -14,12 +14,10 @@ from typing import Any
 import torch
 import torch.nn.functional as functional
 from diffusers import AutoencoderKL
-from PIL import Image
 from torch import Tensor
 
 from imprompt.bases import Base
 from imprompt.core.config import check_range
-from imprompt.core.images import image_grid, pixels_to_images
 from imprompt.core.randomness import Randomness
 from imprompt.data.rows import Rows
 from imprompt.systems.protocol import starts_from_base
@@ -82,7 +80,6 @@ class AutoencoderSystem:
     def __init__(self, module: Any, kl_weight: float = 3e-4) -> None:
         self.module = module
         self.kl_weight = kl_weight
-        self._preview_pixels: Tensor | None = None
 
     def _reconstruct(self, pixels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         moments = self.module.quant_conv(self.module.encoder(pixels))
@@ -90,6 +87,10 @@ class AutoencoderSystem:
         log_variance = log_variance.clamp(-20.0, 5.0)
         latents = mean + (0.5 * log_variance).exp() * noise
         return self.module.decoder(self.module.post_quant_conv(latents)), mean, log_variance
+
+    def reconstructed(self, pixels: Tensor) -> Tensor:
+        """Pixels (batch, 3, size, size) in [-1, 1], decoded from the mean of their latents."""
+        return self.module.decode(self.module.encode(pixels).latent_dist.mean).sample
 
     def loss(
         self, batch: dict[str, Tensor], randomness: Randomness
@@ -116,24 +117,12 @@ class AutoencoderSystem:
     @torch.no_grad()
     def validate(self, batch: dict[str, Tensor], randomness: Randomness) -> dict[str, float]:
         pixels = batch["pixels"].float() / 127.5 - 1.0
-        self._preview_pixels = pixels[:16]
-        decoded = self.module.decode(self.module.encode(pixels).latent_dist.mean).sample
+        decoded = self.reconstructed(pixels)
         squared = (decoded - pixels).square().mean().item() / 4.0
         return {
             "l1": (decoded - pixels).abs().mean().item(),
             "psnr_decibel": float(-10.0 * torch.log10(torch.tensor(squared))),
         }
-
-    @torch.no_grad()
-    def preview(self) -> Image.Image | None:
-        """Originals above their reconstructions."""
-        if self._preview_pixels is None:
-            return None
-        pixels = self._preview_pixels
-        decoded = self.module.decode(self.module.encode(pixels).latent_dist.mean).sample
-        return image_grid(
-            pixels_to_images(torch.cat([pixels, decoded.clamp(-1, 1)])), columns=len(pixels)
-        )
 
     def export(self, path: Path) -> None:
         """Write the folder `path` as diffusers does. Latents keep unit scale: see `measure_scaling`."""

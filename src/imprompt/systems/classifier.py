@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as functional
-from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from imprompt.bases import Base
+from imprompt.checkpoints.files import save_in_half
 from imprompt.core.config import check_range
 from imprompt.core.randomness import Randomness
 from imprompt.data.rows import Rows
@@ -111,12 +110,6 @@ class ClassifierSystem:
             for column, name in enumerate(ATTRIBUTES)
         }
 
-    def preview(self) -> Image.Image | None:
-        return None
-
     def export(self, path: Path) -> None:
         """Write one safetensors file in half precision."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        weights = self.module.state_dict()
-        half = {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
-        save_file({k: v.contiguous() for k, v in half.items()}, path, {"model": "diorama-judge"})
+        save_in_half(self.module.state_dict(), path, {"model": "diorama-judge"})

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as functional
-from PIL import Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import (
@@ -283,9 +282,6 @@ class ContrastiveSystem:
     def validate(self, batch: dict[str, Tensor], randomness: Randomness) -> dict[str, float]:
         loss, figures = self.loss(batch, randomness)
         return {"loss": loss.item()} | {name: float(value) for name, value in figures.items()}
-
-    def preview(self) -> Image.Image | None:
-        return None
 
     def export(self, path: Path) -> None:
         """Write `text_encoder/` and `image_encoder/` below `path` in the diffusers layout."""

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from imprompt.bases import Base, Residuals, TextStates
@@ -90,8 +89,6 @@ class ControlSystem:
         self.base = base
         self.module = module
         self.columns = ("latent_mean", "latent_logvar", CONTROL + kind, "text_ids")
-        self.draw: Callable[[], Image.Image] | None = None
-        """Makes the picture of a preview; set by whoever can generate."""
         self.rows_at_once: int | None = None
         """How many rows are validated together; set by the loop, None is all."""
         self._read = read
@@ -156,10 +153,6 @@ class ControlSystem:
                 rows_at_once=self.rows_at_once,
             )
         return figures
-
-    def preview(self) -> Image.Image | None:
-        """What `draw` makes, if it was given."""
-        return None if self.draw is None else self.draw()
 
     def export(self, path: Path) -> None:
         """Write a folder that diffusers' own class loads, in half precision, and what it reads."""

@@ -17,11 +17,10 @@ from typing import Any
 import torch
 import torch.nn.functional as functional
 from jaxtyping import Float, Int
-from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from imprompt.bases import Base
+from imprompt.checkpoints.files import save_in_half
 from imprompt.core.config import check_range
 from imprompt.core.errors import ImpromptError
 from imprompt.core.randomness import Randomness
@@ -144,17 +143,9 @@ class FaceEncoderSystem:
         error = (found - batch["landmarks"]).norm(dim=2).mean() * batch["pixels"].shape[-1]
         return {"nearest_is_same": same.float().mean().item(), "landmark_error_px": error.item()}
 
-    def preview(self) -> Image.Image | None:
-        return None
-
     def export(self, path: Path) -> None:
         """Write the network, without the training persons' directions, in half precision."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        weights = self.module.network.state_dict()
-        half = {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
-        save_file(
-            {k: v.contiguous() for k, v in half.items()}, path, {"model": "diorama-face-encoder"}
-        )
+        save_in_half(self.module.network.state_dict(), path, {"model": "diorama-face-encoder"})
 
 
 def with_margin(

@@ -11,14 +11,12 @@ here it can be (`drop_all`), since guidance then has a branch that was taught to
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from imprompt.adapters import Handle, ImagePromptAdapter, create_adapter
@@ -112,8 +110,6 @@ class IdentitySystem:
     ) -> None:
         self.base = base
         self.module = _Together(adapter, identity_net)
-        self.draw: Callable[[], Image.Image] | None = None
-        """Makes the picture of a preview; set by whoever can generate."""
         self.rows_at_once: int | None = None
         """How many rows are validated together; set by the loop, None is all."""
         self.adapter = adapter
@@ -192,10 +188,6 @@ class IdentitySystem:
                 rows_at_once=self.rows_at_once,
             )
         return figures
-
-    def preview(self) -> Image.Image | None:
-        """What `draw` makes, if it was given."""
-        return None if self.draw is None else self.draw()
 
     def export(self, path: Path) -> None:
         """Write a folder as InstantID's: the adapter's file, and a ControlNet that diffusers loads."""

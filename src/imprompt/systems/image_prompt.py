@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -141,8 +140,6 @@ class ImagePromptSystem:
         self.module = module
         self.options = options
         self.columns = ("latent_mean", "latent_logvar", *dropped_features, "text_ids")
-        self.draw: Callable[[], Image.Image] | None = None
-        """Makes the picture of a preview; set by whoever can generate."""
         self.rows_at_once: int | None = None
         """How many rows are validated together; set by the loop, None is all."""
         self._join = join
@@ -213,10 +210,6 @@ class ImagePromptSystem:
                 rows_at_once=self.rows_at_once,
             )
         return figures
-
-    def preview(self) -> Image.Image | None:
-        """What `draw` makes, if it was given."""
-        return None if self.draw is None else self.draw()
 
     def export(self, path: Path) -> None:
         """Write what was trained as one safetensors file; an adapter with the official keys."""

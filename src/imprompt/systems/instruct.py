@@ -9,12 +9,10 @@ Source: IP-Adapter-Instruct (2408.03209), section 3. No training code was publis
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from imprompt.adapters import ImagePromptAdapter, create_adapter
@@ -209,8 +207,6 @@ class InstructSystem:
             "instruction_ids",
             "text_ids",
         )
-        self.draw: Callable[[], Image.Image] | None = None
-        """Makes the picture of a preview; set by whoever can generate."""
         self.rows_at_once: int | None = None
         """How many rows are validated together; set by the loop, None is all."""
         self._handle = adapter.install(base.unet)
@@ -278,10 +274,6 @@ class InstructSystem:
                 self._errors, given, randomness, timesteps, rows_at_once=self.rows_at_once
             )
         return figures
-
-    def preview(self) -> Image.Image | None:
-        """What `draw` makes, if it was given."""
-        return None if self.draw is None else self.draw()
 
     def export(self, path: Path) -> None:
         """Write the adapter with the official keys."""

@@ -19,7 +19,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from imprompt.adapters import ImagePromptAdapter
@@ -237,10 +236,6 @@ class InstructWordsSystem:
             / max(shares[part], 1e-9)  # rows of the other kind count as 0
             for name, (given, part) in asked.items()
         }
-
-    def preview(self) -> Image.Image | None:
-        """None: nothing is drawn here."""
-        return None
 
     def export(self, path: Path) -> None:
         """Write the adapter, for `systems.instruct` to start from."""

@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as functional
-from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from imprompt.bases import Base
+from imprompt.checkpoints.files import save_in_half
 from imprompt.core.config import check_range
 from imprompt.core.randomness import Randomness
 from imprompt.data.rows import Rows
@@ -145,15 +144,9 @@ class MapReaderSystem:
         reading = self.module(batch["pixels"].float() / 127.5 - 1.0)
         return {name: value.item() for name, value in _losses(reading, batch).items()}
 
-    def preview(self) -> Image.Image | None:
-        return None
-
     def export(self, path: Path) -> None:
         """Write one safetensors file in half precision."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        weights = self.module.state_dict()
-        half = {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
-        save_file({k: v.contiguous() for k, v in half.items()}, path, {"model": "map-reader"})
+        save_in_half(self.module.state_dict(), path, {"model": "map-reader"})
 
 
 def _losses(reading: Reading, batch: dict[str, Tensor]) -> dict[str, Tensor]:

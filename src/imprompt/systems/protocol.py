@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from PIL import Image
 from torch import Tensor, nn
 
 from imprompt.core.errors import ImpromptError
@@ -35,10 +34,6 @@ class System(Protocol):
 
     def validate(self, batch: dict[str, Tensor], randomness: Randomness) -> dict[str, float]:
         """Figures on held-out rows; the randomness is the same at every call of a run."""
-        ...
-
-    def preview(self) -> Image.Image | None:
-        """A picture of what has been learned, drawn with fixed seeds; None where there is none."""
         ...
 
     def export(self, path: Path) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
-from PIL import Image
 from torch import Tensor
 
 from imprompt.bases import Base
@@ -165,9 +164,6 @@ class TextToImageSystem:
             )
             for name, ids in given.items()
         }
-
-    def preview(self) -> Image.Image | None:
-        return None
 
     def export(self, path: Path) -> None:
         """Write `unet/` and `scheduler/` below `path` in the diffusers layout."""

@@ -33,7 +33,7 @@ from imprompt.training.state import (
     save_checkpoint,
     whole_checkpoints,
 )
-from imprompt.training.validation import Validation
+from imprompt.training.validation import Preview, Validation
 
 
 class Interrupted(KeyboardInterrupt):
@@ -49,12 +49,14 @@ def train(
     identity: dict[str, Any] | None = None,
     export_name: str = "export",
     processes: Processes | None = None,
+    preview: Preview | None = None,
 ) -> Path:
     """Train a system on prepared data; called again with the same output, it goes on.
 
     Stopping and resuming gives, on a CPU, bit for bit what not stopping gives. Ctrl-C and SIGTERM save
     before they end the run. `identity` says what else (beside config and data) makes two runs the same.
-    Of several processes each calls this, with what `join_processes` says.
+    Of several processes each calls this, with what `join_processes` says. `preview` is drawn at every
+    validation.
 
     Returns:
         What the system exported: `output / export_name`.
@@ -85,7 +87,7 @@ def train(
     processes.wait_for_all()
     _go_on(state, checkpoints, config)
     ledger = Ledger(state, config, num_rows)
-    validation = Validation(system, state, data, num_rows, config, output, export_name)
+    validation = Validation(system, state, data, num_rows, config, output, export_name, preview)
     reports = Reports(state, config, output, ledger, validation)
     first_step = state.step
     steps = batches(

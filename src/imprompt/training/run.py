@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from imprompt.data.records import Reading
 from imprompt.data.rows import FirstRows, Rows
 from imprompt.data.store import disk_errors
 from imprompt.encoders.clip import load_named_clip
+from imprompt.systems.catalogue import trainable
 from imprompt.systems.denoising import framing_columns
 from imprompt.systems.protocol import System
 from imprompt.training.card import write_card
@@ -29,41 +29,10 @@ from imprompt.training.loop import Interrupted, train
 from imprompt.training.output import say
 from imprompt.training.parallel import trained_parameters
 from imprompt.training.processes import join_processes, leave_processes
+from imprompt.training.validation import Preview
 
-# Each module has `build(options, base, columns)`; the class of its options stands beside it.
-SYSTEMS: dict[str, tuple[str, str]] = {
-    "image-prompt": ("imprompt.systems.image_prompt", "ImagePromptOptions"),
-    "instruct": ("imprompt.systems.instruct", "InstructOptions"),
-    "instruct-words": ("imprompt.systems.instruct_words", "InstructWordsOptions"),
-    "concatenation": ("imprompt.systems.concatenation", "ConcatenationOptions"),
-    "controlnet": ("imprompt.systems.controlnet", "ControlNetOptions"),
-    "t2i-adapter": ("imprompt.systems.t2i_adapter", "T2IAdapterOptions"),
-    "map-reader": ("imprompt.systems.map_reader", "MapReaderOptions"),
-    "text-to-image": ("imprompt.systems.text_to_image", "TextToImageOptions"),
-    "autoencoder": ("imprompt.systems.autoencoder", "AutoencoderOptions"),
-    "contrastive": ("imprompt.systems.contrastive", "ContrastiveOptions"),
-    "classifier": ("imprompt.systems.classifier", "ClassifierOptions"),
-    "face-encoder": ("imprompt.systems.face_encoder", "FaceEncoderOptions"),
-    "face-id": ("imprompt.systems.face_id", "FaceIdOptions"),
-    "identity": ("imprompt.systems.identity", "IdentityOptions"),
-}
-# What decides which model reads the faces in photos, where a system reads faces.
-FACE_VARIANTS = {"face-id": "faceid", "identity": "identity"}
 _FACES_ARE_READ = "{} is prepared: its faces are read already. Leave --face-encoder out."
 PRESETS = Path(__file__).parent.parent / "presets"
-EXPORT_NAMES = {
-    "image-prompt": "adapter.safetensors",
-    "instruct": "adapter.safetensors",
-    "instruct-words": "adapter.safetensors",
-    "concatenation": "tokens.safetensors",
-    "classifier": "judge.safetensors",
-    "map-reader": "map-reader.safetensors",
-    "controlnet": "control",
-    "t2i-adapter": "control",
-    "face-encoder": "face-encoder.safetensors",
-    "face-id": "adapter.safetensors",
-    "identity": "identity",
-}
 
 
 def preset_path(name: str) -> Path:
@@ -89,12 +58,7 @@ def prepare_run(
     Raises:
         ImpromptError: no such system or preset, or a setting that does not exist.
     """
-    if system_name not in SYSTEMS:
-        raise ImpromptError(
-            f"There is no system {system_name!r}; choose one of: {', '.join(SYSTEMS)}."
-        )
-    module_name, options_name = SYSTEMS[system_name]
-    module = importlib.import_module(module_name)
+    module, options_class = trainable(system_name).load()
     tables = read_toml(preset_path(preset)) if preset else {}
     tables = with_settings(tables, settings)
     unknown = set(tables) - {"train", "system"}
@@ -103,7 +67,7 @@ def prepare_run(
             f"There is no group of settings {sorted(unknown)[0]!r}; settings begin with train. or system."
         )
     config = build(TrainConfig, tables.get("train", {}), "train.")
-    options = build(getattr(module, options_name), tables.get("system", {}), "system.")
+    options = build(options_class, tables.get("system", {}), "system.")
     resolved = {"system": dataclasses.asdict(options), "train": dataclasses.asdict(config)}
     if config.frozen_precision != "float32":
         base.to(base.device, PRECISIONS[config.frozen_precision])
@@ -175,7 +139,7 @@ def run_training(
     size_px: int | None = None,
     reading: Reading | None = None,
     face_encoder: str | None = None,
-    set_up_previews: Callable[[System, Base, Rows, int], None] | None = None,
+    preview_of: Callable[[System, Base, Rows, int], Preview | None] | None = None,
 ) -> Path:
     """Train a system; the same call goes on where the last one stopped.
 
@@ -186,8 +150,8 @@ def run_training(
     `engine` is single, ddp, zero2 or fsdp2; `auto` is ddp where torchrun started several processes.
     `num_processes` is how many there must be, and `device` where one process alone computes (by default a
     GPU, where there is one). `image_encoder`, as NAME or NAME:SUBFOLDER, is given to
-    a base that brings none: the one that the data were prepared with. `set_up_previews` may let the
-    system draw.
+    a base that brings none: the one that the data were prepared with. `preview_of` says how
+    a system draws what it has learned (`imprompt.evaluation.previews`); without it nothing is drawn.
 
     Returns:
         The exported file or folder.
@@ -211,14 +175,15 @@ def run_training(
         loaded,
         size_px,
         reading,
-        variant=FACE_VARIANTS.get(system_name, "base"),
+        variant=trainable(system_name).faces or "base",
         face_encoder=face_encoder,
     )
     system, config, resolved = prepare_run(system_name, loaded, columns, preset, settings or [])
-    if set_up_previews is not None:
+    preview: Preview | None = None
+    if preview_of is not None:
         # The last rows are drawn, and of these no more than are held out.
         num_images = min(config.preview_images, config.validation_rows)
-        set_up_previews(system, loaded, columns, num_images)
+        preview = preview_of(system, loaded, columns, num_images)
     identity: dict[str, Any] = {"system": {"name": system_name, **resolved["system"]}}
     if FRAMING in system.columns:  # may have been added to data that a run was begun on without
         identity[FRAMING] = True
@@ -229,8 +194,9 @@ def run_training(
             config,
             output,
             identity=identity,
-            export_name=EXPORT_NAMES.get(system_name, "export"),
+            export_name=trainable(system_name).export,
             processes=processes,
+            preview=preview,
         )
     except Interrupted:  # all of them stop at the same step
         leave_processes(processes)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import importlib
 import inspect
 import textwrap
 
-from imprompt.core.errors import ImpromptError
+from imprompt.systems.catalogue import trainable
 from imprompt.training.config import TrainConfig
-from imprompt.training.run import SYSTEMS
 
 
 def describe_settings(system_name: str) -> str:
@@ -19,14 +17,9 @@ def describe_settings(system_name: str) -> str:
     Raises:
         ImpromptError: there is no such system.
     """
-    if system_name not in SYSTEMS:
-        raise ImpromptError(
-            f"There is no system {system_name!r}; choose one of: {', '.join(SYSTEMS)}."
-        )
-    module_name, options_name = SYSTEMS[system_name]
-    module = importlib.import_module(module_name)
+    module, options = trainable(system_name).load()
     lines = [(module.__doc__ or "").strip(), ""]
-    for group, kind in (("system", getattr(module, options_name)), ("train", TrainConfig)):
+    for group, kind in (("system", options), ("train", TrainConfig)):
         meanings = field_docstrings(kind)
         for field in dataclasses.fields(kind):
             default = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ from imprompt.training.config import PRECISIONS, TrainConfig
 from imprompt.training.output import say
 from imprompt.training.state import TrainingState
 
+Preview = Callable[[], Image.Image]
+"""Draws, with fixed seeds, what has been learned so far."""
+
 
 class Validation:
     """Looks at the same rows with the same randomness every time; every process does, one writes."""
@@ -34,10 +38,12 @@ class Validation:
         config: TrainConfig,
         output: Path,
         export_name: str,
+        preview: Preview | None = None,
     ) -> None:
         self._system, self._state, self._config = system, state, config
         self._output, self._export_name = output, export_name
         self._device = state.engine.processes.device
+        self._preview = preview
         self._rows = range(num_rows, len(data))
         self._data = data
         if isinstance(system, ValidatedInParts):
@@ -46,7 +52,7 @@ class Validation:
             system.rows_at_once = config.batch_size // num_parts
         self._held_out: dict[str, Tensor] | None = None
         self.picture: Image.Image | None = None
-        """What the system drew last, if it draws."""
+        """What was drawn last, if anything is."""
 
     def run(self) -> dict[str, float]:
         """Validate the weights (their moving average, if there is one), draw, keep the best."""
@@ -74,10 +80,12 @@ class Validation:
         return figures
 
     def _drawn(self) -> Image.Image | None:
-        """What the system draws; where that fails it is told, and the run goes on without."""
+        """The preview; where drawing it fails this is told, and the run goes on without."""
+        if self._preview is None:
+            return None
         processes = self._state.engine.processes
         try:
-            return self._system.preview()
+            return self._preview()
         except Exception as error:
             if processes.engine == "fsdp2":  # blocks are gathered by all: one must not go on alone
                 raise

@@ -1,4 +1,4 @@
-"""Every system that trains beside the base draws what it has learned."""
+"""Every system that makes pictures draws what it has learned."""
 
 import pytest
 from PIL import Image, ImageChops
@@ -8,11 +8,12 @@ from imprompt.bases import load_base
 from imprompt.data.dataset import Columns
 from imprompt.data.prepare import prepare
 from imprompt.evaluation import previews
-from imprompt.evaluation.previews import set_up_previews
+from imprompt.evaluation.previews import preview_of
 from imprompt.training.run import prepare_run, run_training
 
 COUNT = 3
 CASES = {
+    "autoencoder": ("diorama:6", {"columns": ("pixels",)}, ["system.start=base"], 2),
     "image-prompt": ("diorama:6", {}, [], 2),
     "instruct": ("diorama-instruct:6", {"variant": "instruct"}, [], 2),
     "identity": ("diorama-people:8", {"variant": "identity"}, [], 3),
@@ -45,12 +46,12 @@ def test_a_preview_shows_rows_of_pictures(name, base_folder, tmp_path, monkeypat
     columns = Columns.open(prepare(source, tmp_path / "data", base, **how))
     settings = ["train.steps=1", "train.validation_rows=4", *settings]
     system, _, _ = prepare_run(name, base, columns, None, settings)
-    set_up_previews(system, base, columns, COUNT)
-    picture = system.preview()
+    preview = preview_of(system, base, columns, COUNT)
+    picture = preview()
     assert isinstance(picture, Image.Image)
     width, height = picture.size
     assert abs(width / COUNT - height / num_rows) < 0.2 * width / COUNT
-    assert ImageChops.difference(picture, system.preview()).getbbox() is None  # fixed seeds
+    assert ImageChops.difference(picture, preview()).getbbox() is None  # fixed seeds
     last = picture.crop((0, height * (num_rows - 1) // num_rows, width, height))
     assert len(set(last.convert("L").getdata())) > 8
 
@@ -64,8 +65,8 @@ def test_what_is_drawn_is_as_large_as_the_data(name, base_folder, tmp_path, monk
     assert base.image_size_px == 32
     settings = ["train.steps=1", "train.validation_rows=4", *settings]
     system, _, _ = prepare_run(name, base, columns, None, settings)
-    set_up_previews(system, base, columns, COUNT)
-    picture = system.preview()
+    preview = preview_of(system, base, columns, COUNT)
+    picture = preview()
     assert picture is not None and picture.size == (COUNT * 16, num_rows * 16)
 
 
@@ -87,7 +88,7 @@ def test_a_run_beside_a_base_in_half_precision_draws(name, base_folder, tmp_path
             "train.report_to=none",
             *settings,
         ],
-        set_up_previews=set_up_previews,
+        preview_of=preview_of,
     )
     assert (tmp_path / "run/previews/step-00000001.png").is_file()
 
@@ -101,7 +102,7 @@ def test_no_more_is_drawn_than_is_held_out(base_folder, tmp_path, monkeypatch):
         base=str(base_folder),
         output=tmp_path / "run",
         settings=[f"train.{setting}" for setting in (*settings, "report_to=none")],
-        set_up_previews=set_up_previews,
+        preview_of=preview_of,
     )
     assert Image.open(tmp_path / "run/previews/step-00000001.png").size == (2 * 32, 2 * 32)
 
@@ -110,5 +111,4 @@ def test_systems_beside_no_base_and_none_wanted_draw_nothing(base_folder, tmp_pa
     base = load_base(base_folder)
     columns = Columns.open(prepare("diorama:6", tmp_path / "data", base))
     system, _, _ = prepare_run("image-prompt", base, columns, None, ["train.steps=1"])
-    set_up_previews(system, base, columns, 0)
-    assert system.preview() is None
+    assert preview_of(system, base, columns, 0) is None

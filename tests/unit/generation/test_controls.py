@@ -149,7 +149,7 @@ def test_each_image_may_have_its_map(base, controls, pictures):
     one_each = draw(pictures, num_images=3, batch_size=2)
     assert difference(one_each[1], draw(pictures[1], num_images=3)[1]) <= 1
     assert difference(one_each[1], draw(pictures[0], num_images=3)[1]) > 2
-    with pytest.raises(ImpromptError, match="3 maps, but 2 images"):
+    with pytest.raises(ImpromptError, match="maps for 3 images, but 2 are generated"):
         draw(pictures, num_images=2)
 
 
