@@ -327,9 +327,8 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[s
 
 def save_in_half(weights: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
     """Write one safetensors file, floating-point tensors in half precision, in a folder made if need be."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     half = {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
-    write_tensors(half, path, metadata)
+    write_tensors({k: v.contiguous() for k, v in half.items()}, path, metadata)
 
 
 def reason_of(error: Exception) -> str:
