@@ -1,9 +1,10 @@
 """Measure controls on the embedded world, and draw what they do.
 
-    python benchmarks/controls.py --control depth=runs/depth/control --control edges=runs/edges/control
+    python benchmarks/controls.py                          the shipped ones
+    python benchmarks/controls.py --name more-controls --control edges=runs/edges/control \\
+        --control keypoints=runs/keypoints/control --control depth=runs/depth/control
 
-writes a table to benchmarks/results/controls.md and into docs/controls.md, and a picture to
-docs/images/controls.png.
+writes a table to benchmarks/results/NAME.md and into the documents, and a picture to docs/images/NAME.png.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pages import DOCS, RESULTS, put
+from pages import DOCS, RESULTS, publish
 from PIL import Image
 
 from imprompt.bases import load_base
@@ -37,8 +38,7 @@ def main() -> None:
     parser.add_argument("--sampler", default="dpm-solver++")
     parser.add_argument("--guidance-scale", type=float, help="the base's own if not given")
     parser.add_argument("--shown", type=int, default=10, help="scenes in the picture")
-    parser.add_argument("--table", type=Path, default=RESULTS / "controls.md")
-    parser.add_argument("--picture", type=Path, default=DOCS / "images" / "controls.png")
+    parser.add_argument("--name", default="controls", help="of table and picture in the documents")
     arguments = parser.parse_args()
     folders = dict(text.split("=", 1) for text in arguments.control) or shipped_controls()
     base = load_base("diorama")
@@ -56,15 +56,14 @@ def main() -> None:
         weights=arguments.weights,
         adapter=load_adapter(shipped_adapter()),
     )
-    arguments.table.parent.mkdir(parents=True, exist_ok=True)
-    arguments.table.write_text(table(rows) + "\n", encoding="utf-8")
-    put(DOCS / "controls.md", "controls", table(rows) + "\n")
+    (RESULTS / f"{arguments.name}.md").write_text(table(rows) + "\n", encoding="utf-8")
+    publish(DOCS / "controls.md", arguments.name, table(rows) + "\n")
     print(table(rows))
     pictures = {f"{kind} map": draw_maps(asked, kind) * 2 - 1 for kind in folders}
     pictures |= {row.name: row.images for row in rows if not row.name.endswith(NOT_SHOWN)}
     labelled_rows(
         {name: pixels_to_images(x[: arguments.shown]) for name, x in pictures.items()}
-    ).save(arguments.picture)
+    ).save(DOCS / "images" / f"{arguments.name}.png")
 
 
 def labelled_rows(rows: dict[str, list[Image.Image]]) -> Image.Image:

@@ -4,8 +4,8 @@
     python benchmarks/diorama.py --only base shipped
     python benchmarks/diorama.py --only quickstart --adapter imprompt-quickstart/run/adapter.safetensors
 
-Figures go to benchmarks/results/diorama.json; docs/results.md and the table of the README are made
-from that file, and from nothing else.
+Figures go to benchmarks/results/diorama.json; the first part of docs/results.md and the table of the README
+are made from that file, and from nothing else.
 """
 
 from __future__ import annotations
@@ -23,13 +23,6 @@ PARTS = ("judge", "base", "quickstart", "shipped", "ablation", "picture")
 QUICKSTART_ADAPTER = Path("imprompt-quickstart/run/adapter.safetensors")
 COUNTS = {"judge": 5000, "base": 500, "quickstart": 120, "shipped": 240, "ablation": 120}
 SAMPLING = {"steps": 25, "sampler": "dpm-solver++", "guidance_scale": None, "scale": 1.0, "seed": 0}
-OTHER_PAPERS = """
-## The other papers
-
-Each on its own page, with the commands: [IP-Adapter-Instruct](instruct.md#measured) (2408.03209),
-[InstantID](identity.md#on-the-embedded-world) (2401.07519), [ControlNet](controls.md#measured) (2302.05543)
-and T2I-Adapter (2302.08453).
-"""
 NAMES = {"kind": "object", "colour": "colour", "style": "style", "setting": "setting"}
 
 
@@ -95,9 +88,7 @@ def ablation_table(figures: dict[str, float]) -> str:
 
 
 def document(results: dict[str, dict[str, float]]) -> str:
-    text = f"""# Measured on the embedded world
-
-Made by `python benchmarks/diorama.py`, which writes `benchmarks/results/diorama.json` and this page.
+    text = f"""Made by `python benchmarks/diorama.py`, which writes `benchmarks/results/diorama.json`.
 Scenes come from seeds that no training sees; a classifier trained on renders (the judge) says what a
 picture shows. Images are drawn with DPM-Solver++ in {SAMPLING["steps"]} steps at the base's own guidance, {GUIDANCE_SCALE:g}.
 
@@ -114,7 +105,7 @@ which the attribute of that picture is found again.
 """
     if "shipped" in results:
         text += f"""
-## Image and text together
+### Image and text together
 
 The image gives style and colour, the text names another object ("a rocket"); {COUNTS["shipped"] // 2}
 pairs per λ, shipped adapter. "Look" is style and colour at once, "both" is look and object at once.
@@ -126,7 +117,7 @@ With `site_preset="style"`: λ in the last block, which draws colour and style, 
 {together_table(results["shipped"], by_preset=True)}"""
     if "ablation" in results:
         text += f"""
-## Decoupled or concatenated
+### Decoupled or concatenated
 
 The ablation of the paper (2308.06721, section 4.4.2): image tokens with keys and values of their own,
 against image tokens appended to the text's and read by the frozen ones, with as many trainable
@@ -139,7 +130,7 @@ paper's order was found after a million steps and need not hold after 800: here 
 imprompt evaluate --what ablation --output runs/ablation --count {COUNTS["ablation"]} --steps 25 --sampler dpm-solver++
 ```
 """
-    return text + OTHER_PAPERS
+    return text
 
 
 def draw_variations(path: Path) -> None:
@@ -173,7 +164,7 @@ def draw_variations(path: Path) -> None:
 
 
 def write_documents(results: dict[str, dict[str, float]]) -> None:
-    (DOCS / "results.md").write_text(document(results), encoding="utf-8")
+    put(DOCS / "results.md", "diorama", document(results))
     put(README, "figures", main_table(results))
 
 

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from pages import DOCS, RESULTS, header, put, row
+from pages import DOCS, RESULTS, header, publish, row
 
 from imprompt.core.images import image_grid, pixels_to_images
 from imprompt.diorama import FACTORS, STYLES, gallery, portrait, sample_character
@@ -91,7 +91,7 @@ def measure(folder: Path | None, count: int, output: Path) -> None:
         seed=0,
     )
     FIGURES.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    put(DOCS / "identity.md", "identity", identity_table(figures))
+    publish(DOCS / "identity.md", "identity", identity_table(figures))
 
 
 def identity_table(figures: dict[str, float]) -> str:

@@ -17,7 +17,7 @@ import json
 from functools import partial
 from pathlib import Path
 
-from pages import DOCS, RESULTS, header, put, row
+from pages import DOCS, RESULTS, header, publish, row
 
 FIGURES = RESULTS / "instruct.json"
 SAMPLING = {"steps": 25, "sampler": "dpm-solver++", "guidance_scale": None, "scale": 1.0, "seed": 0}
@@ -185,9 +185,9 @@ def main() -> None:
         FIGURES.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     page = DOCS / "instruct.md"
     if "instruct" in figures:
-        put(page, "tasks", task_table(figures["instruct"]))
+        publish(page, "tasks", task_table(figures["instruct"]))
     if "instruct-table" in figures:
-        put(page, "comparison", comparison(figures["instruct-table"]))
+        publish(page, "comparison", comparison(figures["instruct-table"]))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 draws scenes as blueprints (white lines on blue paper, a style that neither base nor adapter has seen),
 trains a LoRA on the base's UNet by PEFT alone (nothing of imprompt takes part in it), saves it as
 diffusers does, loads it with `add_lora`, and generates from image prompts with and without it. The table
-goes to benchmarks/results/lora.md, the picture to docs/images/lora.png.
+goes to benchmarks/results/lora.md and the documents, the picture to docs/images/lora.png.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as functional
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
+from pages import DOCS, RESULTS, publish
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
@@ -33,7 +34,6 @@ from imprompt.evaluation.judge import load_judge, read, truth
 from imprompt.evaluation.measure import Sampling, draw, image_features, unseen_scenes
 from imprompt.generation.conditions import TokenPrompt
 
-ROOT = Path(__file__).parents[1]
 PAPER = torch.tensor([0.06, 0.20, 0.48])[None, :, None, None]
 INK = torch.tensor([0.92, 0.96, 1.00])[None, :, None, None]
 
@@ -114,9 +114,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--scenes", type=int, default=192)
     parser.add_argument("--count", type=int, default=48)
-    parser.add_argument("--folder", type=Path, default=ROOT / "runs", help="of trained LoRAs")
-    parser.add_argument("--table", type=Path, default=ROOT / "benchmarks/results/lora.md")
-    parser.add_argument("--picture", type=Path, default=ROOT / "docs/images/lora.png")
+    parser.add_argument("--folder", type=Path, default=Path("runs"), help="of trained LoRAs")
+    parser.add_argument("--table", type=Path, default=RESULTS / "lora.md")
+    parser.add_argument("--picture", type=Path, default=DOCS / "images/lora.png")
     arguments = parser.parse_args()
     base, judge, reader = load_base("diorama"), load_judge(), StyleReader()
     # One that was trained on another base, or for another time, is none of this one's.
@@ -169,6 +169,7 @@ def main() -> None:
     print(table)
     arguments.table.parent.mkdir(parents=True, exist_ok=True)
     arguments.table.write_text(table, encoding="utf-8")
+    publish(DOCS / "controls.md", "lora", table)
     image_grid(cells, 12).save(arguments.picture)
 
 

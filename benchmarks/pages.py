@@ -27,3 +27,9 @@ def put(page: Path, name: str, text: str) -> None:
     before, rest = page.read_text(encoding="utf-8").split(begin)
     after = rest.split(end)[1]
     page.write_text(f"{before}{begin}{text}{end}{after}", encoding="utf-8")
+
+
+def publish(page: Path, name: str, text: str) -> None:
+    """Replace it on its own page, and on the page where all tables stand."""
+    for one in (page, DOCS / "results.md"):
+        put(one, name, text)

@@ -44,7 +44,7 @@ def test_commands_can_be_typed(command):
         assert ending.code == 0
         return
     if parsed.verb == "train":
-        tables = with_settings(read_toml(preset_path(parsed.preset)), parsed.set)
+        tables = with_settings(read_toml(preset_path(parsed.preset, parsed.system)), parsed.set)
         build(TrainConfig, tables["train"], "train.")
         _, options = trainable(parsed.system).load()
         build(options, tables.get("system", {}), "system.")

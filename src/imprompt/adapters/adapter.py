@@ -6,8 +6,7 @@
 `ip_adapter.{i}.*`, where i counts all attention sites of the UNet.
 """
 
-from collections.abc import Generator, Iterable, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -26,6 +25,7 @@ from imprompt.adapters.resampler import HEAD_DIM, InstructResampler, Resampler
 from imprompt.adapters.sites import Site, attention_sites, family_of, linear_weight
 from imprompt.adapters.weights import SiteWeights, weights_for
 from imprompt.core.errors import ImpromptError
+from imprompt.core.randomness import own_randomness
 
 Variant = Literal["base", "plus", "full", "faceid", "faceid-plus", "instruct"]
 VARIANTS: tuple[str, ...] = get_args(Variant)
@@ -162,17 +162,6 @@ def describe(sites: Mapping[int, SiteWeights]) -> str:
 def shorten(numbers: list[int], limit: int = 8) -> str:
     shown = ", ".join(map(str, numbers[:limit])) or "none"
     return shown + (f" and {len(numbers) - limit} more" if len(numbers) > limit else "")
-
-
-@contextmanager
-def own_randomness(seed: int) -> Generator[None, None, None]:
-    """Initialisers draw from this seed; the caller's stream of random numbers stays untouched."""
-    state = torch.get_rng_state()
-    torch.default_generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(state)
 
 
 def create_adapter(

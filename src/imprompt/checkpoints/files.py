@@ -325,12 +325,6 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[s
             temporary.unlink(missing_ok=True)
 
 
-def save_in_half(weights: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    """Write one safetensors file, floating-point tensors in half precision, in a folder made if need be."""
-    half = {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
-    write_tensors({k: v.contiguous() for k, v in half.items()}, path, metadata)
-
-
 def reason_of(error: Exception) -> str:
     if "No space left" in str(error):
         return "the disk is full; free some space or choose another place"

@@ -144,6 +144,16 @@ def check_range(
         raise ImpromptError(f"{name} is {value}, but must be {' and '.join(limits) or 'finite'}.")
 
 
+def check_left_alone(config: Any, names: Sequence[str], why: str) -> None:
+    """Raise an ImpromptError, which says `why`, if one of these was set: it would do nothing."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name in names and value != field.default:
+            raise ImpromptError(
+                f"{field.name} is {value!r}, but {why}: leave it at {field.default!r}."
+            )
+
+
 def check_shares(config: Any, names: Sequence[str]) -> None:
     """Raise an ImpromptError unless these are shares of one whole: none below 0, at most 1 together."""
     check_range(config, names, 0, 1)

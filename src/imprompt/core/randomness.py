@@ -12,11 +12,14 @@ Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3" (Philo
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from imprompt.core.transfer import to_device
 
 _FEISTEL_ROUNDS = 8
 # Odd numbers with well mixed bits, from MurmurHash3's and SplitMix64's finalisers.
@@ -61,6 +64,20 @@ def permuted(seed: int, epoch: int, positions: np.ndarray, length: int) -> np.nd
     return rows.astype(np.int64)
 
 
+@contextmanager
+def own_randomness(seed: int) -> Generator[None, None, None]:
+    """New weights draw from this seed; the caller's stream of random numbers stays untouched.
+
+    They are drawn on the CPU: a GPU's streams are left alone.
+    """
+    state = torch.get_rng_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+
+
 class Randomness:
     """The randomness of one batch: sample i of the batch draws as `samples[i]` does anywhere else."""
 
@@ -79,7 +96,7 @@ class Randomness:
         values = np.empty((len(self.samples), *shape), dtype=np.float32)
         for row, sample in zip(values, self.samples, strict=True):
             generator(self.seed, sample, purpose).standard_normal(out=row, dtype=np.float32)
-        return torch.from_numpy(values).to(self.device)
+        return to_device(torch.from_numpy(values), self.device)
 
     def uniform(self, purpose: str) -> Tensor:
         """Uniform numbers in [0, 1), float32, (batch,)."""
@@ -87,9 +104,9 @@ class Randomness:
             generator(self.seed, sample, purpose).random(dtype=np.float32)
             for sample in self.samples
         ]
-        return torch.tensor(values, dtype=torch.float32, device=self.device)
+        return to_device(torch.tensor(values, dtype=torch.float32), self.device)
 
     def integers(self, purpose: str, high: int) -> Tensor:
         """Uniform integers in [0, high), int64, (batch,)."""
         values = [int(generator(self.seed, s, purpose).integers(high)) for s in self.samples]
-        return torch.tensor(values, dtype=torch.int64, device=self.device)
+        return to_device(torch.tensor(values, dtype=torch.int64), self.device)

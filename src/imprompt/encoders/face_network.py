@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as functional
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from imprompt.core.errors import ImpromptError
+from imprompt.encoders.small_network import convolution, load_small_network
 
 NUM_LANDMARKS = 5
 SIZE_PX = 64
-
-
-def _convolution(channels_in: int, channels_out: int, stride: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(channels_in, channels_out, 3, stride, 1, bias=False),
-        nn.BatchNorm2d(channels_out),
-        nn.SiLU(),
-    )
 
 
 class FaceNetwork(nn.Module):
@@ -35,21 +24,21 @@ class FaceNetwork(nn.Module):
     def __init__(self, width: int = 32, embed_dim: int = 512) -> None:
         super().__init__()
         self.fine = nn.Sequential(
-            _convolution(3, width, 2),
-            _convolution(width, width, 1),
-            _convolution(width, 2 * width, 2),
-            _convolution(2 * width, 2 * width, 1),
+            convolution(3, width, 2),
+            convolution(width, width, 1),
+            convolution(width, 2 * width, 2),
+            convolution(2 * width, 2 * width, 1),
         )
         self.coarse = nn.Sequential(
-            _convolution(2 * width, 4 * width, 2), _convolution(4 * width, 4 * width, 1)
+            convolution(2 * width, 4 * width, 2), convolution(4 * width, 4 * width, 1)
         )
         self.whole = nn.Sequential(
-            _convolution(4 * width, 5 * width, 2), _convolution(5 * width, 5 * width, 1)
+            convolution(4 * width, 5 * width, 2), convolution(5 * width, 5 * width, 1)
         )
         self.embed = nn.Linear(10 * width, embed_dim, bias=False)
         self.norm = nn.BatchNorm1d(embed_dim)
         self.heat_maps = nn.Sequential(
-            _convolution(6 * width, width, 1), nn.Conv2d(width, NUM_LANDMARKS, 1)
+            convolution(6 * width, width, 1), nn.Conv2d(width, NUM_LANDMARKS, 1)
         )
 
     @property
@@ -84,17 +73,11 @@ def load_face_network(path: Path) -> FaceNetwork:
     Raises:
         ImpromptError: there is no such file, or it is something else.
     """
-    if not path.is_file():
-        raise ImpromptError(
-            f"There is no face encoder {path}; `imprompt train face-encoder` makes one."
-        )
-    try:
-        weights: dict[str, Any] = load_file(path)
-        network = FaceNetwork(
+    return load_small_network(
+        path,
+        lambda weights: FaceNetwork(
             width=weights["fine.0.0.weight"].shape[0], embed_dim=weights["embed.weight"].shape[0]
-        )
-        own = network.state_dict()
-        network.load_state_dict({k: v.to(own[k].dtype) for k, v in weights.items()})
-    except (SafetensorError, KeyError, RuntimeError) as error:
-        raise ImpromptError(f"{path} is no face encoder of the embedded world: {error}") from error
-    return network.eval().requires_grad_(False)
+        ),
+        what="face encoder of the embedded world",
+        hint="`imprompt train face-encoder` makes one",
+    )

@@ -29,7 +29,7 @@ from imprompt.evaluation.judge import read, truth
 from imprompt.evaluation.map_reader import compare, read_maps
 from imprompt.evaluation.measure import UNSEEN_SEED, Sampling, draw, image_features, unseen_scenes
 from imprompt.generation.conditions import TokenPrompt
-from imprompt.generation.controls import MapControl
+from imprompt.generation.controls import MapControl, placed
 from imprompt.systems.classifier import Judge
 from imprompt.systems.map_reader import MapReader
 
@@ -67,6 +67,7 @@ def measure_controls(
     `controls` are by kind of map. The image prompt shows another object in another style and colour;
     the text then only names the object.
     """
+    networks = {kind: placed(control.module, base) for kind, control in controls.items()}
     scenes = unseen_scenes(count, first=FIRST)
     asked = render(scenes, base.image_size_px)
     wanted = truth(scenes)
@@ -82,7 +83,7 @@ def measure_controls(
         return ControlRow(name, images, figures)
 
     def use(kind: str, weight: int | float) -> MapControl:
-        return MapControl(module=controls[kind].module, maps=maps[kind], weight=weight)
+        return MapControl(module=networks[kind], maps=maps[kind], weight=weight)
 
     rows = [
         row("the renders themselves", asked.pixels, wanted),

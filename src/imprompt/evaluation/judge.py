@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from imprompt.bases import Base
 from imprompt.core.errors import ImpromptError
 from imprompt.core.shipped import shipped
 from imprompt.diorama import Scene
+from imprompt.encoders.small_network import load_small_network
 from imprompt.systems.classifier import ATTRIBUTES, Judge
 
 JUDGED_SIZE_PX = 64
@@ -22,17 +22,14 @@ def load_judge(path: Path | None = None) -> Judge:
     """The judge that comes with the package, or one trained elsewhere.
 
     Raises:
-        ImpromptError: there is no such file.
+        ImpromptError: there is no such file, or it is something else.
     """
-    path = path or shipped("diorama-judge.safetensors")
-    if not path.is_file():
-        raise ImpromptError(f"There is no judge {path}; `imprompt train classifier` makes one.")
-    weights = load_file(path)
-    judge = Judge(width=weights["features.0.0.weight"].shape[0])
-    judge.load_state_dict(
-        {name: tensor.to(judge.state_dict()[name].dtype) for name, tensor in weights.items()}
+    return load_small_network(
+        path or shipped("diorama-judge.safetensors"),
+        lambda weights: Judge(width=weights["features.0.0.weight"].shape[0]),
+        what="judge",
+        hint="`imprompt train classifier` makes one",
     )
-    return judge.eval()
 
 
 def check_can_judge(base: Base) -> None:

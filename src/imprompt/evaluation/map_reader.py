@@ -6,14 +6,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as functional
-from safetensors.torch import load_file
 from torch import Tensor
 
-from imprompt.core.errors import ImpromptError
 from imprompt.core.shipped import shipped
 from imprompt.diorama import Render
 from imprompt.diorama.maps import depth_map, keypoint_map, keypoints_of_map
 from imprompt.diorama.vocabulary import GROUND
+from imprompt.encoders.small_network import load_small_network
 from imprompt.systems.map_reader import MapReader, Reading
 
 
@@ -21,20 +20,14 @@ def load_map_reader(path: Path | None = None) -> MapReader:
     """The map reader that comes with the package, or one trained elsewhere.
 
     Raises:
-        ImpromptError: there is no such file.
+        ImpromptError: there is no such file, or it is something else.
     """
-    path = path or shipped("diorama-map-reader.safetensors")
-    if not path.is_file():
-        raise ImpromptError(
-            f"There is no map reader {path}; `imprompt train map-reader` makes one, and --map-reader "
-            "names it."
-        )
-    weights = load_file(path)
-    reader = MapReader(width=weights["at_full.0.weight"].shape[0])
-    reader.load_state_dict(
-        {name: tensor.to(reader.state_dict()[name].dtype) for name, tensor in weights.items()}
+    return load_small_network(
+        path or shipped("diorama-map-reader.safetensors"),
+        lambda weights: MapReader(width=weights["at_full.0.weight"].shape[0]),
+        what="map reader",
+        hint="`imprompt train map-reader` makes one, and --map-reader names it",
     )
-    return reader.eval()
 
 
 @torch.inference_mode()

@@ -19,8 +19,8 @@ from imprompt.core.errors import ImpromptError
 from imprompt.generation.conditions import Branch, check_time_span, rows_of
 from imprompt.generation.features import ImageLike
 from imprompt.generation.features import to_pixels as image_to_pixels
-from imprompt.systems.controlnet import control_residuals
-from imprompt.systems.t2i_adapter import adapter_residuals, layout_of
+from imprompt.systems.controlnet import check_controlnet, control_residuals
+from imprompt.systems.t2i_adapter import adapter_residuals, check_t2i_adapter
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -105,12 +105,11 @@ def map_control(control: Control, base: Base, size_px: int | tuple[int, int] | N
         )
         for image in images
     ]
-    nn.Module.to(control.network, device=base.device, dtype=base.dtype)
     maps = ((torch.cat(pixels) + 1) / 2).clamp(0, 1)
     # The published T2I-Adapters for edges and sketches read grey; a ControlNet's are the latents.
     is_grey = control.network.config.in_channels == 1
     return MapControl(
-        module=control.network,
+        module=placed(control.network, base),
         maps=maps.mean(1, keepdim=True) if is_grey else maps,
         weight=control.weight,
         start=control.start,
@@ -118,29 +117,18 @@ def map_control(control: Control, base: Base, size_px: int | tuple[int, int] | N
     )
 
 
+def placed(network: Any, base: Base) -> Any:
+    """A control's network where the base computes and in its precision."""
+    # Not with diffusers' own `to`, which remarks on modules that it keeps in float32: none.
+    return nn.Module.to(network, device=base.device, dtype=base.dtype)
+
+
 def check_fits(network: Any, base: Base) -> None:
     """Raise an ImpromptError if a network's shape is another than the base's denoiser's."""
-    own, its = base.unet.config, network.config
-    if hasattr(its, "adapter_type"):
-        names = ("type", "downscaling", "channels")
-        kind, channels = str(its.adapter_type), list(its.channels)
-        # A light adapter gives maps of the very shapes that a full one does, but its last block,
-        # which is as wide as the one before, is not listed.
-        if kind == "light_adapter":
-            kind, channels = "full_adapter", [*channels, channels[-1]]
-        given = (kind, its.downscale_factor, channels)
-        wanted = layout_of(base)
+    if hasattr(network.config, "adapter_type"):
+        check_t2i_adapter(network, base)
     else:
-        names = ("channels", "text width")
-        given = (tuple(its.block_out_channels), its.cross_attention_dim)
-        wanted = (tuple(own.block_out_channels), own.cross_attention_dim)
-    differing = [
-        f"its {name} is {one}, that of {base.name} {other}"
-        for name, one, other in zip(names, given, wanted, strict=True)
-        if one != other
-    ]
-    if differing:
-        raise ImpromptError(f"The control was made for another base: {'; '.join(differing)}.")
+        check_controlnet(network, base)
 
 
 class ControlRun:

@@ -7,14 +7,14 @@ from typing import TypeVar, cast
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from imprompt.adapters.sites import Number
 from imprompt.bases import Base, ClipImageEncoder, TextStates
 from imprompt.bases.words import unread_part
 from imprompt.core.errors import ImpromptError
 from imprompt.core.images import pixels_to_images
-from imprompt.generation.controls import Control, map_control
+from imprompt.generation.controls import Control, map_control, placed
 from imprompt.generation.explanation import Explanation
 from imprompt.generation.identity import IdentityPrompt, read_person
 from imprompt.generation.instructed import words_of
@@ -101,8 +101,7 @@ def generate(
     for adapter in adapters:
         adapter.to(base.device)
     for person in identities:
-        # Not with diffusers' own `to`, which remarks on modules that it keeps in float32: none.
-        nn.Module.to(person.identity.net, device=base.device, dtype=base.dtype)
+        placed(person.identity.net, base)
     with (
         torch.inference_mode(),
         installed(base.unet, adapters) as handles,

@@ -14,11 +14,11 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from imprompt.bases import Base
-from imprompt.checkpoints.files import save_in_half
 from imprompt.core.config import check_range
 from imprompt.core.randomness import Randomness
 from imprompt.data.rows import Rows
 from imprompt.diorama.vocabulary import COLOURS, KINDS, SETTINGS, STYLES
+from imprompt.encoders.small_network import convolution, save_small_network
 from imprompt.systems.decoded_look import as_if_decoded
 
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
@@ -29,27 +29,19 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
 }
 
 
-def _convolution(channels_in: int, channels_out: int, stride: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(channels_in, channels_out, 3, stride, 1, bias=False),
-        nn.BatchNorm2d(channels_out),
-        nn.SiLU(),
-    )
-
-
 class Judge(nn.Module):
     """Pixels (batch, 3, 64, 64) in [-1, 1] to one tensor of logits per attribute."""
 
     def __init__(self, width: int = 32):
         super().__init__()
         self.features = nn.Sequential(
-            _convolution(3, width, 2),
-            _convolution(width, width, 1),
-            _convolution(width, 2 * width, 2),
-            _convolution(2 * width, 2 * width, 1),
-            _convolution(2 * width, 4 * width, 2),
-            _convolution(4 * width, 4 * width, 1),
-            _convolution(4 * width, 4 * width, 2),
+            convolution(3, width, 2),
+            convolution(width, width, 1),
+            convolution(width, 2 * width, 2),
+            convolution(2 * width, 2 * width, 1),
+            convolution(2 * width, 4 * width, 2),
+            convolution(4 * width, 4 * width, 1),
+            convolution(4 * width, 4 * width, 2),
         )
         self.heads = nn.ModuleDict(
             {name: nn.Linear(8 * width, len(classes)) for name, classes in ATTRIBUTES.items()}
@@ -112,4 +104,4 @@ class ClassifierSystem:
 
     def export(self, path: Path) -> None:
         """Write one safetensors file in half precision."""
-        save_in_half(self.module.state_dict(), path, {"model": "diorama-judge"})
+        save_small_network(self.module, path, "diorama-judge")

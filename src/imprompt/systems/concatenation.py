@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from imprompt.adapters import create_adapter
 from imprompt.bases import Base, TextStates, image_encoder_of
+from imprompt.core.config import check_left_alone
 from imprompt.core.errors import ImpromptError
 from imprompt.data.rows import Rows
 from imprompt.systems.denoising import check_same_base
@@ -25,6 +26,11 @@ from imprompt.systems.image_prompt import ImagePromptOptions, ImagePromptSystem
 @dataclass(frozen=True, kw_only=True)
 class ConcatenationOptions(ImagePromptOptions):
     """As for image prompts; `variant` is always base."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        names = ("variant", "positions", "start_from")
+        check_left_alone(self, names, "concatenated tokens know only their own kind, made anew")
 
 
 class ConcatenatedTokens(nn.Module):

@@ -7,7 +7,7 @@ it inside the denoiser.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,11 +51,28 @@ def check_control_data(columns: Rows, base: Base, kind: str) -> None:
     columns.require([CONTROL + kind])
 
 
-def network_to_train(created: Callable[[], Any], start_from: str, kind: type, base: Base) -> Any:
+def check_shape(base: Base, given: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raise an ImpromptError where what a network's shape is, by name, is not what the base's asks for."""
+    differing = [
+        f"its {name} is {given[name]}, that of {base.name} {wanted[name]}"
+        for name in wanted
+        if given[name] != wanted[name]
+    ]
+    if differing:
+        raise ImpromptError(f"The control was made for another base: {'; '.join(differing)}.")
+
+
+def network_to_train(
+    created: Callable[[], Any],
+    start_from: str,
+    kind: type,
+    check: Callable[[Any, Base], None],
+    base: Base,
+) -> Any:
     """The network of a folder, or else a new one: float32, on the base's device, ready to train.
 
     Raises:
-        ImpromptError: the folder holds a network of another class than `kind`.
+        ImpromptError: the folder holds a network of another class than `kind`, or one that `check` refuses.
     """
     if start_from:
         network: Any = load_control(start_from).module
@@ -63,6 +80,7 @@ def network_to_train(created: Callable[[], Any], start_from: str, kind: type, ba
             raise ImpromptError(
                 f"{start_from} holds a {type(network).__name__}; needed is a {kind.__name__}."
             )
+        check(network, base)
     else:
         network = created()
     network.float().to(base.device, memory_format=torch.channels_last)

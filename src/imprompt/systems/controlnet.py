@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from diffusers import ControlNetModel
 from torch import Tensor, nn
 
@@ -18,8 +17,14 @@ from imprompt.bases import Base, Residuals, TextStates
 from imprompt.bases.latent_space import pixels_per_latent
 from imprompt.core.config import check_shares
 from imprompt.core.errors import ImpromptError
+from imprompt.core.randomness import own_randomness
 from imprompt.data.rows import Rows
-from imprompt.systems.control import ControlSystem, check_control_data, network_to_train
+from imprompt.systems.control import (
+    ControlSystem,
+    check_control_data,
+    check_shape,
+    network_to_train,
+)
 
 _EMBEDDING_CHANNELS = (16, 32, 96, 256)
 
@@ -54,6 +59,7 @@ def build(options: ControlNetOptions, base: Base, columns: Rows) -> ControlSyste
         lambda: create_controlnet(base, zero_entry=options.zero_entry),
         options.start_from,
         ControlNetModel,
+        check_controlnet,
         base,
     )
     return ControlSystem(
@@ -68,6 +74,16 @@ def build(options: ControlNetOptions, base: Base, columns: Rows) -> ControlSyste
     )
 
 
+def check_controlnet(network: Any, base: Base) -> None:
+    """Raise an ImpromptError if a ControlNet is no copy of the base's encoder in its shape."""
+    own, its = base.unet.config, network.config
+    check_shape(
+        base,
+        {"channels": tuple(its.block_out_channels), "text width": its.cross_attention_dim},
+        {"channels": tuple(own.block_out_channels), "text width": own.cross_attention_dim},
+    )
+
+
 def create_controlnet(base: Base, *, zero_entry: bool = True, seed: int = 0) -> Any:
     """A `ControlNetModel` that begins as the copy of a base's encoder, and adds nothing yet.
 
@@ -78,8 +94,7 @@ def create_controlnet(base: Base, *, zero_entry: bool = True, seed: int = 0) -> 
     strides = factor.bit_length() - 1
     if not 1 <= strides < len(_EMBEDDING_CHANNELS):
         raise ImpromptError(f"A ControlNet has no entry for {factor} pixels per latent.")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with own_randomness(seed):
         model = ControlNetModel.from_unet(
             base.unet,
             conditioning_embedding_out_channels=_EMBEDDING_CHANNELS[: strides + 1],

@@ -27,12 +27,16 @@ from imprompt.diffusion.objectives import (
 
 def check_same_base(columns: Rows, base: Base) -> None:
     """Raise an ImpromptError if the data were encoded by another base than this one."""
-    prepared = columns.meta.get("base_fingerprint")
-    if prepared != base.fingerprint():
-        raise ImpromptError(
-            f"The data in {columns.path} were prepared with {columns.meta.get('base', 'another base')} "
-            f"({prepared}), not with {base.name} ({base.fingerprint()}): prepare them with this base."
-        )
+    prepared, name = columns.meta.get("base_fingerprint"), columns.meta.get("base")
+    if prepared == base.fingerprint():
+        return
+    hint = "prepare them with this base."
+    if name == base.name:
+        hint = "were they prepared with another --image-encoder? Else prepare them anew."
+    raise ImpromptError(
+        f"The data in {columns.path} were prepared with {name or 'another base'} ({prepared}), not with "
+        f"{base.name} ({base.fingerprint()}): {hint}"
+    )
 
 
 def framing_columns(columns: Sequence[str], base: Base, data: Rows) -> tuple[str, ...]:

@@ -20,12 +20,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from imprompt.bases import Base
-from imprompt.checkpoints.files import save_in_half
 from imprompt.core.config import check_range
 from imprompt.core.errors import ImpromptError
 from imprompt.core.randomness import Randomness
 from imprompt.data.rows import FirstRows, Rows
 from imprompt.encoders.face_network import FaceNetwork, load_face_network
+from imprompt.encoders.small_network import save_small_network
 from imprompt.systems.decoded_look import as_if_decoded
 
 MIRRORED = (1, 0, 2, 4, 3)  # left and right change places
@@ -145,7 +145,7 @@ class FaceEncoderSystem:
 
     def export(self, path: Path) -> None:
         """Write the network, without the training persons' directions, in half precision."""
-        save_in_half(self.module.network.state_dict(), path, {"model": "diorama-face-encoder"})
+        save_small_network(self.module.network, path, "diorama-face-encoder")
 
 
 def with_margin(

@@ -17,6 +17,7 @@ from imprompt.adapters import create_adapter
 from imprompt.adapters.projection import FacePlusProjection
 from imprompt.bases import Base, image_encoder_of
 from imprompt.checkpoints import load_adapter
+from imprompt.core.config import check_left_alone, check_range
 from imprompt.core.errors import ImpromptError
 from imprompt.data.rows import Rows
 from imprompt.systems.denoising import check_same_base
@@ -39,6 +40,11 @@ class FaceIdOptions(ImagePromptOptions):
     shortcut: bool = False
     """Second generation of `faceid-plus`: tokens of the identity are added to the refined ones."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range(self, ("lora_rank",), 1)
+        check_left_alone(self, ("positions",), "a face's features have no places in a picture")
+
 
 def build(options: FaceIdOptions, base: Base, columns: Rows) -> ImagePromptSystem:
     """The system for prepared data: `imprompt prepare … --variant faceid` or `faceid-plus`.
@@ -53,8 +59,6 @@ def build(options: FaceIdOptions, base: Base, columns: Rows) -> ImagePromptSyste
         )
     if options.fit_to_captions:
         raise ImpromptError("Captions do not tell who is seen: fit_to_captions=false.")
-    if options.lora_rank < 1:
-        raise ImpromptError(f"lora_rank is {options.lora_rank}, but must be at least 1.")
     check_same_base(columns, base)
     names = FEATURES[options.variant]
     columns.require(names)

@@ -29,7 +29,7 @@ from imprompt.core.config import check_range, check_shares
 from imprompt.core.randomness import Randomness
 from imprompt.data.rows import Rows
 from imprompt.encoders.landmarks import landmark_images
-from imprompt.systems.controlnet import control_residuals, create_controlnet
+from imprompt.systems.controlnet import check_controlnet, control_residuals, create_controlnet
 from imprompt.systems.denoising import (
     Denoising,
     check_same_base,
@@ -72,6 +72,7 @@ def build(options: IdentityOptions, base: Base, columns: Rows) -> IdentitySystem
         folder = Path(options.start_from)
         adapter = load_adapter(folder / ADAPTER_FILE)
         net = load_identity_net(folder / CONTROLNET_FOLDER)
+        check_controlnet(net, base)
     else:
         id_dim = columns.rows([0], ["id_embeds"])["id_embeds"].shape[1]
         adapter = create_adapter(

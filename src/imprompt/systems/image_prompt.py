@@ -45,7 +45,7 @@ class ImagePromptOptions:
     variant: str = "base"
     """`base` (global image embedding), `plus` (resampler over patches) or `full` (all patches)."""
     num_tokens: int = 0
-    """Tokens per image; 0 takes the variant's usual number (4 for base, 16 for plus)."""
+    """Tokens per image of a new adapter; 0 takes the variant's usual number (4 for base, 16 for plus)."""
     positions: bool = False
     """Whether the resampler of a new `plus` learns where in the picture each state of the image encoder
     stands. Not of the paper: CLIP ViT-H's states tell it, those of a small encoder may not."""

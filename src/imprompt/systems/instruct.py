@@ -40,7 +40,7 @@ class InstructOptions:
     """What is trained. The defaults are the paper's where it tells them."""
 
     num_tokens: int = 16
-    """Tokens per image."""
+    """Tokens per image. This and the next two are of a new adapter: one in `start_from` has its own."""
     resampler_dim: int = 0
     """Inner width of the resampler, a multiple of 64; 0 takes the text's width."""
     depth: int = 4

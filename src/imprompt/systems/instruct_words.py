@@ -25,7 +25,7 @@ from imprompt.adapters import ImagePromptAdapter
 from imprompt.adapters.resampler import InstructResampler
 from imprompt.bases import Base, TextStates
 from imprompt.checkpoints import save_adapter
-from imprompt.core.config import check_range
+from imprompt.core.config import check_left_alone, check_range
 from imprompt.core.errors import ImpromptError
 from imprompt.core.randomness import Randomness
 from imprompt.data.instructions import TASKS
@@ -59,6 +59,11 @@ class InstructWordsOptions(InstructOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range(self, ("added_tokens", "added_layers", "layout_weight"), 0)
+        check_left_alone(
+            self,
+            ("drop_image", "drop_instruction", "drop_all", "snr_gamma"),
+            "words are learnt without the denoiser, with image and instruction always there",
+        )
         for name in ("added_tokens", "added_layers", "learn"):
             if getattr(self, name) and not self.start_from:
                 raise ImpromptError(

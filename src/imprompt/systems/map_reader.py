@@ -15,22 +15,14 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from imprompt.bases import Base
-from imprompt.checkpoints.files import save_in_half
 from imprompt.core.config import check_range
 from imprompt.core.randomness import Randomness
 from imprompt.data.rows import Rows
 from imprompt.diorama.maps import KEYPOINT_COLOURS, PART_COLOURS, keypoints_of_map, parts_of_map
+from imprompt.encoders.small_network import convolution, save_small_network
 from imprompt.systems.decoded_look import as_if_decoded
 
 _NUM_PARTS, _NUM_KEYPOINTS = len(PART_COLOURS), len(KEYPOINT_COLOURS)
-
-
-def _convolution(channels_in: int, channels_out: int, stride: int = 1) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(channels_in, channels_out, 3, stride, 1, bias=False),
-        nn.BatchNorm2d(channels_out),
-        nn.SiLU(),
-    )
 
 
 @dataclass(frozen=True)
@@ -52,21 +44,21 @@ class MapReader(nn.Module):
 
     def __init__(self, width: int = 16):
         super().__init__()
-        self.at_full = _convolution(3, width)
+        self.at_full = convolution(3, width)
         self.at_half = nn.Sequential(
-            _convolution(width, 2 * width, 2), _convolution(2 * width, 2 * width)
+            convolution(width, 2 * width, 2), convolution(2 * width, 2 * width)
         )
         self.at_quarter = nn.Sequential(
-            _convolution(2 * width, 4 * width, 2), _convolution(4 * width, 4 * width)
+            convolution(2 * width, 4 * width, 2), convolution(4 * width, 4 * width)
         )
         self.at_eighth = nn.Sequential(
-            _convolution(4 * width, 6 * width, 2), _convolution(6 * width, 6 * width)
+            convolution(4 * width, 6 * width, 2), convolution(6 * width, 6 * width)
         )
         self.whole = nn.Linear(6 * width, 6 * width)
-        self.to_quarter = _convolution(10 * width, 4 * width)
-        self.to_half = _convolution(6 * width, 2 * width)
+        self.to_quarter = convolution(10 * width, 4 * width)
+        self.to_half = convolution(6 * width, 2 * width)
         self.narrow = nn.Conv2d(2 * width, width, 1)
-        self.to_full = _convolution(2 * width, width)
+        self.to_full = convolution(2 * width, width)
         self.maps = nn.Conv2d(width, 2 + _NUM_PARTS, 1)
         self.heat = nn.Conv2d(2 * width, _NUM_KEYPOINTS, 1)
 
@@ -146,7 +138,7 @@ class MapReaderSystem:
 
     def export(self, path: Path) -> None:
         """Write one safetensors file in half precision."""
-        save_in_half(self.module.state_dict(), path, {"model": "map-reader"})
+        save_small_network(self.module, path, "map-reader")
 
 
 def _losses(reading: Reading, batch: dict[str, Tensor]) -> dict[str, Tensor]:

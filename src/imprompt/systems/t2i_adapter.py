@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from diffusers import T2IAdapter
 from torch import Tensor
 
@@ -17,8 +16,14 @@ from imprompt.bases import Base, Residuals
 from imprompt.bases.latent_space import pixels_per_latent
 from imprompt.core.config import check_range, check_shares
 from imprompt.core.errors import ImpromptError
+from imprompt.core.randomness import own_randomness
 from imprompt.data.rows import Rows
-from imprompt.systems.control import ControlSystem, check_control_data, network_to_train
+from imprompt.systems.control import (
+    ControlSystem,
+    check_control_data,
+    check_shape,
+    network_to_train,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +57,7 @@ def build(options: T2IAdapterOptions, base: Base, columns: Rows) -> ControlSyste
         lambda: create_t2i_adapter(base, num_res_blocks=options.num_res_blocks),
         options.start_from,
         T2IAdapter,
+        check_t2i_adapter,
         base,
     )
     return ControlSystem(
@@ -64,6 +70,20 @@ def build(options: T2IAdapterOptions, base: Base, columns: Rows) -> ControlSyste
     )
 
 
+def check_t2i_adapter(network: Any, base: Base) -> None:
+    """Raise an ImpromptError if a T2I-Adapter's features are not of the shapes that the base's encoder has."""
+    its = network.config
+    kind, channels = str(its.adapter_type), list(its.channels)
+    # A light adapter gives maps of the very shapes that a full one does, but its last block,
+    # which is as wide as the one before, is not listed.
+    if kind == "light_adapter":
+        kind, channels = "full_adapter", [*channels, channels[-1]]
+    names = ("type", "downscaling", "channels")
+    given = (kind, its.downscale_factor, channels)
+    wanted = layout_of(base)
+    check_shape(base, dict(zip(names, given, strict=True)), dict(zip(names, wanted, strict=True)))
+
+
 def create_t2i_adapter(base: Base, *, num_res_blocks: int = 2, seed: int = 0) -> Any:
     """A `T2IAdapter` whose features fit a base's encoder.
 
@@ -71,8 +91,7 @@ def create_t2i_adapter(base: Base, *, num_res_blocks: int = 2, seed: int = 0) ->
         ImpromptError: diffusers has no adapter for a UNet of this shape.
     """
     adapter_type, downscale_factor, channels = layout_of(base)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with own_randomness(seed):
         return T2IAdapter(
             in_channels=3,
             channels=channels,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from imprompt.adapters.projection import LinearProjection
 from imprompt.bases import Base, TextStates
+from imprompt.core.errors import ImpromptError
 from imprompt.data.rows import Rows
 
 NUM_PAIRS = 4096
@@ -23,14 +24,14 @@ RIDGE = 1e-3  # of the variance of the embeddings
 
 
 @torch.no_grad()
-def fit_to_captions(projection: LinearProjection, base: Base, columns: Rows) -> float:
+def fit_to_captions(projection: LinearProjection, base: Base, columns: Rows) -> None:
     """Set a linear projection so that its tokens are like the states of the images' captions.
 
     Token j becomes like the state at the end of the caption (j = 0), at the end of the padding (the
     last), or evenly between. In a causal text encoder all of these have read the whole caption.
 
-    Returns:
-        The share of the states' variance that the embeddings explain, in [0, 1].
+    Raises:
+        ImpromptError: the embeddings are all alike.
     """
     rows = columns.rows(range(min(NUM_PAIRS, len(columns))), ["image_embeds", "text_ids"])
     encoded = TextStates.join([base.encode_text(ids) for ids in rows["text_ids"].split(256)])
@@ -40,14 +41,10 @@ def fit_to_captions(projection: LinearProjection, base: Base, columns: Rows) -> 
     mean, deviation = targets.mean((0, 1)), targets.std((0, 1))
     targets = ((targets - mean) / deviation).flatten(1)
     weight, bias = ridge_regression(rows["image_embeds"].float().to(targets), targets)
-    explained = 1 - (
-        (rows["image_embeds"].to(targets) @ weight + bias - targets).var() / targets.var()
-    )
     projection.proj.weight.copy_(weight.T)
     projection.proj.bias.copy_(bias)
     projection.norm.weight.copy_(deviation)
     projection.norm.bias.copy_(mean)
-    return float(explained)
 
 
 def caption_ends(ids: Int[Tensor, "batch length"], end_id: int) -> Int[Tensor, " batch"]:
@@ -70,9 +67,18 @@ def states_after(
 def ridge_regression(
     inputs: Float[Tensor, "batch input_dim"], targets: Float[Tensor, "batch output_dim"]
 ) -> tuple[Float[Tensor, "input_dim output_dim"], Float[Tensor, " output_dim"]]:
-    """Weight and bias of the linear map with the least squared error, shrunk a little."""
+    """Weight and bias of the linear map with the least squared error, shrunk a little.
+
+    Raises:
+        ImpromptError: the inputs are all alike.
+    """
     input_mean, target_mean = inputs.mean(0), targets.mean(0)
     centred = (inputs - input_mean).cpu().double()  # not every device has doubles
+    if not centred.any():
+        raise ImpromptError(
+            f"The embeddings of {len(inputs)} pairs are all alike, so that nothing can be fitted by them: "
+            "more pairs are needed, or an image encoder that has learned something."
+        )
     covariance = centred.T @ centred
     shrinkage = RIDGE * covariance.diagonal().mean() * torch.eye(len(covariance)).to(covariance)
     products = centred.T @ (targets - target_mean).cpu().double()

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
+from imprompt.core.errors import ImpromptError
 from imprompt.core.randomness import permuted
 from imprompt.data.rows import Fetched, Rows
+from imprompt.training.config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,21 @@ def shares(samples: range, num_shares: int) -> list[range]:
     """Samples cut into equal parts, in order."""
     size = len(samples) // num_shares
     return [samples[i * size : (i + 1) * size] for i in range(num_shares)]
+
+
+def num_trained_rows(data: Rows, config: TrainConfig) -> int:
+    """How many rows there are to train on: all but the last, which are held out for validation.
+
+    Raises:
+        ImpromptError: none is left.
+    """
+    num_rows = len(data) - config.validation_rows
+    if num_rows < 1:
+        raise ImpromptError(
+            f"{data.path} has {len(data)} rows and {config.validation_rows} are held out for "
+            "validation: nothing is left to train on. Prepare more pairs or lower validation_rows."
+        )
+    return num_rows
 
 
 def batches(

@@ -13,10 +13,11 @@ from torch import Tensor
 from imprompt.core.errors import ImpromptError
 from imprompt.core.progress import progress
 from imprompt.core.randomness import Randomness
+from imprompt.core.transfer import to_device
 from imprompt.data.rows import Rows
 from imprompt.data.store import disk_errors
 from imprompt.systems.protocol import Figures, System
-from imprompt.training.batches import Batch, batches
+from imprompt.training.batches import Batch, batches, num_trained_rows
 from imprompt.training.config import TrainConfig
 from imprompt.training.denoiser import attention_kernels, set_up_denoiser
 from imprompt.training.ledger import Ledger
@@ -66,12 +67,7 @@ def train(
         Interrupted: the run was asked to stop, after its state was saved.
     """
     data.require(system.columns)
-    num_rows = len(data) - config.validation_rows
-    if num_rows < 1:
-        raise ImpromptError(
-            f"{data.path} has {len(data)} rows and {config.validation_rows} are held out for "
-            "validation: nothing is left to train on. Prepare more pairs or lower validation_rows."
-        )
+    num_rows = num_trained_rows(data, config)
     processes = _found_processes(system) if processes is None else processes
     if processes.is_main:
         others = dict(identity or {})
@@ -150,7 +146,7 @@ def _gradients(
     device = engine.processes.device
     results: list[tuple[Tensor, Figures]] = []
     for part in parts:
-        columns = {name: v.to(device, non_blocking=True) for name, v in part.columns.items()}
+        columns = {name: to_device(v, device) for name, v in part.columns.items()}
         randomness = Randomness(config.seed, part.samples, device)
         loss, figures = engine.loss(columns, randomness, is_last=part is parts[-1])
         engine.backward(loss / len(parts))

@@ -12,6 +12,7 @@ import torch
 from imprompt.bases import Base, load_base
 from imprompt.core.config import build, read_toml, to_toml, with_settings
 from imprompt.core.errors import ImpromptError
+from imprompt.core.randomness import own_randomness
 from imprompt.data.columns import FRAMING
 from imprompt.data.dataset import Columns
 from imprompt.data.joined import JoinedColumns
@@ -23,6 +24,7 @@ from imprompt.encoders.clip import load_named_clip
 from imprompt.systems.catalogue import trainable
 from imprompt.systems.denoising import framing_columns
 from imprompt.systems.protocol import System
+from imprompt.training.batches import num_trained_rows
 from imprompt.training.card import write_card
 from imprompt.training.config import PRECISIONS, TrainConfig
 from imprompt.training.loop import Interrupted, train
@@ -35,15 +37,17 @@ _FACES_ARE_READ = "{} is prepared: its faces are read already. Leave --face-enco
 PRESETS = Path(__file__).parent.parent / "presets"
 
 
-def preset_path(name: str) -> Path:
+def preset_path(name: str, system_name: str) -> Path:
     """A preset by name (those that come with the package) or by file.
+
+    `diorama` is short for the system's own preset on the embedded base: `diorama-controlnet`, ….
 
     Raises:
         ImpromptError: there is none; the message lists what there is.
     """
-    own = PRESETS / f"{name}.toml"
-    if own.is_file():
-        return own
+    for own in (PRESETS / f"{name}.toml", PRESETS / f"{name}-{system_name}.toml"):
+        if own.is_file():
+            return own
     if Path(name).is_file():
         return Path(name)
     known = ", ".join(sorted(path.stem for path in PRESETS.glob("*.toml")))
@@ -59,7 +63,7 @@ def prepare_run(
         ImpromptError: no such system or preset, or a setting that does not exist.
     """
     module, options_class = trainable(system_name).load()
-    tables = read_toml(preset_path(preset)) if preset else {}
+    tables = read_toml(preset_path(preset, system_name)) if preset else {}
     tables = with_settings(tables, settings)
     unknown = set(tables) - {"train", "system"}
     if unknown:
@@ -74,8 +78,9 @@ def prepare_run(
     if isinstance(columns, PairsOnTheFly):
         columns.hold_out(config.validation_rows)
     # What a system begins with must not know the rows it is validated on.
-    num_rows = max(1, len(columns) - config.validation_rows)
-    system: System = module.build(options, base, FirstRows(columns, num_rows))
+    num_rows = num_trained_rows(columns, config)
+    with own_randomness(config.seed):
+        system: System = module.build(options, base, FirstRows(columns, num_rows))
     system.columns = (*system.columns, *framing_columns(system.columns, base, columns))
     for _, parameter in trained_parameters(system.module):
         parameter.data = parameter.data.float()  # what learns is kept in full precision
@@ -204,10 +209,9 @@ def run_training(
     finally:
         if isinstance(columns, PairsOnTheFly) and columns.unusable:
             process = f"-{processes.rank}" if processes.rank else ""
-            columns.write_unusable(output / f"quarantine{process}.jsonl")
-            say(
-                f"{len(columns.unusable)} pairs could not be used; {output}/quarantine.jsonl says why"
-            )
+            quarantine = output / f"quarantine{process}.jsonl"
+            columns.write_unusable(quarantine)
+            say(f"{len(columns.unusable)} pairs could not be used; {quarantine} says why")
     if processes.is_main:
         with disk_errors(output):
             (output / "config.toml").write_text(to_toml(resolved), encoding="utf-8")

@@ -45,6 +45,16 @@ def test_rows_of_two_controls():
     assert len(lines) == 2 + len(rows) and "100.0 %" in lines[2]
 
 
+def test_controls_are_used_in_the_base_s_precision():
+    base = load_base("diorama", dtype=torch.bfloat16)
+    controls = {"depth": LoadedControl(create_t2i_adapter(base).eval())}
+    sampling = Sampling(steps=1, guidance_scale=1.0, sampler="ddim")
+    _, _, rows = measure_controls(
+        base, controls, MapReader(width=4).eval(), load_judge(), sampling, count=1, weights=(1.0,)
+    )
+    assert rows[-1].images.isfinite().all()
+
+
 def test_image_prompts_show_other_objects_in_other_looks():
     scenes = unseen_scenes(24)
     for scene, reference in zip(scenes, unlike(scenes), strict=True):

@@ -3,10 +3,13 @@
 import pytest
 import torch
 
+from imprompt.checkpoints.shipped import shipped_adapter
 from imprompt.core.errors import ImpromptError
 from imprompt.core.randomness import Randomness
 from imprompt.diorama import MAP_KINDS, draw_maps, render, sample_scene
 from imprompt.diorama.maps import depth_map, keypoint_map, keypoints_of_map
+from imprompt.encoders.face_network import load_face_network
+from imprompt.evaluation.judge import load_judge
 from imprompt.evaluation.map_reader import compare, edge_f1, load_map_reader, part_iou, read_maps
 from imprompt.systems.map_reader import MapReader, MapReaderSystem, Reading
 
@@ -88,3 +91,9 @@ def test_the_reader_learns(drawn, tmp_path):
     torch.testing.assert_close(again.depth, expected.depth, atol=0.02, rtol=0)
     with pytest.raises(ImpromptError, match="no map reader"):
         load_map_reader(tmp_path / "none.safetensors")
+    for load in (load_map_reader, load_judge, load_face_network):
+        with pytest.raises(ImpromptError, match="adapter.safetensors is no"):
+            load(shipped_adapter())
+    (tmp_path / "damaged.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(ImpromptError, match="damaged.safetensors is no judge"):
+        load_judge(tmp_path / "damaged.safetensors")

@@ -159,3 +159,13 @@ def test_a_controlnet_of_the_xl_kind(tmp_path):
     system = controlnet.build(ControlNetOptions(kind="depth"), base, columns)
     loss_of(system, columns, range(4)).backward()
     assert all(p.grad is not None for p in system.module.parameters())
+
+
+def test_a_start_made_for_another_base_is_told(base, columns, kind_of_system, tmp_path):
+    other = load_base("diorama")
+    create = {"ControlNetModel": controlnet.create_controlnet}.get(
+        kind_of_system[2].__name__, t2i_adapter.create_t2i_adapter
+    )
+    create(other).save_pretrained(tmp_path / "other")
+    with pytest.raises(ImpromptError, match="made for another base: its"):
+        system_of(base, columns, kind_of_system, start_from=str(tmp_path / "other"))
