@@ -18,12 +18,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -213,13 +212,26 @@ Wanted = list[tuple[str, int, memoryview]]
 """Stretches to read: file, place of the first byte, and where to put them."""
 
 
+class _OpenFile:
+    """A file to read by position, closed when nobody has it any more."""
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY)
+        if hasattr(os, "posix_fadvise"):  # else the system reads ahead what nobody asked for
+            os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+
 class _LocalFiles:
-    """Files of a folder, read by position; the most recent stay open."""
+    """Files of a folder; the most recent stay open. Threads read at the same time."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._open: OrderedDict[str, int] = OrderedDict()
-        self._lock = Lock()
+        # One that is dropped from here while a thread reads it stays open until that is done.
+        self._opened = lru_cache(_MAX_OPEN_FILES)(lambda name: _OpenFile(folder / name))
 
     def read(self, name: str) -> bytes:
         return (self.folder / name).read_bytes()
@@ -235,30 +247,13 @@ class _LocalFiles:
                 raise ValueError(f"{folder}{name}.npy has not {count} rows")
 
     def fill(self, wanted: Wanted) -> None:
-        with self._lock:  # so that no file is closed while another thread reads it
-            for name, offset, view in wanted:
-                descriptor = self._descriptor(name)
-                while len(view):
-                    done = os.preadv(descriptor, [view], offset)
-                    if done == 0:
-                        raise OSError(f"{name} is cut off")
-                    view, offset = view[done:], offset + done
-
-    def _descriptor(self, name: str) -> int:
-        if name in self._open:
-            self._open.move_to_end(name)
-            return self._open[name]
-        if len(self._open) >= _MAX_OPEN_FILES:
-            os.close(self._open.popitem(last=False)[1])
-        descriptor = os.open(self.folder / name, os.O_RDONLY)
-        if hasattr(os, "posix_fadvise"):  # else the system reads ahead what nobody asked for
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
-        self._open[name] = descriptor
-        return descriptor
-
-    def __del__(self) -> None:
-        for descriptor in self._open.values():
-            os.close(descriptor)
+        for name, offset, view in wanted:
+            file = self._opened(name)
+            while len(view):
+                done = os.preadv(file.descriptor, [view], offset)
+                if done == 0:
+                    raise OSError(f"{name} is cut off")
+                view, offset = view[done:], offset + done
 
 
 class _RemoteFiles:

@@ -8,7 +8,9 @@ import subprocess
 import sys
 import tarfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ import torch
 from pair_files import add_member, contents, picture, write_pair
 
 from imprompt.core.errors import ImpromptError
-from imprompt.data import sources
+from imprompt.data import dataset, sources
 from imprompt.data.dataset import Columns
 from imprompt.data.filters import Filters
 from imprompt.data.prepare import prepare
@@ -240,6 +242,42 @@ def test_another_process_gets_its_own_access(straight):
     assert torch.equal(
         again.rows([5, 2], ["text_ids"])["text_ids"], data.rows([5, 2], ["text_ids"])["text_ids"]
     )
+
+
+def test_threads_read_at_the_same_time(straight, monkeypatch):
+    data, read = Columns.open(straight), os.preadv
+    both_read = Barrier(2)
+
+    def waiting(*arguments):
+        both_read.wait(timeout=20)
+        return read(*arguments)
+
+    monkeypatch.setattr(os, "preadv", waiting)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda i: data.rows([i], ["text_ids"])["text_ids"], (3, 60))
+    monkeypatch.undo()
+    assert torch.equal(torch.cat([first, second]), data.rows([3, 60], ["text_ids"])["text_ids"])
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc to see open files")
+def test_a_file_that_is_read_stays_open_and_few_others_do(straight, monkeypatch):
+    monkeypatch.setattr(dataset, "_MAX_OPEN_FILES", 2)
+    before = len(os.listdir("/proc/self/fd"))
+    data, read = Columns.open(straight), os.preadv
+    whole = data.rows(range(len(data)), ["text_ids"])["text_ids"]
+    assert len(os.listdir("/proc/self/fd")) == before + 2
+
+    def others_meanwhile(*arguments):
+        monkeypatch.setattr(os, "preadv", read)
+        data.rows(
+            range(30, len(data)), ["text_ids"]
+        )  # of three files, so that the first is dropped
+        return read(*arguments)
+
+    monkeypatch.setattr(os, "preadv", others_meanwhile)
+    assert torch.equal(data.rows([0], ["text_ids"])["text_ids"], whole[:1])
+    del data
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_rows_on_an_object_store(straight):
