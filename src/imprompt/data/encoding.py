@@ -6,15 +6,13 @@ files is from a run that was stopped, and is dropped and done again.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,13 +23,16 @@ from imprompt.data.columns import CONDITION_COLUMNS, CONTROL, Batch, encoder_of,
 from imprompt.data.faces import FACE_MISSING, check_faces
 from imprompt.data.filters import Filters, Unusable
 from imprompt.data.pairs import Loaded, Pair, Part, draw, load
-from imprompt.data.store import GrowingColumn, check_room, disk_errors, write_json
-from imprompt.diorama import Scene
+from imprompt.data.store import GrowingColumn, GrowingLines, check_room, read_lines, write_json
+from imprompt.diorama import Render, Scene
 
 SAVE_EVERY_SECONDS = 5.0
 
 Report = Callable[[int, int], None]
 """Called with how many more pairs are done, and how many more there are than was thought."""
+
+Accepted = tuple[Pair, Loaded]
+"""A pair that gets a row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,21 +108,21 @@ def encode_part(
     """
     progress = Progress.read(folder, part)
     pairs = part.pairs()
-    report(0, len(pairs) - part.num_pairs)
+    adds = any(name not in progress.columns for name in work.added_columns)
+    # Columns are added in a pass of their own, in which all pairs are opened once more.
+    num_passes = int(not progress.done) + int(adds)
+    report(0, num_passes * len(pairs) - part.num_pairs)
     with torch.inference_mode():
         if not progress.done:
-            _write_rows(part, pairs, folder, base, work, pool, report, progress)
-        else:
-            report(len(pairs), 0)
+            _write_rows(pairs, folder, base, work, pool, report, progress)
         if missing := missing_columns(progress, work):
-            _add_columns(pairs, folder, base, work, pool, progress, missing)
+            _add_columns(pairs, folder, base, work, pool, report, progress, missing)
             progress.columns = sorted([*progress.columns, *missing])
             progress.write(folder)
             (folder / "adding.json").unlink(missing_ok=True)
 
 
 def _write_rows(
-    part: Part,
     pairs: Sequence[Pair],
     folder: Path,
     base: Base,
@@ -130,10 +131,30 @@ def _write_rows(
     report: Report,
     progress: Progress,
 ) -> None:
-    rows = _Lines(folder / "pairs.jsonl", progress.pairs_bytes)
-    rejected = _Lines(folder / "rejected.jsonl", progress.rejected_bytes)
+    rows = GrowingLines(folder / "pairs.jsonl", progress.pairs_bytes)
+    rejected = GrowingLines(folder / "rejected.jsonl", progress.rejected_bytes)
     columns = {name: _column(folder, name, progress.num_rows) for name in work.columns}
-    seen: dict[int, str] = {row["content"]: row["pair"] for row in rows.read()}
+    looks_for_duplicates = work.filters.duplicates != "keep"
+    seen: dict[int, str] = (
+        {row["content"]: row["pair"] for row in rows.read()} if looks_for_duplicates else {}
+    )
+
+    def listed(start: int, batch: Sequence[tuple[Pair, Loaded | Unusable]]) -> list[Accepted]:
+        """The pairs that get a row; every pair is written into the list it belongs to."""
+        accepted = []
+        for index, (pair, loaded) in enumerate(batch, start):
+            if isinstance(loaded, Loaded) and loaded.content in seen:
+                loaded = duplicate_of(seen[loaded.content])
+            if isinstance(loaded, Unusable):
+                progress.num_rejected += 1
+                rejected.add(fault_entry(pair.name, loaded))
+                continue
+            if looks_for_duplicates:
+                seen[loaded.content] = pair.name
+            accepted.append((pair, loaded))
+            known = {"caption": loaded.caption, "content": loaded.content}
+            rows.add({"index": index, "pair": pair.name, **known})
+        return accepted
 
     def save() -> None:
         for file in (*columns.values(), rows, rejected):
@@ -143,43 +164,17 @@ def _write_rows(
 
     try:
         report(progress.next_pair, 0)
+        save_sometimes = _Sometimes(save)
         starts = range(progress.next_pair, len(pairs), work.batch_size)
-        loading = _load_ahead(
-            lambda start: pairs[start : start + work.batch_size], starts, work, pool
-        )
-        saved = time.monotonic()
-        for start, batch in zip(starts, loading, strict=True):
-            accepted: list[tuple[Pair, Loaded]] = []
-            for index, (pair, loaded) in enumerate(batch, start):
-                if isinstance(loaded, Loaded) and loaded.content in seen:
-                    loaded = duplicate_of(seen[loaded.content])
-                if isinstance(loaded, Unusable):
-                    progress.num_rejected += 1
-                    rejected.add(fault_entry(pair.name, loaded))
-                    continue
-                if work.filters.duplicates != "keep":
-                    seen[loaded.content] = pair.name
-                accepted.append((pair, loaded))
-                rows.add(
-                    {
-                        "index": index,
-                        "pair": pair.name,
-                        "caption": loaded.caption,
-                        "content": loaded.content,
-                    }
-                )
+        for start, batch in _load_ahead(pairs, starts, work, pool):
+            accepted = listed(start, batch)
             if accepted:
                 encoded = encode_rows(accepted, work.columns, base, work)
-                if progress.num_rows == 0:
-                    _check_room(folder, encoded, len(pairs) - start)
-                for name, values in encoded.items():
-                    columns[name].append(values)
+                _append(encoded, columns, folder, len(pairs) - start)
             progress.num_rows += len(accepted)
             progress.next_pair = start + len(batch)
             report(len(batch), 0)
-            if time.monotonic() - saved >= SAVE_EVERY_SECONDS:
-                save()
-                saved = time.monotonic()
+            save_sometimes()
         for column in columns.values():
             column.finish()
         progress.done, progress.columns = True, sorted(work.columns)
@@ -195,19 +190,13 @@ def _add_columns(
     base: Base,
     work: Work,
     pool: Executor,
+    report: Report,
     progress: Progress,
     names: Sequence[str],
 ) -> None:
     """Columns for the rows a part has, from the same batches, so that they are what they would have
-    been if they had been asked for at the beginning.
-
-    Scenes whose pixels are kept are not drawn again, which is most of the work.
-    """
-    kept = None
-    needs_scenes = any(name.startswith(CONTROL) for name in names)
-    is_drawn = all(isinstance(pair.image, Scene) for pair in pairs)
-    if "pixels" in progress.columns and is_drawn and not needs_scenes:
-        kept = np.load(folder / "pixels.npy", mmap_mode="r")
+    been if they had been asked for at the beginning."""
+    kept = _kept_pixels(pairs, folder, progress, names)
     state_file = folder / "adding.json"
     state = {"columns": list(names), "next_pair": 0, "num_rows": 0}
     if state_file.exists():
@@ -216,52 +205,79 @@ def _add_columns(
     rows = {row["index"]: row for row in read_lines(folder / "pairs.jsonl")}
     columns = {name: _column(folder, name, state["num_rows"]) for name in names}
 
-    def pairs_with_rows(start: int) -> list[Pair]:
-        some = pairs[start : start + work.batch_size]
-        return [pair for index, pair in enumerate(some, start) if index in rows]
+    def save() -> None:
+        for column in columns.values():
+            column.save()
+        write_json(state_file, state)
 
     try:
+        report(min(state["next_pair"], len(pairs)), 0)
+        save_sometimes = _Sometimes(save)
         starts = range(state["next_pair"], len(pairs), work.batch_size)
-        loading = _load_ahead(pairs_with_rows, starts, work, pool)
-        saved = time.monotonic()
-        for start, batch in zip(starts, loading, strict=True):
-            accepted = []
-            expected = [rows[i] for i in range(start, start + work.batch_size) if i in rows]
-            for (pair, loaded), row in zip(batch, expected, strict=True):
-                if isinstance(loaded, Unusable) and loaded.kind == FACE_MISSING:
-                    raise ImpromptError(
-                        f"{pair.name} has a row already, but {loaded}. Prepare the data into a new folder, "
-                        "with these columns from the beginning: such pairs are left out then."
-                    )
-                if isinstance(loaded, Unusable) or loaded.content != row["content"]:
-                    why = f": {loaded}" if isinstance(loaded, Unusable) else ""
-                    raise ImpromptError(
-                        f"{pair.name} is not what it was when its row was written{why}. Bring it back, "
-                        "or prepare the data into a new folder."
-                    )
-                accepted.append((pair, loaded))
+        for start, batch in _load_ahead(pairs, starts, work, pool, rows):
+            numbers = range(len(pairs))[start : start + work.batch_size]
+            accepted = _checked(batch, [rows[i] for i in numbers if i in rows])
             if accepted:
                 first = state["num_rows"]
-                pixels = None
-                if kept is not None:
-                    pixels = torch.from_numpy(np.array(kept[first : first + len(accepted)]))
+                pixels = None if kept is None else np.array(kept[first : first + len(accepted)])
                 encoded = encode_rows(accepted, names, base, work, pixels)
-                if state["num_rows"] == 0:
-                    _check_room(folder, encoded, len(rows))
-                for name, values in encoded.items():
-                    columns[name].append(values)
+                _append(encoded, columns, folder, len(rows))
             state["num_rows"] += len(accepted)
-            state["next_pair"] = start + work.batch_size
-            if time.monotonic() - saved >= SAVE_EVERY_SECONDS:
-                for column in columns.values():
-                    column.save()
-                write_json(state_file, state)
-                saved = time.monotonic()
+            state["next_pair"] = numbers.stop
+            report(len(numbers), 0)
+            save_sometimes()
         for column in columns.values():
             column.finish()
     finally:
         for column in columns.values():
             column.close()
+
+
+def _kept_pixels(
+    pairs: Sequence[Pair], folder: Path, progress: Progress, names: Sequence[str]
+) -> np.ndarray | None:
+    """The column `pixels`, if all that is missing can be made of it: scenes whose pixels are kept
+    are not drawn again, which is most of the work."""
+    is_kept = "pixels" in progress.columns and all(isinstance(p.image, Scene) for p in pairs)
+    needs_scenes = any(name.startswith(CONTROL) for name in names)
+    return np.load(folder / "pixels.npy", mmap_mode="r") if is_kept and not needs_scenes else None
+
+
+def _checked(
+    batch: Sequence[tuple[Pair, Loaded | Unusable]], rows: Sequence[Mapping[str, Any]]
+) -> list[Accepted]:
+    """The pairs of these rows, if each can be used and is what it was when its row was written.
+
+    Raises:
+        ImpromptError: one is not.
+    """
+    accepted = []
+    for (pair, loaded), row in zip(batch, rows, strict=True):
+        if isinstance(loaded, Unusable) and loaded.kind == FACE_MISSING:
+            raise ImpromptError(
+                f"{pair.name} has a row already, but {loaded}. Prepare the data into a new folder, "
+                "with these columns from the beginning: such pairs are left out then."
+            )
+        if isinstance(loaded, Unusable) or loaded.content != row["content"]:
+            why = f": {loaded}" if isinstance(loaded, Unusable) else ""
+            raise ImpromptError(
+                f"{pair.name} is not what it was when its row was written{why}. Bring it back, "
+                "or prepare the data into a new folder."
+            )
+        accepted.append((pair, loaded))
+    return accepted
+
+
+class _Sometimes:
+    """Does something when so many seconds have gone by since it was done last."""
+
+    def __init__(self, do: Callable[[], None]) -> None:
+        self._do, self._done = do, time.monotonic()
+
+    def __call__(self) -> None:
+        if time.monotonic() - self._done >= SAVE_EVERY_SECONDS:
+            self._do()
+            self._done = time.monotonic()
 
 
 def _column(folder: Path, name: str, num_rows: int) -> GrowingColumn:
@@ -271,9 +287,18 @@ def _column(folder: Path, name: str, num_rows: int) -> GrowingColumn:
     return GrowingColumn(file, num_rows)
 
 
-def _check_room(folder: Path, encoded: Mapping[str, torch.Tensor], num_pairs: int) -> None:
-    row_bytes = sum(values[0].numel() * values.element_size() for values in encoded.values())
-    check_room(folder, row_bytes * num_pairs)
+def _append(
+    encoded: Mapping[str, torch.Tensor],
+    columns: Mapping[str, GrowingColumn],
+    folder: Path,
+    num_pairs: int,
+) -> None:
+    """Add rows to their columns; before the first, see that there is room for those of all pairs."""
+    if all(column.num_rows == 0 for column in columns.values()):
+        row_bytes = sum(values[0].numel() * values.element_size() for values in encoded.values())
+        check_room(folder, row_bytes * num_pairs)
+    for name, values in encoded.items():
+        columns[name].append(values)
 
 
 def duplicate_of(name: str) -> Unusable:
@@ -286,19 +311,31 @@ def fault_entry(name: str, fault: Unusable) -> dict[str, str]:
 
 
 def _load_ahead(
-    pairs_from: Callable[[int], Sequence[Pair]], starts: range, work: Work, pool: Executor
-) -> Iterator[list[tuple[Pair, Loaded | Unusable]]]:
-    """Batches of pairs, opened in the pool's threads while the batch before is encoded."""
+    pairs: Sequence[Pair],
+    starts: range,
+    work: Work,
+    pool: Executor,
+    wanted: Container[int] | None = None,
+) -> Iterator[tuple[int, list[tuple[Pair, Loaded | Unusable]]]]:
+    """From each start a batch of pairs, opened in the pool's threads while the one before is encoded.
+
+    Of pairs that are not `wanted`, by their numbers, none is opened.
+    """
 
     def begin(start: int) -> list[tuple[Pair, Future]]:
-        return [(pair, pool.submit(try_load, pair, work)) for pair in pairs_from(start)]
+        some = enumerate(pairs[start : start + work.batch_size], start)
+        return [
+            (pair, pool.submit(try_load, pair, work))
+            for number, pair in some
+            if wanted is None or number in wanted
+        ]
 
     coming = begin(starts[0]) if starts else []
-    for number in range(len(starts)):
+    for start in starts:
         batch, coming = coming, []
-        if number + 1 < len(starts):
-            coming = begin(starts[number + 1])
-        yield [(pair, future.result()) for pair, future in batch]
+        if start != starts[-1]:
+            coming = begin(start + starts.step)
+        yield start, [(pair, future.result()) for pair, future in batch]
 
 
 def try_load(pair: Pair, work: Work) -> Loaded | Unusable:
@@ -312,76 +349,46 @@ def try_load(pair: Pair, work: Work) -> Loaded | Unusable:
 
 
 def encode_rows(
-    accepted: Sequence[tuple[Pair, Loaded]],
+    accepted: Sequence[Accepted],
     columns: Sequence[str],
     base: Base,
     work: Work,
-    kept: torch.Tensor | None = None,
+    kept: np.ndarray | None = None,
 ) -> dict[str, torch.Tensor]:
     """The columns of pairs that have been read.
 
     `kept` are the pictures as the column `pixels` has them, from which all else is then made.
     """
     loaded = [one for _, one in accepted]
-    pictures = [one.picture for one in loaded]
-    conditions = [one.condition for one in loaded if one.condition is not None]
-    others = [one.condition_picture for one in loaded if one.condition is not None]
-    render, other_pixels = None, torch.empty(0, 3, work.size_px, work.size_px)
-    if kept is None:
-        # Drawn together: what a pair's two scenes have in common is traced once.
-        pixels, render = draw([*pictures, *others], work.size_px)
-        pixels, other_pixels = pixels[: len(pictures)], pixels[len(pictures) :]
-        kept = to_bytes(pixels) if "pixels" in columns else None
-    elif others:
-        other_pixels, _ = draw(others, work.size_px)
-    if kept is not None:
-        pixels = kept.float() / 127.5 - 1
+    pixels, condition_pixels, render = _drawn(loaded, work.size_px, kept)
+    if "pixels" in columns:
+        # What is made of them now shall be what would be made of that column later.
+        pixels = to_bytes(pixels).float() / 127.5 - 1
     batch = Batch(
-        [pair for pair, _ in accepted],
-        pixels,
-        [one.caption for one in loaded],
-        [one.reference for one in loaded],
-        work.face_encoder,
-        None if others else render,
-        [one.maps for one in loaded],
-        conditions,
-        other_pixels,
-        [one.framing for one in loaded],
+        pairs=[pair for pair, _ in accepted],
+        pixels=pixels,
+        captions=[one.caption for one in loaded],
+        references=[one.reference for one in loaded],
+        face_encoder=work.face_encoder,
+        render=render,
+        maps=[one.maps for one in loaded],
+        conditions=[one.condition for one in loaded if one.condition is not None],
+        condition_pixels=condition_pixels,
+        framings=[one.framing for one in loaded],
     )
     return {name: encoder_of(name)(base, batch) for name in columns}
 
 
-class _Lines:
-    """A file of JSON lines that grows after its first `num_bytes`."""
-
-    def __init__(self, path: Path, num_bytes: int) -> None:
-        self.path = path
-        with disk_errors(path):
-            self._file: BinaryIO = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115
-            self._file.truncate(num_bytes)
-            self._file.seek(num_bytes)
-        self.num_bytes = num_bytes
-
-    def read(self) -> list[dict[str, Any]]:
-        return read_lines(self.path)
-
-    def add(self, entry: Mapping[str, Any]) -> None:
-        line = (json.dumps(entry, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
-        with disk_errors(self.path):
-            self._file.write(line)
-        self.num_bytes += len(line)
-
-    def save(self) -> None:
-        with disk_errors(self.path):
-            self._file.flush()
-            os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self._file.close()
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The entries of a file of JSON lines."""
-    # Not splitlines: JSON may hold characters that Unicode calls line ends.
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+def _drawn(
+    loaded: Sequence[Loaded], size_px: int, kept: np.ndarray | None
+) -> tuple[torch.Tensor, torch.Tensor, Render | None]:
+    """Pixels of the pictures and of their conditions, in [-1, 1], and all that is known of the
+    pictures where every one is a scene just drawn, without a condition."""
+    pictures = [one.picture for one in loaded]
+    others = [one.condition_picture for one in loaded if one.condition is not None]
+    if kept is not None:
+        other_pixels = draw(others, size_px)[0] if others else torch.empty(0, 3, size_px, size_px)
+        return torch.from_numpy(kept).float() / 127.5 - 1, other_pixels, None
+    # Drawn together: what a pair's two scenes have in common is traced once.
+    pixels, render = draw([*pictures, *others], size_px)
+    return pixels[: len(pictures)], pixels[len(pictures) :], None if others else render

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from imprompt.data.encoding import Progress, duplicate_of, fault_entry, read_lines
+from imprompt.data.encoding import Progress, duplicate_of, fault_entry
 from imprompt.data.pairs import Part
-from imprompt.data.store import write_array, write_json, write_whole
+from imprompt.data.store import read_lines, write_array, write_json, write_whole
 
 
 @dataclass(frozen=True)

@@ -22,14 +22,14 @@ from imprompt.bases import Base
 from imprompt.core.errors import ImpromptError
 from imprompt.core.progress import progress
 from imprompt.data.columns import encoder_of
-from imprompt.data.encoding import Work, encode_rows, fault_entry, read_lines, try_load
+from imprompt.data.encoding import Work, encode_rows, fault_entry, try_load
 from imprompt.data.faces import default_face_encoder
 from imprompt.data.filters import Filters, Unusable
 from imprompt.data.pairs import Loaded, Pair, identity_of
 from imprompt.data.records import Reading
 from imprompt.data.rows import Fetched
 from imprompt.data.sources import open_source
-from imprompt.data.store import disk_errors
+from imprompt.data.store import disk_errors, read_lines
 from imprompt.encoders.face import loaded_face_encoder
 
 PARTS_KEPT_LISTED = 256

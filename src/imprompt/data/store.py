@@ -1,4 +1,4 @@
-"""Writing prepared data: columns that grow at their end, small files that are there whole, locks.
+"""Writing prepared data: columns and lists that grow at their end, small files that are there whole, locks.
 
 A column is a .npy file whose header leaves room for its number of rows, so that rows are appended and
 the number is put in when no more will come. Until then the file says it has none.
@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from torch import Tensor
@@ -110,6 +110,42 @@ def read_header(file: Path | Any) -> tuple[np.dtype, tuple[int, ...], int]:
     if fortran or dtype.hasobject:
         raise ValueError("the values are laid out in another way")
     return dtype, shape, file.tell()
+
+
+class GrowingLines:
+    """A file of JSON lines that grows after its first `num_bytes`."""
+
+    def __init__(self, path: Path, num_bytes: int) -> None:
+        self.path = path
+        with disk_errors(path):
+            self._file: BinaryIO = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115
+            self._file.truncate(num_bytes)
+            self._file.seek(num_bytes)
+        self.num_bytes = num_bytes
+
+    def read(self) -> list[dict[str, Any]]:
+        return read_lines(self.path)
+
+    def add(self, entry: Mapping[str, Any]) -> None:
+        line = (json.dumps(entry, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+        with disk_errors(self.path):
+            self._file.write(line)
+        self.num_bytes += len(line)
+
+    def save(self) -> None:
+        with disk_errors(self.path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        with suppress(OSError):
+            self._file.close()
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The entries of a file of JSON lines."""
+    # Not splitlines: JSON may hold characters that Unicode calls line ends.
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
 class ColumnsWriter:

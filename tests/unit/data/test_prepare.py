@@ -1,6 +1,7 @@
 """Pairs to columns: every source, every fault, and going on after a kill."""
 
 import json
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ from PIL import Image
 from imprompt.core.errors import ImpromptError
 from imprompt.data import columns as columns_module
 from imprompt.data import encoding, store
+from imprompt.data import prepare as prepare_module
 from imprompt.data.dataset import Columns
+from imprompt.data.filters import Filters
 from imprompt.data.pairs import load
 from imprompt.data.prepare import prepare
 from imprompt.data.sources import open_pairs
@@ -123,6 +126,72 @@ def test_killed_and_started_again_the_result_is_the_same(
     monkeypatch.setitem(columns_module.COLUMNS, "text_ids", original)
     prepare(str(photos), tmp_path / "killed", base, batch_size=1)
     assert contents(tmp_path / "straight") == contents(tmp_path / "killed")
+
+
+def test_duplicates_that_are_kept_are_kept_by_whoever_goes_on(base, photos, tmp_path, monkeypatch):
+    for number in (2, 5):
+        (photos / f"{number}.png").write_bytes((photos / "0.png").read_bytes())
+    monkeypatch.setattr(encoding, "SAVE_EVERY_SECONDS", 0.0)
+    options = {"columns": ("text_ids",), "batch_size": 1, "filters": Filters(duplicates="keep")}
+    original = columns_module.text_ids
+
+    def killed(base, batch):
+        if batch.captions == ["caption 4"]:
+            raise KeyboardInterrupt
+        return original(base, batch)
+
+    monkeypatch.setitem(columns_module.COLUMNS, "text_ids", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(str(photos), tmp_path / "data", base, **options)
+    monkeypatch.setitem(columns_module.COLUMNS, "text_ids", original)
+    assert len(Columns.open(prepare(str(photos), tmp_path / "data", base, **options))) == 6
+
+
+class Bar:
+    """What the bar of a preparation is told."""
+
+    def __init__(self):
+        self.total, self.steps = 0, []
+
+    @contextmanager
+    def __call__(self, total, *_, **__):
+        self.total, self.steps = total, []
+        yield self
+
+    def update(self, count):
+        self.steps += [count] if count else []
+
+    def expect(self, count):
+        self.total += count
+
+
+def test_each_batch_of_added_columns_is_told(base, photos, tmp_path, monkeypatch):
+    bar = Bar()
+    monkeypatch.setattr(prepare_module, "progress", bar)
+    (photos / "3.txt").unlink()  # it gets no row, but is a pair that is done with
+    prepare(str(photos), tmp_path / "data", base, columns=("text_ids",), batch_size=2)
+    assert (bar.total, bar.steps) == (6, [2, 2, 2])
+    prepare(str(photos), tmp_path / "data", base, columns=("image_embeds",), batch_size=2)
+    assert (bar.total, bar.steps) == (6, [2, 2, 2])
+
+
+def test_of_rows_and_columns_added_at_once_each_pass_is_told(base, photos, tmp_path, monkeypatch):
+    bar, original = Bar(), columns_module.text_ids
+    monkeypatch.setattr(prepare_module, "progress", bar)
+    monkeypatch.setattr(encoding, "SAVE_EVERY_SECONDS", 0.0)
+
+    def killed(base, batch):
+        if "caption 4" in batch.captions:
+            raise KeyboardInterrupt
+        return original(base, batch)
+
+    monkeypatch.setitem(columns_module.COLUMNS, "text_ids", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(str(photos), tmp_path / "data", base, columns=("text_ids",), batch_size=2)
+    monkeypatch.setitem(columns_module.COLUMNS, "text_ids", original)
+    both = ("text_ids", "image_embeds")
+    prepare(str(photos), tmp_path / "data", base, columns=both, batch_size=2)
+    assert (bar.total, bar.steps) == (12, [4, 2, 2, 2, 2])
 
 
 def test_the_same_again_returns_at_once_and_something_else_is_refused(base, photos, tmp_path):
