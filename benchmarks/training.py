@@ -287,7 +287,7 @@ def _random_columns(folder: Path, base: Any, size_px: int) -> Path:
     from imprompt.data.dataset import ColumnsWriter
 
     folder.mkdir(exist_ok=True)
-    writer, size = ColumnsWriter(folder, NUM_FILES), size_px // 8
+    writer, size = ColumnsWriter(folder), size_px // 8
     writer.write(
         0,
         {

@@ -40,7 +40,7 @@ def write_rows(folder: Path, count: int) -> None:
     base: Any = load_base("diorama")
     shape = base.latent_shape()
     folder.mkdir()
-    writer, piece = ColumnsWriter(folder, count), 1000
+    writer, piece = ColumnsWriter(folder), 1000
     ids = base.tokenize([f"picture {i}" for i in range(piece)])
     for start in range(0, count, piece):
         writer.write(

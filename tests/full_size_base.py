@@ -78,7 +78,7 @@ def two_rows(folder: Path, **more: Tensor) -> Columns:
     folder.mkdir(parents=True)
     latents = torch.randn(2, 4, LATENT_SIDE, LATENT_SIDE)
     ids = torch.randint(0, 49408, (2, 77))
-    writer = ColumnsWriter(folder, 2)
+    writer = ColumnsWriter(folder)
     rows = {"latent_mean": latents, "latent_logvar": latents - 9, "text_ids": ids, **more}
     writer.write(0, rows)
     writer.finish(2, {"base_fingerprint": "random"})

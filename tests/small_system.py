@@ -14,7 +14,7 @@ def write_numbers(folder: Path, count: int = 64) -> Columns:
     folder.mkdir(parents=True)
     x = torch.randn(count, 3, generator=torch.Generator().manual_seed(0))
     y = x @ torch.tensor([[1.0], [-2.0], [0.5]]) + 0.3
-    writer = ColumnsWriter(folder, count)
+    writer = ColumnsWriter(folder)
     writer.write(0, {"x": x, "y": y})
     writer.finish(count, {"source": "numbers"})
     return Columns.open(folder)

@@ -21,7 +21,7 @@ from imprompt.training.run import open_data
 def numbered(folder, first, count, **meta):
     """Prepared data whose rows know their number."""
     folder.mkdir()
-    writer = ColumnsWriter(folder, count)
+    writer = ColumnsWriter(folder)
     x = torch.arange(first, first + count, dtype=torch.float32)[:, None]
     writer.write(0, {"x": x, f"only_{first}": x})
     writer.finish(count, {"source": f"numbers from {first}", "base": "b", **meta})
@@ -115,7 +115,7 @@ def test_other_data_under_the_same_names_are_noticed(tmp_path):
 def test_vectors_of_faces_may_be_added_to_data_that_others_train_on(tmp_path):
     config = TrainConfig(steps=2, batch_size=4, validation_rows=8)
     (tmp_path / "data").mkdir()
-    writer = ColumnsWriter(tmp_path / "data", 16)
+    writer = ColumnsWriter(tmp_path / "data")
     ones = {"x": torch.ones(16, 3), "y": torch.ones(16, 1), "id_embeds": torch.ones(16, 2)}
     writer.write(0, ones)
     writer.finish(16, {"source": "numbers"})

@@ -65,7 +65,6 @@ def test_rows_are_what_preparing_would_have_written(folder):
     live, prepared = PairsOnTheFly(str(folder / "photos"), base), Columns.open(folder / "data")
     assert len(live) == len(prepared) == 20
     assert live.meta["base_fingerprint"] == prepared.meta["base_fingerprint"]
-    assert live.captions() == prepared.captions()
     one, other = (data.rows([7, 3, 7], COLUMNS) for data in (live, prepared))
     for name in COLUMNS:
         assert one[name].dtype == other[name].dtype

@@ -31,9 +31,9 @@ from torch import Tensor
 
 from imprompt.core.errors import ImpromptError
 from imprompt.data.rows import Fetched
-from imprompt.data.store import ColumnsWriter, read_header, write_json
+from imprompt.data.store import ColumnsWriter, read_header
 
-__all__ = ["Columns", "ColumnsWriter", "write_json"]
+__all__ = ["Columns", "ColumnsWriter"]
 
 _MAX_OPEN_FILES = 256
 
@@ -186,22 +186,6 @@ class Columns:
             counts.tolist(),
             strict=True,
         )
-
-    def captions(self) -> list[str]:
-        """All captions, in row order."""
-        return [row["caption"] for row in self.pairs()]
-
-    def pairs(self) -> Iterator[dict[str, Any]]:
-        """What is known of each row's pair: `pair`, its name in the source; `caption`; `content`."""
-        removed, number = set(self._removed.tolist()), 0
-        begin = 0
-        for folder, end in zip(self._folders, self._ends.tolist(), strict=True):
-            if end > begin:
-                for line in self._files.read(f"{folder}pairs.jsonl").decode().split("\n")[:-1]:
-                    if number not in removed:
-                        yield json.loads(line)
-                    number += 1
-            begin = end
 
 
 def _damaged(path: Path | str, error: Exception) -> ImpromptError:

@@ -140,17 +140,6 @@ class PairsOnTheFly:
 
         return encode
 
-    def captions(self) -> list[str]:
-        """The captions of all pairs that have one, in order. Every pair's caption is read."""
-        found = []
-        for number in range(len(self._ends)):
-            for pair in self._pairs(number):
-                try:
-                    found.append(pair.read_caption())
-                except ImpromptError:
-                    continue
-        return found
-
     def _usable_from(self, index: int, work: Work) -> tuple[Pair, Loaded]:
         begin, end = (
             (0, self._num_first) if index < self._num_first else (self._num_first, len(self))

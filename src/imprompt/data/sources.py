@@ -83,16 +83,6 @@ def is_embedded_world(source: str) -> bool:
     return ":" in source and source.partition(":")[0] in _DIORAMA
 
 
-def open_pairs(source: str, image_root: Path | None = None) -> list[Pair]:
-    """All pairs of a source at once, in order; for small ones.
-
-    Raises:
-        ImpromptError: no such source, or nothing in it.
-    """
-    parts = open_source(source, Reading(image_root=image_root))
-    return [pair for part in parts for pair in part.pairs()]
-
-
 def _diorama(source: str, pair_of: Callable[[int], Pair]) -> list[Part]:
     try:
         numbers = [int(part) for part in source.split(":")[1:]]

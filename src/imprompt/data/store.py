@@ -154,9 +154,8 @@ class ColumnsWriter:
     Rows are appended in order; `finish` makes the folder whole.
     """
 
-    def __init__(self, path: Path, capacity: int) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self.capacity = capacity
         self._columns: dict[str, GrowingColumn] = {}
 
     def write(self, start: int, columns: Mapping[str, Tensor]) -> None:

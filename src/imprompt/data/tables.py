@@ -53,7 +53,7 @@ def table_parts(files: Sequence[Path], reading: Reading, pairs_per_part: int) ->
                     stop - start,
                     identity_of(file.name, file.stat().st_size, start, stop),
                     lambda file=file, start=start, stop=stop: _Rows(
-                        stop - start, _parquet_rows(file, start, stop), file, reading, start
+                        stop - start, _parquet_rows(file, start), file, reading, start
                     ),
                 )
             )
@@ -159,7 +159,7 @@ def _image_of(record: Mapping[str, Any]) -> Any:
     return next((lowered[key] for key in IMAGE_KEYS if key in lowered), None)
 
 
-def _parquet_rows(file: Path, first: int, stop: int) -> Fetch:
+def _parquet_rows(file: Path, first: int) -> Fetch:
     """Rows of a Parquet file by number, counted from `first`; mostly asked for one after another."""
     parquet = _pyarrow("parquet")
 

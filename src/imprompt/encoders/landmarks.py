@@ -111,12 +111,3 @@ def checked_places(landmarks: Tensor, source: str) -> Float[Tensor, "*shape"]:
             "divide them by the picture's size."
         )
     return places
-
-
-def write_landmarks(landmarks: Float[Tensor, "5 2"], path: str | PathLike[str]) -> None:
-    """Write what `read_landmarks` reads."""
-    rounded = [[round(float(v), 5) for v in point] for point in landmarks]
-    try:
-        Path(path).write_text(json.dumps(rounded) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise ImpromptError(f"{path} was not written: {error.strerror}.") from error

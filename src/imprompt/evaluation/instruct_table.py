@@ -144,7 +144,7 @@ def rows_of_task(columns: Columns, task: str, folder: Path) -> Path:
         tasks = columns.rows(range(len(columns)), ["task_ids"])["task_ids"].numpy()
         rows = np.flatnonzero(tasks == TASKS.index(task))
         folder.mkdir(parents=True, exist_ok=True)
-        writer = ColumnsWriter(folder, len(rows))
+        writer = ColumnsWriter(folder)
         writer.write(0, columns.rows(rows, columns.names))
         writer.finish(len(rows), {k: v for k, v in columns.meta.items() if k != "num_parts"})
     return folder
@@ -162,7 +162,7 @@ def with_fixed_instructions(columns: Columns, base: Base, output: Path) -> Path:
             for task, kind in zip(rows["task_ids"].tolist(), kinds, strict=True)
         ]
         rows["instruction_ids"] = base.tokenize(told)
-        writer = ColumnsWriter(folder, len(columns))
+        writer = ColumnsWriter(folder)
         writer.write(0, rows)
         meta = {k: v for k, v in columns.meta.items() if k != "num_parts"}
         writer.finish(len(columns), {**meta, "instructions": "one per task"})

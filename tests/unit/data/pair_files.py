@@ -1,13 +1,19 @@
 """Pairs in files, good and bad, for the tests of preparation."""
 
 import io
+import json
 import struct
 import tarfile
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from imprompt.data.dataset import Columns
+from imprompt.data.pairs import Pair
+from imprompt.data.sources import open_source
 
 
 def picture(number: int, side_px: int = 20, form: str = "PNG") -> bytes:
@@ -54,3 +60,21 @@ def contents(folder: Path) -> dict[str, bytes]:
         for path in folder.rglob("*")
         if path.is_file()
     }
+
+
+def pairs_of(source: str) -> list[Pair]:
+    """All pairs of a source, in order."""
+    return [pair for part in open_source(source) for pair in part.pairs()]
+
+
+def listed(data: Columns) -> list[dict[str, Any]]:
+    """What prepared data list of the pair of each row: its name, caption and content."""
+    parts = sorted(Path(data.path).glob("parts/*/pairs.jsonl"))
+    lines = [line for part in parts for line in part.read_text().split("\n")[:-1]]
+    removed = set(np.load(Path(data.path) / "removed.npy").tolist())
+    return [json.loads(line) for number, line in enumerate(lines) if number not in removed]
+
+
+def captions(data: Columns) -> list[str]:
+    """The caption of each row of prepared data."""
+    return [row["caption"] for row in listed(data)]

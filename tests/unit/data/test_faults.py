@@ -5,7 +5,7 @@ import os
 import tarfile
 
 import pytest
-from pair_files import add_member, decompression_bomb, picture, write_pair
+from pair_files import add_member, captions, decompression_bomb, picture, write_pair
 
 from imprompt.data.dataset import Columns
 from imprompt.data.prepare import prepare
@@ -136,7 +136,7 @@ def test_all_good_pairs_are_prepared_and_every_bad_one_is_listed(planted, base, 
     before, outside = everything(folder.parent), everything(tmp_path.parent)
     prepare(str(folder), tmp_path / "out", base, columns=("text_ids",))
     data = Columns.open(tmp_path / "out")
-    assert sorted(data.captions()) == sorted(good)
+    assert sorted(captions(data)) == sorted(good)
     assert data.rows(range(len(data)), ["text_ids"])["text_ids"].shape[0] == len(good)
     lines = (tmp_path / "out/quarantine.jsonl").read_text().split("\n")[:-1]
     listed = [json.loads(line) for line in lines]

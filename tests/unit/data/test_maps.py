@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from pair_files import captions
 from PIL import Image
 
 from imprompt.cli.main import main
@@ -51,7 +52,7 @@ def test_a_users_maps_lie_on_his_images(base, photos):
     columns = ["text_ids", "control_depth"]
     prepare(str(photos / "photos"), photos / "data", base, columns=columns, reading=reading)
     data = Columns.open(photos / "data")
-    assert data.captions() == ["photo a"]
+    assert captions(data) == ["photo a"]
     found = data.rows([0], ["control_depth"])["control_depth"][0]
     assert found.shape == (3, SIZE, SIZE) and found.dtype == torch.uint8
     assert found[:, :, :14].min() > 250 and found[:, :, 18:].max() < 5

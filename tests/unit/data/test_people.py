@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from pair_files import captions, listed, pairs_of
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -15,7 +16,6 @@ from imprompt.data import encoding
 from imprompt.data.dataset import Columns
 from imprompt.data.on_the_fly import PairsOnTheFly
 from imprompt.data.prepare import prepare
-from imprompt.data.sources import open_pairs
 from imprompt.diorama import character_number, render, training_portrait
 from imprompt.diorama.people import reference_seed
 from imprompt.encoders import face
@@ -34,7 +34,7 @@ def faces(tmp_path_factory):
 
 
 def test_a_portraits_reference_is_another_one_of_the_same_person():
-    for pair in open_pairs("diorama-people:10:4"):
+    for pair in pairs_of("diorama-people:10:4"):
         assert pair.image.character == pair.reference.character
         assert pair.image != pair.reference
         assert character_name_free(pair.read_caption())
@@ -135,7 +135,7 @@ def test_an_image_may_have_several_references(base, faces, tmp_path):
         )
     )
     assert len(data) == 3
-    contents = [row["content"] for row in data.pairs()]
+    contents = [row["content"] for row in listed(data)]
     digest = hashlib.blake2b((tmp_path / "a.png").read_bytes(), digest_size=8).digest()
     assert contents[2] == int.from_bytes(digest, "little", signed=True)  # as it was ever written
 
@@ -194,7 +194,7 @@ def test_photos_are_read_by_insightface_and_those_without_a_face_are_left_out(
     told = [json.loads(line) for line in (output / "quarantine.jsonl").read_text().splitlines()]
     assert [(entry["pair"], entry["kind"]) for entry in told] == [("b.png", "face missing")]
     data = Columns.open(output)
-    assert data.captions() == ["a", "c", "d"]
+    assert captions(data) == ["a", "c", "d"]
     known = face.InsightFaceEncoder("buffalo_l", analysis=detector).fingerprint()
     assert data.meta["face_encoder"] == known
     assert detector.looks == 4  # once for each, though asked whether there is a face, and whose

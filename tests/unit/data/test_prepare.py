@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from pair_files import contents
+from pair_files import captions, contents, pairs_of
 from PIL import Image
 
 from imprompt.core.errors import ImpromptError
@@ -17,7 +17,6 @@ from imprompt.data.dataset import Columns
 from imprompt.data.filters import Filters
 from imprompt.data.pairs import load
 from imprompt.data.prepare import prepare
-from imprompt.data.sources import open_pairs
 
 
 @pytest.fixture
@@ -42,7 +41,7 @@ def test_a_folder_with_faults_gives_the_good_ones_and_names_the_bad(base, photos
     Image.new("RGB", (40, 40)).save(photos / "e-blank.png")
     (photos / "e-blank.txt").write_text("  \n")
     data = Columns.open(prepare(str(photos), tmp_path / "data", base, batch_size=4))
-    assert data.captions() == [f"caption {number}" for number in range(6)]
+    assert captions(data) == [f"caption {number}" for number in range(6)]
     lines = (tmp_path / "data/quarantine.jsonl").read_text().splitlines()
     reasons = {entry["pair"]: entry["reason"] for entry in map(json.loads, lines)}
     assert sorted(reasons) == [
@@ -59,7 +58,7 @@ def test_a_folder_with_faults_gives_the_good_ones_and_names_the_bad(base, photos
 def test_columns_hold_what_the_encoders_say(base, photos, tmp_path):
     data = Columns.open(prepare(str(photos), tmp_path / "data", base))
     assert data.names == ("image_embeds", "latent_logvar", "latent_mean", "text_ids")
-    loaded = load(open_pairs(str(photos))[3], base.image_size_px)
+    loaded = load(pairs_of(str(photos))[3], base.image_size_px)
     image, text = loaded.picture, loaded.caption
     from imprompt.core.images import image_to_pixels
 
@@ -96,7 +95,7 @@ def test_the_json_list_of_the_original_scripts(base, photos, tmp_path):
     records += [{"image_file": "../../etc/passwd", "text": "no"}, {"image_file": "photos/1.png"}]
     (tmp_path / "list.json").write_text(json.dumps(records))
     data = Columns.open(prepare(str(tmp_path / "list.json"), tmp_path / "data", base))
-    assert data.captions() == [f"text {n}" for n in range(4)]
+    assert captions(data) == [f"text {n}" for n in range(4)]
     rejected = (tmp_path / "data/quarantine.jsonl").read_text()
     assert "outside" in rejected and '"text\\" is missing' in rejected
 
@@ -226,11 +225,11 @@ def test_nothing_usable_is_an_error(base, tmp_path):
 @pytest.mark.parametrize("source", ["diorama:", "diorama:0", "diorama:x", "diorama:3:-1", "a.csv"])
 def test_what_is_no_source_is_told(source):
     with pytest.raises(ImpromptError):
-        open_pairs(source)
+        pairs_of(source)
 
 
 def test_a_diorama_pair_is_a_function_of_its_seed():
-    first, later = open_pairs("diorama:5:10"), open_pairs("diorama:2:13")
+    first, later = pairs_of("diorama:5:10"), pairs_of("diorama:2:13")
     assert first[3].read_caption() == later[0].read_caption()
     assert first[3].image == later[0].image
 

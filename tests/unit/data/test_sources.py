@@ -4,14 +4,14 @@ import json
 import tarfile
 
 import pytest
-from pair_files import add_member, decompression_bomb, picture, write_pair
+from pair_files import add_member, decompression_bomb, pairs_of, picture, write_pair
 from PIL import Image
 
 from imprompt.core.errors import ImpromptError
 from imprompt.data.filters import Filters, ScoreLimit, Unusable
 from imprompt.data.pairs import load
 from imprompt.data.records import Reading
-from imprompt.data.sources import open_pairs, open_source
+from imprompt.data.sources import open_source
 
 NUM_PAIRS = 5
 
@@ -296,7 +296,7 @@ def test_the_same_source_lists_the_same_parts(photos, monkeypatch):
     parts = open_source(str(photos))
     assert [part.num_pairs for part in parts] == [2, 2, 1]
     assert [part.identity for part in parts] == [p.identity for p in open_source(str(photos))]
-    assert [pair.name for pair in open_pairs(str(photos))] == [f"{i}.png" for i in range(5)]
+    assert [pair.name for pair in pairs_of(str(photos))] == [f"{i}.png" for i in range(5)]
     write_pair(photos, "1b.png", picture(9), "new")
     changed = [part.identity for part in open_source(str(photos))]
     assert changed[0] == parts[0].identity and changed[1] != parts[1].identity

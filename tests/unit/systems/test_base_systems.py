@@ -115,7 +115,7 @@ def test_an_image_encoder_learns_on_without_forgetting(batch, tmp_path):
     """Rows that show objects stay what they were, and the projection of texts is found again."""
     base = load_base("diorama")
     ids = base.tokenize([subject_caption(sample_scene(seed)) for seed in range(8)])
-    writer = ColumnsWriter(tmp_path, 8)
+    writer = ColumnsWriter(tmp_path)
     writer.write(0, {"pixels": batch["pixels"], "subject_ids": ids, "labels": batch["labels"]})
     writer.finish(8, {"base_fingerprint": base.fingerprint()})
     columns = Columns.open(tmp_path)
@@ -186,7 +186,7 @@ def test_text_to_image(tokenizer, batch, tmp_path):
 def test_text_to_image_refuses_latents_of_another_base(tmp_path):
     base = load_base(write_tiny_base(tmp_path / "base"))
     (tmp_path / "data").mkdir()
-    writer = ColumnsWriter(tmp_path / "data", 1)
+    writer = ColumnsWriter(tmp_path / "data")
     writer.write(0, {"latents": torch.zeros(1, *base.latent_shape())})
     writer.finish(1, {"base": "that one", "base_fingerprint": "another"})
     with pytest.raises(ImpromptError, match="prepared with that one"):
@@ -221,7 +221,7 @@ def test_judge_learns_and_is_saved_whole(batch, tmp_path):
 def test_what_is_trained_is_where_the_base_is(name, tmp_path):
     base = load_base(write_tiny_base(tmp_path / "base"))
     fingerprint = base.fingerprint()
-    writer = ColumnsWriter(tmp_path, 4)
+    writer = ColumnsWriter(tmp_path)
     writer.write(0, {"character": torch.arange(4)})
     writer.finish(4, {"base_fingerprint": fingerprint})
     base.fingerprint = lambda: fingerprint

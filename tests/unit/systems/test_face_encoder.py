@@ -66,7 +66,7 @@ def columns(tmp_path):
     pixels = torch.randint(0, 60, (count, 3, 64, 64), generator=generator, dtype=torch.uint8)
     pixels[torch.arange(count), person] += 150
     (tmp_path / "data").mkdir()
-    writer = ColumnsWriter(tmp_path / "data", count)
+    writer = ColumnsWriter(tmp_path / "data")
     landmarks = torch.full((count, 5, 2), 0.5)
     writer.write(0, {"pixels": pixels, "character": person * 1000 + 7, "landmarks": landmarks})
     writer.finish(count, {})
@@ -105,7 +105,7 @@ def test_it_learns_and_writes_what_can_be_loaded(base, columns, tmp_path):
 
 def test_one_person_cannot_be_told_apart(base, tmp_path):
     (tmp_path / "data").mkdir()
-    writer = ColumnsWriter(tmp_path / "data", 2)
+    writer = ColumnsWriter(tmp_path / "data")
     writer.write(0, {"character": torch.tensor([5, 5])})
     writer.finish(2, {})
     with pytest.raises(ImpromptError, match="shows one person"):

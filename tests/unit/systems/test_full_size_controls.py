@@ -44,7 +44,7 @@ def test_three_real_steps_at_full_size(name, tmp_path):
     base.tokenize = lambda texts: torch.full((len(texts), 77), 49407)
     base.fingerprint = lambda: "random"
     generator = torch.Generator().manual_seed(0)
-    writer = ColumnsWriter(tmp_path / "data", 4)
+    writer = ColumnsWriter(tmp_path / "data")
     (tmp_path / "data").mkdir()
     writer.write(
         0,

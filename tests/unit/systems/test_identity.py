@@ -31,7 +31,7 @@ def columns(base, tmp_path):
         return torch.randn(COUNT, *shape, generator=generator)
 
     (tmp_path / "data").mkdir()
-    writer = ColumnsWriter(tmp_path / "data", COUNT)
+    writer = ColumnsWriter(tmp_path / "data")
     latents = base.latent_shape()
     states = base.image_encoder.zero_hidden_states().shape[1:]
     writer.write(
