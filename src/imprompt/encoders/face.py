@@ -255,11 +255,17 @@ class InsightFaceEncoder:
         """Found once for all that is asked of a picture, since to look for faces is most of the work."""
         key = hashlib.blake2b(picture.tobytes(), person=str(picture.shape).encode()[:16]).digest()
         with self._lock:
-            if key not in self._known:
-                if len(self._known) >= MAX_PICTURES_KNOWN:
-                    del self._known[next(iter(self._known))]
-                self._known[key] = max(self._analysis.get(picture), key=_area, default=None)
-            return self._known[key]
+            if key in self._known:
+                return self._known[key]
+        # Outside the lock, so that threads look at the same time. The library allows it: `get` writes
+        # only to the faces it makes, sessions of onnxruntime may run in many threads, and what the
+        # detector keeps for itself (`center_cache`) is the same whichever thread computed it.
+        found = max(self._analysis.get(picture), key=_area, default=None)
+        with self._lock:
+            if len(self._known) >= MAX_PICTURES_KNOWN:
+                del self._known[next(iter(self._known))]
+            self._known[key] = found
+        return found
 
 
 def _fingerprint_of_name(name: str) -> str:

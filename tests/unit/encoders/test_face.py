@@ -3,6 +3,8 @@
 import json
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 from types import SimpleNamespace
 
 import numpy as np
@@ -152,6 +154,26 @@ def test_insightface_is_asked_for_the_largest_face():
     torch.testing.assert_close(encoder.landmarks(pixels), expected)
     with pytest.raises(ImpromptError, match="no face in picture 2 of 2"):
         encoder.embeds(torch.stack([pixels[0], torch.full((3, 16, 32), -1.0)]))
+
+
+def test_threads_look_for_faces_at_the_same_time(monkeypatch):
+    both_look, library = Barrier(2), Library()
+
+    def get(picture):
+        both_look.wait(timeout=20)
+        return library.get(picture)
+
+    encoder = InsightFaceEncoder(analysis=SimpleNamespace(get=get))
+    red = torch.stack([torch.ones(8, 8), -torch.ones(8, 8), -torch.ones(8, 8)])
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(encoder.finds_face, (red, -red))) == [True, True]
+    # Both are known now, and not looked at again.
+    embeds = encoder.embeds(torch.stack([red, -red]))
+    assert embeds.argmax(1).tolist() == [1, 0]
+    monkeypatch.setattr(face, "MAX_PICTURES_KNOWN", 2)
+    with ThreadPoolExecutor(2) as pool:
+        assert all(pool.map(encoder.finds_face, (0.5 * red, -0.5 * red)))
+    assert len(encoder._known) == 2
 
 
 def test_a_crop_brings_the_landmarks_to_their_places():
