@@ -71,13 +71,20 @@ class ClipImageEncoder(nn.Module):
         return working_device(self.model)
 
     @torch.no_grad()
+    def resized(
+        self, pixels: Float[Tensor, "batch 3 height width"]
+    ) -> Float[Tensor, "batch 3 size size"]:
+        """What it looks at of pixels of any size: the square in the middle, float32, in [-1, 1]."""
+        # Resizing runs in float32: half precision has no antialiased kernel on every device.
+        pixels = pixels.to(device=self.device, dtype=torch.float32)
+        return _resize_and_center_crop(pixels, self.image_size_px)
+
+    @torch.no_grad()
     def normalized(
         self, pixels: Float[Tensor, "batch 3 height width"]
     ) -> Float[Tensor, "batch 3 size size"]:
         """The model's input for pixels in [-1, 1] of any size."""
-        # Resizing runs in float32: half precision has no antialiased kernel on every device.
-        pixels = pixels.to(device=self.device, dtype=torch.float32)
-        pixels = _resize_and_center_crop(pixels, self.image_size_px)
+        pixels = self.resized(pixels)
         mean = pixels.new_tensor(self.mean)[:, None, None]
         standard_deviation = pixels.new_tensor(self.standard_deviation)[:, None, None]
         return (((pixels + 1) / 2 - mean) / standard_deviation).to(self.dtype)

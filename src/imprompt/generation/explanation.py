@@ -72,13 +72,14 @@ class Explanation:
         def record(text: Tensor, image: Tensor) -> None:
             # The conditional branch comes last in a batch stacked for guidance.
             text_norm, image_norm = (
-                part[-batch:].float().transpose(1, 2).flatten(2).norm(dim=-1).cpu()
+                part[-batch:].float().transpose(1, 2).flatten(2).norm(dim=-1)
                 for part in (text, image)
             )
             share = image_norm / (text_norm + image_norm).clamp(min=1e-12)
             key = (prompt, site_name)
             if key not in self._sums:
-                self._sums[key] = torch.zeros(self.num_images, share.shape[1])
+                # Where the attention is: a copy to the CPU at each site and step would be waited for.
+                self._sums[key] = share.new_zeros(self.num_images, share.shape[1])
                 self._counts[key] = torch.zeros(self.num_images, 1)
             self._sums[key][rows] += share
             self._counts[key][rows] += 1
@@ -115,7 +116,7 @@ class Explanation:
         )
         maps: list[Tensor] = []
         for key in keys:
-            mean = self._sums[key] / self._counts[key].clamp(min=1)
+            mean = self._sums[key].cpu() / self._counts[key].clamp(min=1)
             grid = mean.unflatten(1, grid_of(mean.shape[1], self._aspect))
             maps.append(functional.interpolate(grid[:, None], (height, width), mode="bilinear"))
         return torch.stack(maps).mean(0)[:, 0]

@@ -24,6 +24,11 @@ ImageLike = str | PathLike[str] | Image.Image | Tensor | numpy.ndarray
 CROPS = ("center", "pad", "stretch", "tiles")
 MERGES = ("concat", "mean", "norm mean", "sum", "difference")
 
+SQUARES_AT_ONCE = 32
+
+# What an autoencoder draws goes a little beyond 1; grey levels of 255 go far.
+MAX_PIXEL = 2.0
+
 # Before the name of what stands for no picture, in files.
 ZERO = "zero_"
 
@@ -115,8 +120,10 @@ def encoded(
 ) -> Float[Tensor, "squares *shape"]:
     """The values of `encode_images`."""
     encode = encoder.hidden_states if name == "hidden_states" else encoder.embeds
-    rows = [encode(square[None]) for image in images for square in squares(to_pixels(image), crop)]
-    return torch.cat(rows)
+    pixels = [square for image in images for square in squares(to_pixels(image), crop)]
+    # Of one size they go through the encoder together.
+    resized = torch.cat([encoder.resized(square[None]) for square in pixels])
+    return torch.cat([encode(part) for part in resized.split(SQUARES_AT_ONCE)])
 
 
 def squares(pixels: Float[Tensor, "3 height width"], crop: str) -> list[Tensor]:
@@ -194,11 +201,6 @@ def to_pixels(image: ImageLike) -> Float[Tensor, "3 height width"]:
     if isinstance(image, numpy.ndarray):
         return image_to_pixels(Image.fromarray(image))
     if isinstance(image, Tensor):
-        if image.ndim != 3 or len(image) != 3:
-            raise ImpromptError(
-                f"An image prompt has the shape {tuple(image.shape)}; pixels are (3, height, "
-                "width) in [-1, 1]."
-            )
         return image
     return image_to_pixels(open_image(image))
 
@@ -217,6 +219,26 @@ def check_image_like(image: object) -> None:
         raise ImpromptError(
             f"A picture is given as a file's name, a PIL image, an array or a tensor, not as a "
             f"{type(image).__name__}."
+        )
+    if isinstance(image, Tensor):
+        _check_pixels(image)
+
+
+def _check_pixels(pixels: Tensor) -> None:
+    """Raise an ImpromptError unless these are the pixels of one picture, in [-1, 1] or little beyond."""
+    if pixels.ndim != 3 or len(pixels) != 3 or pixels.numel() == 0:
+        raise ImpromptError(
+            f"A picture has the shape {tuple(pixels.shape)}; pixels are (3, height, width) in [-1, 1]."
+        )
+    if not pixels.is_floating_point():
+        raise ImpromptError(
+            f"A picture's pixels are {pixels.dtype}; they must be floating point, in [-1, 1]. Divide "
+            "bytes by 127.5 and subtract 1, or give an array (height, width, 3) of uint8."
+        )
+    low, high = (float(value) for value in pixels.aminmax())
+    if not -MAX_PIXEL <= low <= high <= MAX_PIXEL:
+        raise ImpromptError(
+            f"A picture's pixels go from {low:g} to {high:g}; they must be in [-1, 1]."
         )
 
 

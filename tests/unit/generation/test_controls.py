@@ -24,6 +24,7 @@ from imprompt.cli.main import main
 from imprompt.core.errors import ImpromptError
 from imprompt.core.images import pixels_to_images
 from imprompt.generation import Control, ImagePrompt, MapControl, generate, sample_latents
+from imprompt.generation.controls import map_control
 from imprompt.generation.sampler import initial_noise
 from imprompt.systems.controlnet import create_controlnet
 from imprompt.systems.t2i_adapter import create_t2i_adapter
@@ -124,6 +125,16 @@ def test_a_t2i_adapter_is_read_once(base, controls, pictures):
     generate(base, "a cat", controls=[control], **OPTIONS)
     hook.remove()
     assert len(calls) == 1
+
+
+def test_maps_that_are_bytes_or_grey_levels_are_refused(base, controls, pictures):
+    levels = torch.from_numpy(np.array(pictures[0])).permute(2, 0, 1)
+    for wrong, said in ((levels, "are torch.uint8"), (levels.float(), "from 0 to 255")):
+        control = Control(image=[pictures[0], wrong], model=controls["controlnet"])
+        with pytest.raises(ImpromptError, match=said):
+            map_control(control, base, SIZE)
+    control = Control(image=levels / 127.5 - 1, model=controls["controlnet"])
+    torch.testing.assert_close(map_control(control, base, SIZE).maps[0], levels / 255)
 
 
 def test_several_controls_add_up_with_their_weights(base, controls, pictures):

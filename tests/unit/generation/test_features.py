@@ -12,7 +12,8 @@ from imprompt.adapters import create_adapter
 from imprompt.bases import ClipImageEncoder, load_base
 from imprompt.core.errors import ImpromptError
 from imprompt.generation import ImageFeatures, ImagePrompt, encode_images, generate
-from imprompt.generation.features import merge_features, squares
+from imprompt.generation import features as features_module
+from imprompt.generation.features import encoded, merge_features, squares, to_pixels
 
 WIDE = torch.linspace(-1, 1, 25).expand(3, 10, 25)
 
@@ -32,6 +33,48 @@ def test_crops_are_square_and_show_what_they_promise(image):
     torch.testing.assert_close(tiles[-1], image.narrow(along, 15, 10))
     with pytest.raises(ImpromptError, match="no crop"):
         squares(image, "round")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("pixels", "said"),
+    [
+        (torch.full((3, 8, 8), 255, dtype=torch.uint8), "torch.uint8; they must be floating point"),
+        (torch.full((3, 8, 8), 255.0), "from 255 to 255"),
+        (torch.full((3, 8, 8), torch.nan), "from nan to nan"),
+        (torch.zeros(1, 3, 8, 8), "has the shape"),
+        (torch.zeros(3, 0, 8), "has the shape"),
+    ],
+)
+def test_pixels_that_are_none_are_refused(base_adapter, pixels, said):
+    with pytest.raises(ImpromptError, match=said):
+        ImagePrompt(pixels, adapter=base_adapter)
+    with pytest.raises(ImpromptError, match=said):
+        to_pixels(pixels)
+
+
+def test_pixels_may_be_of_any_precision_and_overshoot_a_little():
+    pixels = torch.linspace(-1.3, 1.3, 3 * 64).view(3, 8, 8)
+    for given in (pixels, pixels.half(), pixels.bfloat16(), pixels.double()):
+        assert to_pixels(given) is given
+
+
+def test_squares_go_through_the_encoder_together(base, pictures, monkeypatch):
+    encoder, seen = base.image_encoder, []
+    monkeypatch.setattr(features_module, "SQUARES_AT_ONCE", 3)
+    images = [WIDE, pictures[0], WIDE.transpose(1, 2)[:, :20], pictures[1]]
+    parts = [square for image in images for square in squares(to_pixels(image), "tiles")]
+    assert len(parts) == 3 + 1 + 2 + 1
+    hook = encoder.model.register_forward_hook(lambda *a, **k: seen.append(1))
+    for name, encode in (
+        ("image_embeds", encoder.embeds),
+        ("hidden_states", encoder.hidden_states),
+    ):
+        wanted = torch.cat([encode(part[None]) for part in parts])
+        seen.clear()
+        found = encoded(encoder, images, name, "tiles")
+        assert len(seen) == 3
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    hook.remove()
 
 
 def test_merging():

@@ -107,6 +107,16 @@ class Foreign(AttnProcessor2_0):
     """A processor that only its class knows."""
 
 
+def test_an_explanation_is_summed_where_the_attention_is():
+    explanation = Explanation()
+    explanation.begin(2, 4, 4)
+    record = explanation._recorder(0, "mid_block.attn", slice(0, 2))
+    for _ in range(2):
+        record(*torch.ones(2, 4, 1, 16, 3, device="meta"))  # text and image
+    assert explanation._sums[0, "mid_block.attn"].device.type == "meta"
+    assert explanation._counts[0, "mid_block.attn"].tolist() == [[2], [2]]
+
+
 def test_what_cannot_be_explained_says_a_way_that_works(base, adapter, pictures):
     prompt, before = ImagePrompt(pictures[0], adapter=adapter), base.unet.attn_processors
     try:
