@@ -66,15 +66,10 @@ def _died(processes: Sequence[Any]) -> bool:
 
 
 def _work(job: Job, reports: Any, num_threads: int, parent: int) -> None:
-    from imprompt.data.prepare import work_through
-
     torch.set_num_threads(num_threads)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    source, reading, output, base, work, mine = job
     try:
-        work_through(
-            open_source(source, reading), output, base, work, mine, lambda *n: reports.put(n)
-        )
+        _do(job, reports)
     except ImpromptError as error:
         reports.put(str(error))
     except KeyboardInterrupt:
@@ -129,13 +124,16 @@ def work_on_ray(workers: int, job: Job, report: Report) -> None:
 
 def _work_as_task(job: Job, reports: Any) -> str | None:
     """A task's part of a job; what went wrong, if a user can do something about it."""
-    from imprompt.data.prepare import work_through
-
-    source, reading, output, base, work, mine = job
     try:
-        work_through(
-            open_source(source, reading), output, base, work, mine, lambda *n: reports.put(n)
-        )
+        _do(job, reports)
     except ImpromptError as error:
         return str(error)
     return None
+
+
+def _do(job: Job, reports: Any) -> None:
+    """One worker's share of a job, told pair by pair to the queue `reports`."""
+    from imprompt.data.prepare import work_through
+
+    source, reading, output, base, work, mine = job
+    work_through(open_source(source, reading), output, base, work, mine, lambda *n: reports.put(n))
