@@ -17,8 +17,7 @@ from imprompt.checkpoints import LoadedControl
 from imprompt.checkpoints.controls import CLASSES
 from imprompt.core.errors import ImpromptError
 from imprompt.generation.conditions import Branch, check_time_span, rows_of
-from imprompt.generation.features import ImageLike
-from imprompt.generation.features import to_pixels as image_to_pixels
+from imprompt.generation.features import ImageLike, pixels_of_image_like
 from imprompt.systems.controlnet import check_controlnet, control_residuals
 from imprompt.systems.t2i_adapter import adapter_residuals, check_t2i_adapter
 
@@ -101,7 +100,7 @@ def map_control(control: Control, base: Base, size_px: int | tuple[int, int] | N
     images: Sequence[Any] = control.image if is_list else [control.image]  # type: ignore[assignment]
     pixels = [
         torch.nn.functional.interpolate(
-            image_to_pixels(image)[None], sides, mode="bilinear", antialias=True
+            pixels_of_image_like(image)[None], sides, mode="bilinear", antialias=True
         )
         for image in images
     ]

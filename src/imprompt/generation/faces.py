@@ -16,7 +16,7 @@ from imprompt.encoders.face import (
     face_encoder_with,
     loaded_face_encoder,
 )
-from imprompt.generation.features import ImageLike, to_pixels
+from imprompt.generation.features import ImageLike, pixels_of_image_like
 
 
 def face_encoder_of(
@@ -64,7 +64,7 @@ def face_features(
     Raises:
         ImpromptError: a picture shows no face, or there is no image encoder and it is needed.
     """
-    pixels = [to_pixels(picture)[None] for picture in pictures]
+    pixels = [pixels_of_image_like(picture)[None] for picture in pictures]
     wanted = adapter.projection.features
     # InstantID as published reads identity vectors as they come, all others those of length 1.
     as_published = wanted[0].is_sequence and adapter.metadata.get("reads") != READS_FACES

@@ -120,7 +120,7 @@ def encoded(
 ) -> Float[Tensor, "squares *shape"]:
     """The values of `encode_images`."""
     encode = encoder.hidden_states if name == "hidden_states" else encoder.embeds
-    pixels = [square for image in images for square in squares(to_pixels(image), crop)]
+    pixels = [square for image in images for square in squares(pixels_of_image_like(image), crop)]
     # Of one size they go through the encoder together.
     resized = torch.cat([encoder.resized(square[None]) for square in pixels])
     return torch.cat([encode(part) for part in resized.split(SQUARES_AT_ONCE)])
@@ -195,7 +195,7 @@ def merge_features(
     return (values * shaped).sum(0, keepdim=True) / total
 
 
-def to_pixels(image: ImageLike) -> Float[Tensor, "3 height width"]:
+def pixels_of_image_like(image: ImageLike) -> Float[Tensor, "3 height width"]:
     """Pixels in [-1, 1] of a file, a PIL image, an array as PIL's, or pixels."""
     check_image_like(image)
     if isinstance(image, numpy.ndarray):

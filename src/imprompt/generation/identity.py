@@ -23,7 +23,7 @@ from imprompt.encoders.landmarks import (
 from imprompt.generation.conditions import TokenPrompt, check_time_span, is_zero
 from imprompt.generation.controls import MapControl
 from imprompt.generation.faces import face_encoder_of, face_features, face_features_of_nothing
-from imprompt.generation.features import ImageLike, to_pixels
+from imprompt.generation.features import ImageLike, pixels_of_image_like
 
 Landmarks = Tensor | str | PathLike[str]
 
@@ -165,7 +165,7 @@ def net_control(
 def _landmarks(prompt: IdentityPrompt, faces: FaceEncoder, size: tuple[int, int]) -> Tensor:
     """Places for pictures of (height, width), as given or else as they are in the person's picture."""
     if prompt.landmarks is None:
-        pixels = to_pixels(prompt.image)
+        pixels = pixels_of_image_like(prompt.image)
         height, width = pixels.shape[-2:]
         return landmarks_at_size(faces.landmarks(pixels[None]), (height, width), size)
     if isinstance(prompt.landmarks, Tensor):

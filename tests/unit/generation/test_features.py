@@ -13,7 +13,7 @@ from imprompt.bases import ClipImageEncoder, load_base
 from imprompt.core.errors import ImpromptError
 from imprompt.generation import ImageFeatures, ImagePrompt, encode_images, generate
 from imprompt.generation import features as features_module
-from imprompt.generation.features import encoded, merge_features, squares, to_pixels
+from imprompt.generation.features import encoded, merge_features, pixels_of_image_like, squares
 
 WIDE = torch.linspace(-1, 1, 25).expand(3, 10, 25)
 
@@ -49,20 +49,20 @@ def test_pixels_that_are_none_are_refused(base_adapter, pixels, said):
     with pytest.raises(ImpromptError, match=said):
         ImagePrompt(pixels, adapter=base_adapter)
     with pytest.raises(ImpromptError, match=said):
-        to_pixels(pixels)
+        pixels_of_image_like(pixels)
 
 
 def test_pixels_may_be_of_any_precision_and_overshoot_a_little():
     pixels = torch.linspace(-1.3, 1.3, 3 * 64).view(3, 8, 8)
     for given in (pixels, pixels.half(), pixels.bfloat16(), pixels.double()):
-        assert to_pixels(given) is given
+        assert pixels_of_image_like(given) is given
 
 
 def test_squares_go_through_the_encoder_together(base, pictures, monkeypatch):
     encoder, seen = base.image_encoder, []
     monkeypatch.setattr(features_module, "SQUARES_AT_ONCE", 3)
     images = [WIDE, pictures[0], WIDE.transpose(1, 2)[:, :20], pictures[1]]
-    parts = [square for image in images for square in squares(to_pixels(image), "tiles")]
+    parts = [square for image in images for square in squares(pixels_of_image_like(image), "tiles")]
     assert len(parts) == 3 + 1 + 2 + 1
     hook = encoder.model.register_forward_hook(lambda *a, **k: seen.append(1))
     for name, encode in (
