@@ -16,7 +16,7 @@ from os import PathLike
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
@@ -109,14 +109,24 @@ def center_crop(size: tuple[int, int], size_px: int) -> tuple[tuple[int, int], t
 
 def image_to_pixels(image: Image.Image) -> Float[Tensor, "3 height width"]:
     """Pixels of an image of any mode, in [-1, 1]."""
-    values = np.array(image.convert("RGB"), dtype=np.float32)
-    return torch.from_numpy(values / 127.5 - 1.0).permute(2, 0, 1).contiguous()
+    values = torch.from_numpy(np.array(image.convert("RGB")))
+    return pixels_of_bytes(values).permute(2, 0, 1).contiguous()
 
 
 def pixels_to_images(pixels: Float[Tensor, "batch 3 height width"]) -> list[Image.Image]:
     """Images of pixels; values beyond [-1, 1] are clipped."""
-    values = ((pixels.detach().cpu().float() + 1.0) * 127.5).round().clamp(0, 255)
-    return [Image.fromarray(one) for one in values.to(torch.uint8).permute(0, 2, 3, 1).numpy()]
+    values = bytes_of_pixels(pixels.detach().cpu()).permute(0, 2, 3, 1).numpy()
+    return [Image.fromarray(one) for one in values]
+
+
+def pixels_of_bytes(values: UInt8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Pixels in [-1, 1], float32, of bytes 0 … 255, whatever the shape."""
+    return values.float() / 127.5 - 1.0
+
+
+def bytes_of_pixels(pixels: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
+    """Bytes 0 … 255 of pixels, whatever the shape; values beyond [-1, 1] are clipped."""
+    return ((pixels.float() + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def image_grid(

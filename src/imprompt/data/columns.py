@@ -17,9 +17,9 @@ from torch import Tensor
 
 from imprompt.bases import Base, image_encoder_of
 from imprompt.core.errors import ImpromptError
-from imprompt.core.images import image_to_pixels
+from imprompt.core.images import bytes_of_pixels, image_to_pixels
 from imprompt.data.instructions import TASKS
-from imprompt.data.pairs import Condition, Pair, to_pixels
+from imprompt.data.pairs import Condition, Pair, draw
 from imprompt.diorama import (
     COLOURS,
     KINDS,
@@ -81,7 +81,7 @@ class Batch:
             elif reference is not None:
                 others[row] = reference
         if others:
-            result[list(others)] = to_pixels(list(others.values()), self.pixels.shape[-1])
+            result[list(others)] = draw(list(others.values()), self.pixels.shape[-1])[0]
         return result
 
 
@@ -198,12 +198,7 @@ def subject_ids(base: Base, batch: Batch) -> Tensor:
 
 def pixels(base: Base, batch: Batch) -> Tensor:
     """The picture itself: uint8 (batch, 3, size, size)."""
-    return to_bytes(batch.pixels)
-
-
-def to_bytes(pixels: Tensor) -> Tensor:
-    """Pixels in [-1, 1] as uint8."""
-    return ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return bytes_of_pixels(batch.pixels)
 
 
 def labels(base: Base, batch: Batch) -> Tensor:
@@ -224,8 +219,7 @@ def labels(base: Base, batch: Batch) -> Tensor:
 def control(base: Base, batch: Batch, kind: str) -> Tensor:
     """The pictures' control maps of a kind: uint8 (batch, 3, size, size), RGB."""
     if all(kind in maps for maps in batch.maps):
-        pixels = torch.stack([image_to_pixels(maps[kind]) for maps in batch.maps])
-        return ((pixels + 1) * 127.5).round().to(torch.uint8)
+        return bytes_of_pixels(torch.stack([image_to_pixels(maps[kind]) for maps in batch.maps]))
     if batch.render is None:
         raise ImpromptError(
             f"The column {CONTROL}{kind} needs a map for each image: prepare the data with `imprompt "

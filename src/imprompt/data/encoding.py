@@ -19,7 +19,8 @@ import torch
 
 from imprompt.bases import Base
 from imprompt.core.errors import ImpromptError
-from imprompt.data.columns import CONDITION_COLUMNS, CONTROL, Batch, encoder_of, to_bytes
+from imprompt.core.images import bytes_of_pixels, pixels_of_bytes
+from imprompt.data.columns import CONDITION_COLUMNS, CONTROL, Batch, encoder_of
 from imprompt.data.faces import FACE_MISSING, check_faces
 from imprompt.data.filters import Filters, Unusable
 from imprompt.data.pairs import Loaded, Pair, Part, draw, load
@@ -363,7 +364,7 @@ def encode_rows(
     pixels, condition_pixels, render = _drawn(loaded, work.size_px, kept)
     if "pixels" in columns:
         # What is made of them now shall be what would be made of that column later.
-        pixels = to_bytes(pixels).float() / 127.5 - 1
+        pixels = pixels_of_bytes(bytes_of_pixels(pixels))
     batch = Batch(
         pairs=[pair for pair, _ in accepted],
         pixels=pixels,
@@ -388,7 +389,7 @@ def _drawn(
     others = [one.condition_picture for one in loaded if one.condition is not None]
     if kept is not None:
         other_pixels = draw(others, size_px)[0] if others else torch.empty(0, 3, size_px, size_px)
-        return torch.from_numpy(kept).float() / 127.5 - 1, other_pixels, None
+        return pixels_of_bytes(torch.from_numpy(kept)), other_pixels, None
     # Drawn together: what a pair's two scenes have in common is traced once.
     pixels, render = draw([*pictures, *others], size_px)
     return pixels[: len(pictures)], pixels[len(pictures) :], None if others else render

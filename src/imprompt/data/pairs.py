@@ -316,13 +316,11 @@ def _content(parts: Sequence[bytes], caption: str, filters: Filters) -> int:
     return int.from_bytes(digest.digest(), "little", signed=True)
 
 
-def to_pixels(pictures: Sequence[object], size_px: int) -> Tensor:
-    """Pixels (batch, 3, size_px, size_px) in [-1, 1] of what `load` gave; scenes are drawn together."""
-    return draw(pictures, size_px)[0]
-
-
 def draw(pictures: Sequence[object], size_px: int) -> tuple[Tensor, Render | None]:
-    """As `to_pixels`, and all that is known of the pictures if every one is a scene."""
+    """Pixels (batch, 3, size_px, size_px) in [-1, 1] of what `load` gave; scenes are drawn together.
+
+    Beside them all that is known of the pictures, if every one is a scene.
+    """
     import torch
 
     pixels = torch.empty(len(pictures), 3, size_px, size_px)

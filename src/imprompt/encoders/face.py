@@ -23,6 +23,7 @@ from torch import Tensor
 
 from imprompt.bases.clip_vision import fingerprint_of
 from imprompt.core.errors import ImpromptError
+from imprompt.core.images import bytes_of_pixels
 from imprompt.core.shipped import shipped
 from imprompt.encoders.face_network import SIZE_PX, FaceNetwork, load_face_network
 
@@ -275,8 +276,8 @@ def _fingerprint_of_name(name: str) -> str:
 
 def _picture_bytes(pixels: Tensor) -> list[np.ndarray]:
     """Pictures as the library wants them: (height, width, 3), BGR."""
-    values = ((pixels.detach().cpu().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return [np.ascontiguousarray(p[:, :, ::-1]) for p in values.permute(0, 2, 3, 1).numpy()]
+    values = bytes_of_pixels(pixels.detach().cpu()).permute(0, 2, 3, 1).numpy()
+    return [np.ascontiguousarray(picture[:, :, ::-1]) for picture in values]
 
 
 def aligned(

@@ -16,7 +16,7 @@ from torch import Tensor
 from imprompt.adapters import ImagePromptAdapter
 from imprompt.bases import Base
 from imprompt.bases.latent_space import pixels_per_latent
-from imprompt.core.images import image_grid, pixels_to_images
+from imprompt.core.images import image_grid, pixels_of_bytes, pixels_to_images
 from imprompt.data.rows import Rows
 from imprompt.encoders.landmarks import landmark_images
 from imprompt.evaluation.measure import Sampling, draw
@@ -74,7 +74,7 @@ def preview_of(
 
 @torch.inference_mode()
 def _reconstructions(system: AutoencoderSystem, rows: Batch) -> Image.Image:
-    pixels = rows["pixels"].float() / 127.5 - 1
+    pixels = pixels_of_bytes(rows["pixels"])
     pictures = torch.cat([pixels, system.reconstructed(pixels).clamp(-1, 1)])
     return image_grid(pixels_to_images(pictures), columns=len(pixels))
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from imprompt.bases import Base
 from imprompt.core.config import check_range
+from imprompt.core.images import pixels_of_bytes
 from imprompt.core.randomness import Randomness
 from imprompt.data.rows import Rows
 from imprompt.systems.protocol import starts_from_base
@@ -95,7 +96,7 @@ class AutoencoderSystem:
     def loss(
         self, batch: dict[str, Tensor], randomness: Randomness
     ) -> tuple[Tensor, dict[str, float | Tensor]]:
-        pixels = batch["pixels"].float() / 127.5 - 1.0
+        pixels = pixels_of_bytes(batch["pixels"])
         flipped = torch.where(
             randomness.uniform("flip")[:, None, None, None] < 0.5, pixels, pixels.flip(3)
         )
@@ -116,7 +117,7 @@ class AutoencoderSystem:
 
     @torch.no_grad()
     def validate(self, batch: dict[str, Tensor], randomness: Randomness) -> dict[str, float]:
-        pixels = batch["pixels"].float() / 127.5 - 1.0
+        pixels = pixels_of_bytes(batch["pixels"])
         decoded = self.reconstructed(pixels)
         squared = (decoded - pixels).square().mean().item() / 4.0
         return {

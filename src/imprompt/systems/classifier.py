@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from imprompt.bases import Base
 from imprompt.core.config import check_range
+from imprompt.core.images import pixels_of_bytes
 from imprompt.core.randomness import Randomness
 from imprompt.data.rows import Rows
 from imprompt.diorama.vocabulary import COLOURS, KINDS, SETTINGS, STYLES
@@ -82,7 +83,7 @@ class ClassifierSystem:
     def loss(
         self, batch: dict[str, Tensor], randomness: Randomness
     ) -> tuple[Tensor, dict[str, float | Tensor]]:
-        pixels = batch["pixels"].float() / 127.5 - 1.0
+        pixels = pixels_of_bytes(batch["pixels"])
         mirrored = randomness.uniform("mirror")[:, None, None, None] < 0.5
         pixels = torch.where(mirrored, pixels.flip(3), pixels)
         pixels = as_if_decoded(pixels, randomness, 0.8)
@@ -96,7 +97,7 @@ class ClassifierSystem:
     @torch.no_grad()
     def validate(self, batch: dict[str, Tensor], randomness: Randomness) -> dict[str, float]:
         """The share of pictures that each attribute is read off rightly."""
-        logits = self.module(batch["pixels"].float() / 127.5 - 1.0)
+        logits = self.module(pixels_of_bytes(batch["pixels"]))
         return {
             name: (logits[name].argmax(1) == batch["labels"][:, column]).float().mean().item()
             for column, name in enumerate(ATTRIBUTES)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from imprompt.bases import Base
 from imprompt.core.config import check_range
 from imprompt.core.errors import ImpromptError
+from imprompt.core.images import pixels_of_bytes
 from imprompt.core.randomness import Randomness
 from imprompt.data.rows import FirstRows, Rows
 from imprompt.encoders.face_network import FaceNetwork, load_face_network
@@ -105,7 +106,7 @@ class FaceEncoderSystem:
         for start in range(0, len(columns), 128):
             some = range(start, min(start + 128, len(columns)))
             rows = columns.rows(some, ["pixels", "character"])
-            pixels = rows["pixels"].to(directions.device).float() / 127.5 - 1.0
+            pixels = pixels_of_bytes(rows["pixels"].to(directions.device))
             embeds, _ = self.module.network(pixels)
             persons = torch.searchsorted(self._characters, rows["character"])
             directions.index_add_(
@@ -117,7 +118,7 @@ class FaceEncoderSystem:
         self, batch: dict[str, Tensor], randomness: Randomness
     ) -> tuple[Tensor, dict[str, float | Tensor]]:
         """Equation 3, and the landmarks' distance in pixels."""
-        pixels, landmarks = varied(batch["pixels"].float() / 127.5 - 1.0, batch, randomness)
+        pixels, landmarks = varied(pixels_of_bytes(batch["pixels"]), batch, randomness)
         embeds, found = self.module.network(pixels.contiguous(memory_format=torch.channels_last))
         persons = torch.searchsorted(self._characters.to(embeds.device), batch["character"])
         cosines = functional.normalize(embeds, dim=1) @ (
@@ -136,7 +137,7 @@ class FaceEncoderSystem:
     @torch.no_grad()
     def validate(self, batch: dict[str, Tensor], randomness: Randomness) -> dict[str, float]:
         """Is the nearest other picture one of the same person? And how far off are landmarks?"""
-        embeds, found = self.module.network(batch["pixels"].float() / 127.5 - 1.0)
+        embeds, found = self.module.network(pixels_of_bytes(batch["pixels"]))
         embeds = functional.normalize(embeds, dim=1)
         similar = embeds @ embeds.T - 2 * torch.eye(len(embeds), device=embeds.device)
         same = batch["character"][similar.argmax(1)] == batch["character"]

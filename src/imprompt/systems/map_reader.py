@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from imprompt.bases import Base
 from imprompt.core.config import check_range
+from imprompt.core.images import pixels_of_bytes
 from imprompt.core.randomness import Randomness
 from imprompt.data.rows import Rows
 from imprompt.diorama.maps import KEYPOINT_COLOURS, PART_COLOURS, keypoints_of_map, parts_of_map
@@ -125,7 +126,7 @@ class MapReaderSystem:
     def loss(
         self, batch: dict[str, Tensor], randomness: Randomness
     ) -> tuple[Tensor, dict[str, float | Tensor]]:
-        pixels = batch["pixels"].float() / 127.5 - 1.0
+        pixels = pixels_of_bytes(batch["pixels"])
         pixels = as_if_decoded(pixels, randomness, 0.9)
         reading = self.module(pixels.contiguous(memory_format=torch.channels_last))
         losses = _losses(reading, batch)
@@ -133,7 +134,7 @@ class MapReaderSystem:
 
     @torch.no_grad()
     def validate(self, batch: dict[str, Tensor], randomness: Randomness) -> dict[str, float]:
-        reading = self.module(batch["pixels"].float() / 127.5 - 1.0)
+        reading = self.module(pixels_of_bytes(batch["pixels"]))
         return {name: value.item() for name, value in _losses(reading, batch).items()}
 
     def export(self, path: Path) -> None:

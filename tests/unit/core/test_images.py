@@ -8,9 +8,11 @@ from PIL import Image
 from imprompt.core import images
 from imprompt.core.errors import ImpromptError
 from imprompt.core.images import (
+    bytes_of_pixels,
     image_grid,
     image_to_pixels,
     open_image,
+    pixels_of_bytes,
     pixels_to_images,
     resize_and_center_crop,
 )
@@ -101,3 +103,11 @@ def test_a_grid_has_a_cell_for_each(photo):
         image_grid([], columns=2)
     with pytest.raises(ImpromptError, match="2 labels"):
         image_grid([photo], columns=1, labels=["a", "b"])
+
+
+def test_bytes_and_pixels_are_each_others_inverse():
+    values = torch.arange(256, dtype=torch.uint8)
+    pixels = pixels_of_bytes(values)
+    assert (pixels.dtype, pixels[0], pixels[-1]) == (torch.float32, -1, 1)
+    assert torch.equal(bytes_of_pixels(pixels), values)
+    assert bytes_of_pixels(torch.tensor([-1.5, 1.5])).tolist() == [0, 255]
