@@ -9,11 +9,15 @@
 What draws (a ControlNet, an adapter) is a function that the caller gives. `write_lessons` writes pictures
 and pairs.jsonl, the list that `imprompt prepare FOLDER/pairs.jsonl data/ --variant instruct` reads.
 
+What is drawn by lot (the instruction, a ground's colour, whether a face is zoomed) follows from the seed and
+from what a lesson is made of: other pictures and texts get other ones, the same again the same.
+
 Source: IP-Adapter-Instruct (2408.03209), section 3.3: how its five sets were made.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -54,9 +58,16 @@ def instruction_for(task: str, draw: Generator, kind: str = "") -> str:
     return filled(wordings[int(draw.integers(len(wordings)))], kind)
 
 
+def _chance(task: str, seed: int, image: Image.Image, *told: object) -> Generator:
+    """The random numbers of the lesson that is made of this picture and of what is told of it."""
+    digest = hashlib.blake2b(image.convert("RGB").tobytes(), digest_size=8)
+    digest.update(repr((image.size, *told)).encode("utf-8", "backslashreplace"))
+    return generator(seed, int.from_bytes(digest.digest(), "little"), f"{task} lesson")
+
+
 def everything_lesson(image: Image.Image, caption: str, seed: int = 0) -> Lesson:
     """The picture as its own condition."""
-    draw = generator(seed, 0, "everything lesson")
+    draw = _chance("everything", seed, image, caption)
     return Lesson(
         task="everything",
         condition=image,
@@ -85,9 +96,7 @@ def object_lesson(
     """
     if (box is None) == (mask is None):
         raise ImpromptError("An object is cut out by a box or by a mask: give one of them.")
-    draw = generator(seed, 0, "object lesson")
-    red, green, blue = (int(part) for part in draw.integers(0, 256, 3))
-    ground = Image.new("RGB", image.size, (red, green, blue))
+    shape = None
     if mask is not None:
         if mask.size != image.size:
             raise ImpromptError(f"The mask is of {mask.size}, the picture of {image.size} pixels.")
@@ -95,10 +104,13 @@ def object_lesson(
         box = shape.getbbox()
         if box is None:
             raise ImpromptError("Nothing is white in the mask.")
-        image_of_object = Image.composite(image.convert("RGB"), ground, shape)
-    else:
-        assert box is not None
-        image_of_object = image.convert("RGB")
+    assert box is not None
+    draw = _chance("object", seed, image, caption, kind, *box)
+    red, green, blue = (int(part) for part in draw.integers(0, 256, 3))
+    image_of_object = image.convert("RGB")
+    if shape is not None:
+        ground = Image.new("RGB", image.size, (red, green, blue))
+        image_of_object = Image.composite(image_of_object, ground, shape)
     left, top, right, bottom = box
     inside = 0 <= left < right <= image.width and 0 <= top < bottom <= image.height
     if not inside or min(right - left, bottom - top) < SMALLEST_SIDE_PX:
@@ -136,7 +148,7 @@ def composition_lesson(
     seed: int = 0,
 ) -> Lesson:
     """Another picture of the same outlines as condition: drawn by `redraw`, or the edge map itself."""
-    draw = generator(seed, 0, "composition lesson")
+    draw = _chance("composition", seed, image, caption, other_caption)
     outlines = edges(image)
     return Lesson(
         task="composition",
@@ -151,7 +163,7 @@ def style_lesson(
     image: Image.Image, restyle: Restyle, prompt: str, *, kept: str = "", seed: int = 0
 ) -> Lesson:
     """The picture as example of a style, and what `restyle` draws of the prompt with it."""
-    draw = generator(seed, 0, "style lesson")
+    draw = _chance("style", seed, image, prompt)
     return Lesson(
         task="style",
         condition=image,
@@ -179,9 +191,9 @@ def face_lessons(
     if len(photos) < 2:
         raise ImpromptError("A person's lessons need two photos at least.")
     for number, (target, caption) in enumerate(photos):
-        draw = generator(seed, number, "face lesson")
         other = (number + 1) % len(photos)
         condition = photos[other][0]
+        draw = _chance("face", seed, condition, caption)
         if draw.random() < 0.5:
             condition = _zoomed(condition, face_boxes[other] if face_boxes else None)
         yield Lesson(

@@ -98,6 +98,56 @@ def test_faces_are_shown_by_another_photo_half_of_them_zoomed():
         list(face_lessons(photos[:1]))
 
 
+def told(pictures):
+    """Of each task the instructions of lessons of these pictures, all with the same texts."""
+    persons = [list(face_lessons([(one, "a"), (two, "a")])) for one, two in twos(pictures)]
+    box = (20, 10, 40, 30)
+    return {
+        "everything": [everything_lesson(one, "a").instruction for one in pictures],
+        "object": [object_lesson(one, "a", "cup", box=box).instruction for one in pictures],
+        "composition": [composition_lesson(one, "a").instruction for one in pictures],
+        "style": [style_lesson(one, lambda p, t: p, "a").instruction for one in pictures],
+        "face": [lesson.instruction for person in persons for lesson in person],
+    }
+
+
+def twos(pictures):
+    return zip(pictures[::2], pictures[1::2], strict=True)
+
+
+def test_other_pictures_get_other_lessons_and_the_same_the_same_again():
+    pictures = [photo(number) for number in range(60)]
+    found = told(pictures)
+    for task, instructions in found.items():
+        # Of 60 draws among 60 wordings some 38 differ.
+        assert len(set(instructions)) > 25, task
+    assert told([picture.copy() for picture in pictures]) == found
+
+
+def test_other_pictures_get_other_grounds():
+    mask = Image.new("L", (60, 40))
+    mask.paste(255, (20, 10, 40, 30))
+    mask.paste(0, (20, 10, 25, 15))
+    corners = {
+        object_lesson(photo(number), "a", "cup", mask=mask).condition.getpixel((0, 0))
+        for number in range(30)
+    }
+    assert len(corners) == 30
+
+
+def test_two_objects_of_a_picture_are_asked_for_in_other_words():
+    boxes = [(left, 10, left + 20, 30) for left in range(40)]
+    lessons = [object_lesson(photo(0), "a", "cup", box=box) for box in boxes]
+    assert len({lesson.instruction for lesson in lessons}) > 20
+
+
+def test_of_many_persons_with_two_photos_each_half_are_zoomed():
+    photos = [(photo(number), "a person") for number in range(80)]
+    lessons = [lesson for two in twos(photos) for lesson in face_lessons(two)]
+    zoomed = sum(lesson.condition.size != (60, 40) for lesson in lessons)
+    assert 25 <= zoomed <= 55
+
+
 def test_lessons_become_data(base, tmp_path):
     styled = style_lesson(photo(2), lambda image, text: photo(3), "a boat", kept="in oil")
     lessons = [
