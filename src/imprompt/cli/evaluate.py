@@ -95,6 +95,12 @@ def add_parser(verbs: Any) -> None:
         metavar="NAME",
         help="of an identity that was trained with one's own: the FILE.safetensors",
     )
+    parser.add_argument(
+        "--instructions",
+        type=Path,
+        metavar="FOLDER",
+        help="instructions of one's own beside the package's, for --what instructions",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
@@ -124,6 +130,7 @@ def run(arguments: argparse.Namespace) -> None:
         map_reader_file=arguments.map_reader,
         face_encoder=arguments.face_encoder,
         control_folders=dict(name_and_value(t, "--control-model") for t in arguments.control_model),
+        instructions_folder=arguments.instructions,
     )
     if arguments.json:
         print(json.dumps(figures, indent=2))

@@ -10,7 +10,8 @@ What draws (a ControlNet, an adapter) is a function that the caller gives. `writ
 and pairs.jsonl, the list that `imprompt prepare FOLDER/pairs.jsonl data/ --variant instruct` reads.
 
 What is drawn by lot (the instruction, a ground's colour, whether a face is zoomed) follows from the seed and
-from what a lesson is made of: other pictures and texts get other ones, the same again the same.
+from what a lesson is made of: other pictures and texts get other ones, the same again the same. Instructions are those of the package, and a user's own in `folder`
+(see `data.instructions`).
 
 Source: IP-Adapter-Instruct (2408.03209), section 3.3: how its five sets were made.
 """
@@ -52,9 +53,9 @@ class Lesson:
     kept: str = ""
 
 
-def instruction_for(task: str, draw: Generator, kind: str = "") -> str:
-    """One of the task's instructions, with the kind of the object in its place."""
-    wordings = instructions(task)
+def instruction_for(task: str, draw: Generator, kind: str = "", folder: Path | None = None) -> str:
+    """One of the task's instructions, with the kind of the object in its place; the user's in `folder`, too."""
+    wordings = instructions(task, folder)
     return filled(wordings[int(draw.integers(len(wordings)))], kind)
 
 
@@ -65,13 +66,15 @@ def _chance(task: str, seed: int, image: Image.Image, *told: object) -> Generato
     return generator(seed, int.from_bytes(digest.digest(), "little"), f"{task} lesson")
 
 
-def everything_lesson(image: Image.Image, caption: str, seed: int = 0) -> Lesson:
+def everything_lesson(
+    image: Image.Image, caption: str, seed: int = 0, *, folder: Path | None = None
+) -> Lesson:
     """The picture as its own condition."""
     draw = _chance("everything", seed, image, caption)
     return Lesson(
         task="everything",
         condition=image,
-        instruction=instruction_for("everything", draw),
+        instruction=instruction_for("everything", draw, folder=folder),
         prompt=caption,
         target=image,
         kept=caption,
@@ -86,6 +89,7 @@ def object_lesson(
     box: tuple[int, int, int, int] | None = None,
     mask: Image.Image | None = None,
     seed: int = 0,
+    folder: Path | None = None,
 ) -> Lesson:
     """What stands in a box (left, top, right, bottom), or is white in a mask, cut out.
 
@@ -124,7 +128,7 @@ def object_lesson(
     return Lesson(
         task="object",
         condition=square,
-        instruction=instruction_for("object", draw, kind),
+        instruction=instruction_for("object", draw, kind, folder),
         prompt=caption,
         target=image,
         kept=f"a {kind}",
@@ -146,6 +150,7 @@ def composition_lesson(
     redraw: Redraw | None = None,
     other_caption: str = "",
     seed: int = 0,
+    folder: Path | None = None,
 ) -> Lesson:
     """Another picture of the same outlines as condition: drawn by `redraw`, or the edge map itself."""
     draw = _chance("composition", seed, image, caption, other_caption)
@@ -153,21 +158,27 @@ def composition_lesson(
     return Lesson(
         task="composition",
         condition=outlines if redraw is None else redraw(outlines, other_caption),
-        instruction=instruction_for("composition", draw),
+        instruction=instruction_for("composition", draw, folder=folder),
         prompt=caption,
         target=image,
     )
 
 
 def style_lesson(
-    image: Image.Image, restyle: Restyle, prompt: str, *, kept: str = "", seed: int = 0
+    image: Image.Image,
+    restyle: Restyle,
+    prompt: str,
+    *,
+    kept: str = "",
+    seed: int = 0,
+    folder: Path | None = None,
 ) -> Lesson:
     """The picture as example of a style, and what `restyle` draws of the prompt with it."""
     draw = _chance("style", seed, image, prompt)
     return Lesson(
         task="style",
         condition=image,
-        instruction=instruction_for("style", draw),
+        instruction=instruction_for("style", draw, folder=folder),
         prompt=prompt,
         target=restyle(image, prompt),
         kept=kept,
@@ -179,6 +190,7 @@ def face_lessons(
     *,
     face_boxes: Sequence[tuple[int, int, int, int]] | None = None,
     seed: int = 0,
+    folder: Path | None = None,
 ) -> Iterator[Lesson]:
     """Of one person's photos with captions each in turn, with the next one as condition.
 
@@ -199,7 +211,7 @@ def face_lessons(
         yield Lesson(
             task="face",
             condition=condition,
-            instruction=instruction_for("face", draw),
+            instruction=instruction_for("face", draw, folder=folder),
             prompt=caption,
             target=target,
         )

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from numpy.random import Generator
 
@@ -54,20 +55,22 @@ class InstructExample:
     kept: str
 
 
-def instruct_example(number: int, task: str | None = None) -> InstructExample:
+def instruct_example(
+    number: int, task: str | None = None, folder: Path | None = None
+) -> InstructExample:
     """A lesson as a pure function of its number.
 
     Without a task they take turns: numbers 5g to 5g + 4 are group g's. With a task, `number` is that
-    of the group.
+    of the group. Instructions are those of the package, and a user's own in `folder`.
 
     Raises:
-        ImpromptError: no such task.
+        ImpromptError: no such task, or instructions that cannot be used.
     """
     group = number
     if task is None:
         group, turn = divmod(number, len(TASKS))
         task = TASKS[turn]
-    wordings = instructions(task)
+    wordings = instructions(task, folder)
     draw = generator(group, 0, f"instruct example, {task}")
     wording = wordings[int(draw.integers(len(wordings)))]
     condition, target, prompt = _MAKERS[task](FIRST_SCENE_SEED + 8 * group, draw)

@@ -35,14 +35,20 @@ def instructions(task: str, folder: Path | None = None) -> tuple[str, ...]:
     """All instructions of a task: those that come with the package, then those in a user's folder.
 
     Raises:
-        ImpromptError: no such task, no such folder, or a line that breaks the rule.
+        ImpromptError: no such task, no such folder, no file of instructions in it, one that cannot be
+            read, or a line that breaks the rule.
     """
     check_task(task)
     lines = read_lines(FOLDER / f"{task}.txt")
     if folder is not None:
-        own = folder / f"{task}.txt"
         if not folder.is_dir():
             raise ImpromptError(f"There is no folder of instructions {folder}.")
+        known = [f"{one}.txt" for one in TASKS]
+        if not any((folder / name).is_file() for name in known):
+            raise ImpromptError(
+                f"{folder} holds no instructions; they stand in {', '.join(known)}."
+            )
+        own = folder / f"{task}.txt"
         lines += read_lines(own) if own.is_file() else []
     for line in lines:
         if fault := fault_of(line, task):
@@ -57,8 +63,16 @@ def check_task(task: str) -> None:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a text file that are neither empty nor comments."""
-    lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+    """The lines of a text file that are neither empty nor comments.
+
+    Raises:
+        ImpromptError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ImpromptError(f"The instructions {path} cannot be read: {error}.") from error
+    lines = (line.strip() for line in text.splitlines())
     return [line for line in lines if line and not line.startswith("#")]
 
 
@@ -101,6 +115,7 @@ def ask_for_more(
     model: str,
     key: str = "",
     examples: Sequence[str] | None = None,
+    folder: Path | None = None,
     timeout_seconds: float = 60.0,
 ) -> list[str]:
     """New instructions from a language model behind any OpenAI-compatible endpoint.
@@ -112,11 +127,13 @@ def ask_for_more(
         endpoint: the address up to and with "/v1".
         model: its name there.
         key: sent as bearer token if not empty.
+        examples: what is known already, for all that `instructions` knows.
+        folder: of instructions of your own, which are known, too.
 
     Raises:
         ImpromptError: no such task, or the endpoint does not answer as expected.
     """
-    known = list(instructions(task)) if examples is None else list(examples)
+    known = list(instructions(task, folder)) if examples is None else list(examples)
     forbidden = [w for other in TASKS if other != task for w in KEYWORDS[other] if w != OBJECT]
     wish = (
         f"Write {number} short, different instructions, one per line, nothing else. Each tells a "

@@ -23,12 +23,13 @@ SIDE_PX, MARGIN_PX, RADIUS_PX = 640, 40, 4
 COLOURS = ((200, 60, 50), (240, 150, 40), (60, 150, 80), (60, 110, 200), (140, 80, 170))
 
 
-def all_instructions() -> tuple[list[str], list[int]]:
-    """Every instruction that comes with the package, objects' with kinds in turn; and its task's number."""
+def all_instructions(folder: Path | None = None) -> tuple[list[str], list[int]]:
+    """Every instruction that comes with the package and in a user's folder, objects' with kinds in turn; and
+    its task's number."""
     texts: list[str] = []
     numbers: list[int] = []
     for number, task in enumerate(TASKS):
-        for i, line in enumerate(instructions(task)):
+        for i, line in enumerate(instructions(task, folder)):
             texts.append(filled(line, OBJECT_KINDS[i % len(OBJECT_KINDS)]))
             numbers.append(number)
     return texts, numbers
@@ -77,13 +78,13 @@ def draw_points(points: Float[np.ndarray, "n 2"], tasks: Sequence[int]) -> Image
     return image
 
 
-def map_instructions(base: Base, output: Path) -> dict[str, float]:
+def map_instructions(base: Base, output: Path, folder: Path | None = None) -> dict[str, float]:
     """Write `output / "instructions.png"`, and say how well the tasks stand apart.
 
     Raises:
-        ImpromptError: scikit-learn is not installed.
+        ImpromptError: scikit-learn is not installed, or the user's instructions cannot be used.
     """
-    texts, tasks = all_instructions()
+    texts, tasks = all_instructions(folder)
     points = instruction_points(base, texts)
     output.mkdir(parents=True, exist_ok=True)
     draw_points(points, tasks).save(output / "instructions.png")

@@ -48,6 +48,7 @@ def evaluate(
     map_reader_file: Path | None = None,
     face_encoder: str | None = None,
     control_folders: Mapping[str, str | Path] | None = None,
+    instructions_folder: Path | None = None,
 ) -> dict[str, float]:
     """Named figures: shares in [0, 1], but for distances, similarities and sizes, as their names say.
 
@@ -85,7 +86,7 @@ def evaluate(
         adapter = load_adapter(adapter_file or shipped_instruct_adapter(), device=base.device)
         return measure_instruct(base, adapter, judge, sampling, count, scale)
     if what == "instructions":
-        return map_instructions(base, output)
+        return map_instructions(base, output, instructions_folder)
     if what == "instruct-table":
         return measure_instruct_table(load, judge, sampling, output, count, scale)
     adapter = load_adapter(adapter_file or shipped_adapter(), device=base.device)

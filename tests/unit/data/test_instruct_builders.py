@@ -17,7 +17,7 @@ from imprompt.data.instruct_builders import (
     style_lesson,
     write_lessons,
 )
-from imprompt.data.instructions import fault_of
+from imprompt.data.instructions import TASKS, fault_of, filled
 from imprompt.data.prepare import prepare
 
 
@@ -98,17 +98,22 @@ def test_faces_are_shown_by_another_photo_half_of_them_zoomed():
         list(face_lessons(photos[:1]))
 
 
-def told(pictures):
+def told(pictures, folder=None):
     """Of each task the instructions of lessons of these pictures, all with the same texts."""
-    persons = [list(face_lessons([(one, "a"), (two, "a")])) for one, two in twos(pictures)]
-    box = (20, 10, 40, 30)
-    return {
-        "everything": [everything_lesson(one, "a").instruction for one in pictures],
-        "object": [object_lesson(one, "a", "cup", box=box).instruction for one in pictures],
-        "composition": [composition_lesson(one, "a").instruction for one in pictures],
-        "style": [style_lesson(one, lambda p, t: p, "a").instruction for one in pictures],
-        "face": [lesson.instruction for person in persons for lesson in person],
-    }
+    asked = {"folder": folder}
+    made = [
+        lesson
+        for picture in pictures
+        for lesson in (
+            everything_lesson(picture, "a", **asked),
+            object_lesson(picture, "a", "cup", box=(20, 10, 40, 30), **asked),
+            composition_lesson(picture, "a", **asked),
+            style_lesson(picture, lambda image, text: image, "a", **asked),
+        )
+    ]
+    for one, two in twos(pictures):
+        made += face_lessons([(one, "a"), (two, "a")], **asked)
+    return {task: [x.instruction for x in made if x.task == task] for task in TASKS}
 
 
 def twos(pictures):
@@ -146,6 +151,21 @@ def test_of_many_persons_with_two_photos_each_half_are_zoomed():
     lessons = [lesson for two in twos(photos) for lesson in face_lessons(two)]
     zoomed = sum(lesson.condition.size != (60, 40) for lesson in lessons)
     assert 25 <= zoomed <= 55
+
+
+def test_lessons_are_asked_for_in_the_users_own_words_too(tmp_path):
+    own = {
+        "everything": "everything, in my words",
+        "object": "the {object}, in my words",
+        "composition": "the composition, in my words",
+        "style": "the style, in my words",
+        "face": "the face, in my words",
+    }
+    for task, line in own.items():
+        (tmp_path / f"{task}.txt").write_text("\n".join(f"{line}, {i}" for i in range(100)))
+    for task, instructions in told([photo(number) for number in range(20)], tmp_path).items():
+        words = filled(own[task], "cup")
+        assert any(line.startswith(words) for line in instructions), task
 
 
 def test_lessons_become_data(base, tmp_path):

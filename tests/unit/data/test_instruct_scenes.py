@@ -31,6 +31,13 @@ CHANGED = {
 }
 
 
+def test_lessons_may_be_asked_for_in_the_users_own_words(tmp_path):
+    lines = [f"use the {{object}}, please, {number}" for number in range(1000)]
+    (tmp_path / "object.txt").write_text("\n".join(lines))
+    lessons = [instruct_example(number, "object", tmp_path) for number in range(4)]
+    assert any(f"use the {x.condition.kind}, please" in x.instruction for x in lessons)
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_what_a_task_keeps_is_shared_and_all_else_is_free(task):
     lessons = [instruct_example(number, task) for number in range(COUNT)]

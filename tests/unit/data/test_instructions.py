@@ -77,6 +77,12 @@ def test_users_add_their_own(tmp_path):
         instructions("face", tmp_path / "nowhere")
     with pytest.raises(ImpromptError, match="choose one of: everything, style"):
         instructions("mood")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ImpromptError, match="holds no instructions; they stand in everything.txt"):
+        instructions("face", tmp_path / "empty")
+    (tmp_path / "face.txt").write_bytes(b"use the f\xe4ce\n")
+    with pytest.raises(ImpromptError, match=r"face\.txt cannot be read"):
+        instructions("face", tmp_path)
 
 
 @pytest.fixture
@@ -114,6 +120,12 @@ def test_a_language_model_is_asked_for_more_and_its_faults_are_left_out(endpoint
     path, key, body = asked[0]
     assert path == "/v1/chat/completions" and key == "Bearer k" and body["model"] == "m"
     assert "layout" in body["messages"][0]["content"]
+
+
+def test_what_the_user_has_already_is_not_asked_for(endpoint, tmp_path):
+    address, _, _ = endpoint
+    (tmp_path / "style.txt").write_text("paint with this style\n")
+    assert ask_for_more("style", 4, endpoint=address, model="m", folder=tmp_path) == []
 
 
 def test_an_endpoint_that_does_not_answer_is_a_clear_error(endpoint):

@@ -5,6 +5,7 @@ import pytest
 from slow import needs_slow_tests
 
 from imprompt.bases import load_base
+from imprompt.data.instructions import TASKS
 from imprompt.evaluation.instruction_map import (
     COLOURS,
     all_instructions,
@@ -18,6 +19,13 @@ def test_neighbours_of_one_task_count():
     points = np.array([[0.0, 0], [0, 1], [9, 0], [9, 1]])
     assert nearest_share(points, [0, 0, 1, 1]) == 1.0
     assert nearest_share(points, [0, 1, 0, 1]) == 0.0
+
+
+def test_the_users_own_are_on_the_map(tmp_path):
+    (tmp_path / "style.txt").write_text("use this style, please\n")
+    texts, tasks = all_instructions(tmp_path)
+    assert len(texts) == len(all_instructions()[0]) + 1
+    assert TASKS[tasks[texts.index("use this style, please")]] == "style"
 
 
 def test_every_task_is_drawn_in_its_colour():
