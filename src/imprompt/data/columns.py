@@ -18,6 +18,7 @@ from torch import Tensor
 from imprompt.bases import Base, image_encoder_of
 from imprompt.core.errors import ImpromptError
 from imprompt.core.images import bytes_of_pixels, image_to_pixels
+from imprompt.data.filters import Unusable
 from imprompt.data.instructions import TASKS
 from imprompt.data.pairs import Condition, Pair, draw
 from imprompt.diorama import (
@@ -263,6 +264,15 @@ def _character(scene: Scene) -> Character:
     return scene.character
 
 
+def check_kept(condition: Condition | None, columns: Sequence[str]) -> None:
+    """Raise Unusable if the words for what is kept are to be a column and the pair has none.
+
+    The states of no words would be learnt as if they said something.
+    """
+    if "kept_ids" in columns and condition is not None and not condition.kept.strip():
+        raise Unusable(KEPT_MISSING, 'no words for what is to be kept: "kept" is missing')
+
+
 def check_has_encoders(base: Base, columns: Sequence[str]) -> None:
     """Raise an ImpromptError if a column needs an image encoder that the base does not have."""
     if not IMAGE_ENCODER_COLUMNS.isdisjoint(columns):
@@ -304,6 +314,7 @@ CONDITION_COLUMNS = frozenset({"condition_states", "instruction_ids", "kept_ids"
 IMAGE_ENCODER_COLUMNS = frozenset(
     {"image_embeds", "hidden_states", "condition_states", "reference_hidden_states"}
 )
+KEPT_MISSING = "kept missing"
 FRAMING = "framing"
 """The column that goes with latents where the base reads it."""
 CONTROL = "control_"

@@ -20,7 +20,14 @@ import torch
 from imprompt.bases import Base
 from imprompt.core.errors import ImpromptError
 from imprompt.core.images import bytes_of_pixels, pixels_of_bytes
-from imprompt.data.columns import CONDITION_COLUMNS, CONTROL, Batch, encoder_of
+from imprompt.data.columns import (
+    CONDITION_COLUMNS,
+    CONTROL,
+    KEPT_MISSING,
+    Batch,
+    check_kept,
+    encoder_of,
+)
 from imprompt.data.faces import FACE_MISSING, check_faces
 from imprompt.data.filters import Filters, Unusable
 from imprompt.data.pairs import Loaded, Pair, Part, draw, load
@@ -28,6 +35,7 @@ from imprompt.data.store import GrowingColumn, GrowingLines, check_room, read_li
 from imprompt.diorama import Render, Scene
 
 SAVE_EVERY_SECONDS = 5.0
+FOUND_BY_COLUMNS = (FACE_MISSING, KEPT_MISSING)
 
 Report = Callable[[int, int], None]
 """Called with how many more pairs are done, and how many more there are than was thought."""
@@ -254,7 +262,7 @@ def _checked(
     """
     accepted = []
     for (pair, loaded), row in zip(batch, rows, strict=True):
-        if isinstance(loaded, Unusable) and loaded.kind == FACE_MISSING:
+        if isinstance(loaded, Unusable) and loaded.kind in FOUND_BY_COLUMNS:
             raise ImpromptError(
                 f"{pair.name} has a row already, but {loaded}. Prepare the data into a new folder, "
                 "with these columns from the beginning: such pairs are left out then."
@@ -343,7 +351,9 @@ def try_load(pair: Pair, work: Work) -> Loaded | Unusable:
     """A pair's picture and caption, or why it cannot be used."""
     try:
         loaded = load(pair, work.size_px, work.filters, with_condition=work.with_condition)
-        check_faces(loaded, (*work.columns, *work.added_columns), work.face_encoder)
+        columns = (*work.columns, *work.added_columns)
+        check_kept(loaded.condition, columns)
+        check_faces(loaded, columns, work.face_encoder)
         return loaded
     except Unusable as fault:
         return fault

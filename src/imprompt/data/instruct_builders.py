@@ -43,7 +43,11 @@ Restyle = Callable[[Image.Image, str], Image.Image]
 
 @dataclass(frozen=True, kw_only=True)
 class Lesson:
-    """One lesson with pictures; see `data.instruct_scenes.InstructExample` for scenes."""
+    """One lesson with pictures; see `data.instruct_scenes.InstructExample` for scenes.
+
+    `kept` says in words what of the condition the instruction asks for, which Instruct's first stage
+    learns; `prepare --variant instruct-words` leaves out lessons that do not say it.
+    """
 
     task: str
     condition: Image.Image
@@ -149,10 +153,14 @@ def composition_lesson(
     *,
     redraw: Redraw | None = None,
     other_caption: str = "",
+    kept: str = "",
     seed: int = 0,
     folder: Path | None = None,
 ) -> Lesson:
-    """Another picture of the same outlines as condition: drawn by `redraw`, or the edge map itself."""
+    """Another picture of the same outlines as condition: drawn by `redraw`, or the edge map itself.
+
+    `kept` is size and place in words: "small on the left".
+    """
     draw = _chance("composition", seed, image, caption, other_caption)
     outlines = edges(image)
     return Lesson(
@@ -161,6 +169,7 @@ def composition_lesson(
         instruction=instruction_for("composition", draw, folder=folder),
         prompt=caption,
         target=image,
+        kept=kept,
     )
 
 
@@ -173,7 +182,10 @@ def style_lesson(
     seed: int = 0,
     folder: Path | None = None,
 ) -> Lesson:
-    """The picture as example of a style, and what `restyle` draws of the prompt with it."""
+    """The picture as example of a style, and what `restyle` draws of the prompt with it.
+
+    `kept` is the style in words: "in oil".
+    """
     draw = _chance("style", seed, image, prompt)
     return Lesson(
         task="style",
@@ -189,13 +201,14 @@ def face_lessons(
     photos: Sequence[tuple[Image.Image, str]],
     *,
     face_boxes: Sequence[tuple[int, int, int, int]] | None = None,
+    kept: str = "",
     seed: int = 0,
     folder: Path | None = None,
 ) -> Iterator[Lesson]:
     """Of one person's photos with captions each in turn, with the next one as condition.
 
     Half of the conditions are zoomed in: to the face's box (left, top, right, bottom) if it is known,
-    else to the middle.
+    else to the middle. `kept` is who it is in words: "a woman with red hair".
 
     Raises:
         ImpromptError: fewer than two photos.
@@ -214,6 +227,7 @@ def face_lessons(
             instruction=instruction_for("face", draw, folder=folder),
             prompt=caption,
             target=target,
+            kept=kept,
         )
 
 

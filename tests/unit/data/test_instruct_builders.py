@@ -173,14 +173,15 @@ def test_lessons_become_data(base, tmp_path):
     lessons = [
         everything_lesson(photo(0), "a beach"),
         object_lesson(square_on_black(), "a square", "square", box=(20, 24, 44, 48)),
-        composition_lesson(photo(1), "a tower"),
+        composition_lesson(photo(1), "a tower", kept="small on the left"),
         styled,
     ]
     for lesson in lessons:
         if lesson.task != "object":
             assert fault_of(lesson.instruction, lesson.task) is None
     write_lessons(lessons, tmp_path / "own")
-    listed = write_lessons(face_lessons([(photo(4), "he"), (photo(5), "him")]), tmp_path / "own")
+    person = face_lessons([(photo(4), "he"), (photo(5), "him")], kept="a man with red hair")
+    listed = write_lessons(person, tmp_path / "own")
     records = [json.loads(line) for line in listed.read_text().splitlines()]
     assert [r["task"] for r in records] == [
         "everything",
@@ -193,4 +194,21 @@ def test_lessons_become_data(base, tmp_path):
     data = Columns.open(prepare(str(listed), tmp_path / "data", base, variant="instruct-words"))
     rows = data.rows(range(6), ["task_ids", "kept_ids"])
     assert rows["task_ids"].tolist() == [0, 2, 3, 1, 4, 4]
-    assert rows["kept_ids"][3].tolist() == base.tokenize(["in oil"])[0].tolist()
+    kept = ["a beach", "a square", "small on the left", "in oil", *["a man with red hair"] * 2]
+    assert rows["kept_ids"].tolist() == base.tokenize(kept).tolist()
+
+
+def test_lessons_without_words_for_what_is_kept_teach_no_words(base, tmp_path):
+    lessons = [
+        composition_lesson(photo(0), "a tower"),
+        composition_lesson(photo(1), "a tower", kept="small on the left"),
+    ]
+    listed = str(write_lessons(lessons, tmp_path / "own"))
+    words = prepare(listed, tmp_path / "words", base, variant="instruct-words")
+    assert len(Columns.open(words)) == 1
+    fault = json.loads((words / "quarantine.jsonl").read_text())
+    assert fault["kind"] == "kept missing" and '"kept" is missing' in fault["reason"]
+    data = prepare(listed, tmp_path / "data", base, variant="instruct")
+    assert len(Columns.open(data)) == 2
+    with pytest.raises(ImpromptError, match="has a row already, but no words for what is"):
+        prepare(listed, tmp_path / "data", base, columns=("kept_ids",))
