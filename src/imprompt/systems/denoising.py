@@ -130,6 +130,7 @@ def mean_in_parts(
     rows_at_once: int | None,
 ) -> float:
     """The mean of `errors(batch, randomness, *others)`, a tensor (batch,), computed of so many rows at once.
+    It may be of some rows of a part only, or of none.
 
     Each row keeps its own randomness, so that the parts change nothing but the memory that is needed.
     """

@@ -168,30 +168,26 @@ class InstructWordsSystem:
         count = (self.adapter.num_tokens or 1) - self._num_held
         return encoded.sequence.float()[:, 1 : 1 + count]
 
-    def _errors(self, batch: dict[str, Tensor], no_text: Tensor) -> tuple[Tensor, Tensor]:
-        """Squared errors of what learns words and of what is held, (batch,) each; 0 where that is nothing."""
+    def unsaid(self, batch: dict[str, Tensor], no_text: Tensor) -> Tensor:
+        """Squared errors of the tokens that learn words, of the rows that do: (rows that learn,)."""
+        batch, no_text = _only(self._learns(batch), batch, no_text)
+        if not len(no_text):
+            return no_text.float()
+        said = self.adapter.tokens(*self._conditions(batch, no_text)).float()[:, self._num_held :]
+        words = self._words(batch["kept_ids"])
+        # A text encoder of few states may have fewer than there are tokens to learn them.
+        return self._distance(said[:, : words.shape[1]], words)
+
+    def lost(self, batch: dict[str, Tensor], no_text: Tensor) -> Tensor:
+        """Squared errors against what the adapter said before, of the rows that are held: (rows held,)."""
+        batch, no_text = _only(self._is_held(batch), batch, no_text)
+        if self._before is None or not len(no_text):
+            return no_text.float()
+        conditions = self._conditions(batch, no_text)
         with torch.no_grad():
-            text_ids = replace_rows(batch["text_ids"], self._empty_ids, no_text)
-            prompts = self.base.instruct_states(text_ids)
-            instructions = instruction_states(
-                self.base, batch["instruction_ids"], self.options.instruction_embedding
-            )
-            conditions = (batch["condition_states"].float(), instructions, prompts)
-        tokens = self.adapter.tokens(*conditions).float()
-        learns = self._learns(batch)
-        learnt = tokens.new_zeros(len(tokens))
-        held = torch.zeros_like(learnt)
-        if learns.any():
-            words = self._words(batch["kept_ids"][learns])
-            said = tokens[learns, self._num_held :]
-            # A text encoder of few states may have fewer than there are tokens to learn them.
-            learnt[learns] = self._distance(said[:, : words.shape[1]], words)
-        is_held = torch.ones_like(learns) if self._num_held else ~learns
-        if self._before is not None and is_held.any():
-            with torch.no_grad():
-                before = self._before.tokens(*(one[is_held] for one in conditions)).float()
-            held[is_held] = self._distance(tokens[is_held, : before.shape[1]], before)
-        return learnt, held
+            before = self._before.tokens(*conditions).float()
+        said = self.adapter.tokens(*conditions).float()
+        return self._distance(said[:, : before.shape[1]], before)
 
     def _learns(self, batch: dict[str, Tensor]) -> Tensor:
         """Which rows learn words: those of the tasks that are named, or all where none is."""
@@ -199,6 +195,22 @@ class InstructWordsSystem:
         if not self.options.learn:
             return torch.ones_like(tasks, dtype=torch.bool)
         return torch.isin(tasks, self._learnt_tasks.to(tasks.device))
+
+    def _is_held(self, batch: dict[str, Tensor]) -> Tensor:
+        """Which rows' tokens are held: all where tokens were added, else those of tasks not to learn."""
+        learns = self._learns(batch)
+        return torch.ones_like(learns) if self._num_held else ~learns
+
+    @torch.no_grad()
+    def _conditions(
+        self, batch: dict[str, Tensor], no_text: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What the resampler reads: states of the images, the instructions and the prompts."""
+        text_ids = replace_rows(batch["text_ids"], self._empty_ids, no_text)
+        told = instruction_states(
+            self.base, batch["instruction_ids"], self.options.instruction_embedding
+        )
+        return batch["condition_states"].float(), told, self.base.instruct_states(text_ids)
 
     def _distance(self, tokens: Tensor, wanted: Tensor) -> Tensor:
         """Mean squared errors, (batch,), in units of the words' variance."""
@@ -209,40 +221,44 @@ class InstructWordsSystem:
     ) -> tuple[Tensor, dict[str, float | Tensor]]:
         """The share of the words' variance that the tokens do not say, and what the others lost."""
         no_text = randomness.uniform("drop") < self.options.drop_text
-        learnt, held = self._errors(batch, no_text)
-        is_layout = batch["task_ids"] == TASKS.index("composition")
-        weights = torch.where(is_layout, self.options.layout_weight, 1.0)
-        return (weights * learnt).mean() + held.mean(), {}
+        tasks = batch["task_ids"][self._learns(batch)]
+        weights = torch.where(tasks == TASKS.index("composition"), self.options.layout_weight, 1.0)
+        learnt = weights * self.unsaid(batch, no_text)
+        return (learnt.sum() + self.lost(batch, no_text).sum()) / len(no_text), {}
 
     @torch.no_grad()
     def validate(self, batch: dict[str, Tensor], randomness: Randomness) -> dict[str, float]:
-        """The same on held-out rows, and the words when asked for another thing."""
+        """The same on held-out rows, and the words when asked for another thing.
+
+        Where no row learns words, or none is held, there is no figure of it.
+        """
         never = torch.zeros(len(batch["text_ids"]), dtype=torch.bool, device=self.base.device)
         other = {**batch, "instruction_ids": batch["instruction_ids"].roll(1, 0)}
-        asked = {
-            "unsaid": (batch, 0),
-            "unsaid_with_another_instruction": (other, 0),
-            "lost_of_before": (batch, 1),
-        }
-        if self._before is None:
-            del asked["lost_of_before"]
-        shares = [1.0, 1.0]
-        if self.options.learn:
-            learnt = self._learns(batch).float().mean().item()
-            shares = [learnt, 1 - learnt]
+        asked = {}
+        if self._learns(batch).any():
+            asked["unsaid"] = (self.unsaid, batch)
+            asked["unsaid_with_another_instruction"] = (self.unsaid, other)
+        if self._is_held(batch).any():
+            asked["lost_of_before"] = (self.lost, batch)
         return {
             name: mean_in_parts(
-                lambda rows, _, no_text, part=part: self._errors(rows, no_text)[part],
+                lambda rows, _, no_text, errors=errors: errors(rows, no_text),
                 given,
                 randomness,
                 never,
                 rows_at_once=self.rows_at_once,
             )
-            / max(shares[part], 1e-9)  # rows of the other kind count as 0
-            for name, (given, part) in asked.items()
+            for name, (errors, given) in asked.items()
         }
 
     def export(self, path: Path) -> None:
         """Write the adapter, for `systems.instruct` to start from."""
         metadata = {"base": self.base.name, "base_fingerprint": self.base.fingerprint()}
         save_adapter(self.adapter, path, metadata)
+
+
+def _only(
+    rows: Tensor, batch: dict[str, Tensor], no_text: Tensor
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The batch, and which of it see no text, of the rows that are marked."""
+    return {name: values[rows] for name, values in batch.items()}, no_text[rows]

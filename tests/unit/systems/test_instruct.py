@@ -216,6 +216,53 @@ def test_added_layers_learn_some_tasks_while_the_others_are_held(base, columns, 
     assert depth == len(old.image_proj.get_submodule("layers")) + 1
 
 
+def learning_layouts(base, columns, folder, **more):
+    """A system that learns the words of compositions, and holds tokens that are no longer what they were."""
+    torch.manual_seed(0)
+    old = create_adapter(base.unet, "instruct", feature_dim=24, num_tokens=3, resampler_dim=64)
+    save_adapter(old, folder / "old.safetensors", {"base_fingerprint": base.fingerprint()})
+    options = replace(WORDS, start_from=str(folder / "old.safetensors"), **more)
+    system = instruct_words.build(options, base, columns)
+    with torch.no_grad():
+        system.adapter.image_proj.latents += 0.1
+    return system
+
+
+def test_each_row_counts_once_as_learnt_or_held(base, columns, tmp_path):
+    system = learning_layouts(
+        base, columns, tmp_path, learn=("composition",), drop_text=0.0, layout_weight=4.0
+    )
+    batch, no_text = columns.rows(range(20), system.columns), torch.zeros(20, dtype=torch.bool)
+    unsaid, lost = system.unsaid(batch, no_text), system.lost(batch, no_text)
+    assert (len(unsaid), len(lost)) == (4, 16) and lost.min() > 0
+    loss, _ = system.loss(batch, Randomness(0, range(20)))
+    torch.testing.assert_close(loss, (4 * unsaid.sum() + lost.sum()) / 20)
+    figures = system.validate(batch, Randomness(0, range(20)))
+    assert figures["unsaid"] == pytest.approx(unsaid.mean().item())
+    assert figures["lost_of_before"] == pytest.approx(lost.mean().item())
+
+
+def test_validated_in_parts_of_which_some_learn_nothing_it_is_the_same(base, columns, tmp_path):
+    system = learning_layouts(base, columns, tmp_path, learn=("composition",))
+    batch, randomness = columns.rows(range(20), system.columns), Randomness(0, range(20))
+    whole = system.validate(batch, randomness)
+    for rows in (1, 3):
+        system.rows_at_once = rows
+        assert system.validate(batch, randomness) == pytest.approx(whole, rel=1e-4)
+    rows = [i for i, task in enumerate(batch["task_ids"].tolist()) if task == 3]
+    layouts = {name: values[rows] for name, values in batch.items()}
+    assert "lost_of_before" not in system.validate(layouts, Randomness(0, rows))
+    rows = [i for i in range(20) if i not in rows]
+    others = {name: values[rows] for name, values in batch.items()}
+    assert list(system.validate(others, Randomness(0, rows))) == ["lost_of_before"]
+
+
+def test_added_tokens_are_held_and_learn_in_every_row(base, columns, tmp_path):
+    system = learning_layouts(base, columns, tmp_path, added_tokens=4)
+    batch, no_text = columns.rows(range(20), system.columns), torch.zeros(20, dtype=torch.bool)
+    assert len(system.unsaid(batch, no_text)) == len(system.lost(batch, no_text)) == 20
+
+
 def test_a_compositions_words_may_count_more(base, columns):
     rows = [i for i in range(20) if columns.rows([i], ["task_ids"])["task_ids"] == 3]
     one, four = (
