@@ -7,14 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from imprompt.cli.main import create_parser
+from imprompt.checkpoints import shipped_controls
+from imprompt.cli.main import create_parser, main
 from imprompt.core.config import build, read_toml, with_settings
 from imprompt.core.images import pixels_to_images
 from imprompt.data.columns import default_columns
+from imprompt.data.dataset import Columns
 from imprompt.diorama import render, sample_scene
 from imprompt.systems.catalogue import trainable
 from imprompt.training.config import TrainConfig
-from imprompt.training.run import PRESETS, preset_path
+from imprompt.training.run import PRESETS, preset_path, run_training
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -123,6 +125,35 @@ def test_what_the_document_on_image_prompts_shows_runs(tmp_path, monkeypatch):
     assert (tmp_path / "where.png").is_file() and (tmp_path / "photo.safetensors").is_file()
     heat = names["heat"]
     assert isinstance(heat, torch.Tensor) and heat.shape == (1, 64, 64)
+
+
+def test_the_lessons_that_the_document_on_instruct_makes_are_trained_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("photos").mkdir()
+    for number, shape in enumerate([(64, 64), (80, 64)]):
+        picture = pixels_to_images(render([sample_scene(number)]).pixels)[0]
+        picture.resize(shape).save(f"photos/{number}.png")
+        Path(f"photos/{number}.txt").write_text(f"caption {number}")
+    # No control for edges comes with the package; another one stands in for what was trained.
+    Path("runs/edges").mkdir(parents=True)
+    Path("runs/edges/control").symlink_to(shipped_controls()["segmentation"])
+    text = (ROOT / "docs" / "instruct.md").read_text()
+    [block] = [b for b in re.findall(r"```python\n(.*?)```", text, re.S) if "write_lessons" in b]
+    names: dict[str, object] = {}
+    exec(block.replace("steps=20", "steps=2"), names)
+    [command] = [c for c in commands() if c.startswith("imprompt prepare lessons/") and "own/" in c]
+    main(shlex.split(command)[1:])
+    data = Columns.open("own")
+    assert len(data) == 6
+    settings = ["system.resampler_dim=64", "system.depth=1", "train.steps=2", "train.batch_size=2"]
+    adapter = run_training(
+        "instruct",
+        data="own",
+        base="diorama",
+        output=tmp_path / "trained",
+        settings=[*settings, "train.validation_rows=2"],
+    )
+    assert adapter.is_file()
 
 
 @pytest.mark.parametrize(("preset", "samples"), [("image-prompt", 64), ("instruct", 512)])
