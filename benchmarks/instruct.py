@@ -93,8 +93,12 @@ def task_table(figures: dict[str, float]) -> str:
         lines += row(name, *("" if cell is None else f"{cell:.1%}" for cell in cells))
     for name in SCORES:
         lines += row(name, *(f"{figures[f'{task}: {name}']:.3f}" for task in TASKS))
-    reachable = figures["composition: layout IoU of true renders"]
-    return f"{lines}\nTrue renders of what was to be drawn reach a layout IoU of {reachable:.1%}.\n"
+    reached = figures["composition: layout IoU of true renders"]
+    limits = f"True renders of what was to be drawn reach a layout IoU of {reached:.1%}"
+    alone = figures.get("composition: layout IoU of the text alone")
+    if alone is not None:
+        limits += f"; the text alone, without an image, gives {alone:.1%}"
+    return f"{lines}\n{limits}.\n"
 
 
 def comparison(figures: dict[str, float]) -> str:

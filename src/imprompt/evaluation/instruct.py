@@ -218,7 +218,21 @@ def measure_instruct(
     for task in TASKS:
         result = measure_task(base, adapter, judge, sampling, task, count, scale, clip)
         figures |= {f"{task}: {name}": value for name, value in result.figures.items()}
+    limits = layout_limits(base, sampling, count)
+    return figures | {f"composition: {name}": x for name, x in limits.items()}
+
+
+@torch.no_grad()
+def layout_limits(base: Base, sampling: Sampling, count: int = 48) -> dict[str, float]:
+    """Between what the layouts of compositions lie: those that the text alone gives, and true renders'."""
     lessons = unseen_lessons("composition", count)
-    targets = render([lesson.target for lesson in lessons], base.image_size_px).pixels
-    reachable = layout_figures(load_map_reader(), targets, lessons)
-    return figures | {f"composition: {name} of true renders": x for name, x in reachable.items()}
+    compared = {
+        "true renders": render([lesson.target for lesson in lessons], base.image_size_px).pixels,
+        "the text alone": draw(base, [lesson.prompt for lesson in lessons], (), sampling),
+    }
+    reader = load_map_reader()
+    return {
+        f"{name} of {images}": value
+        for images, pixels in compared.items()
+        for name, value in layout_figures(reader, pixels, lessons).items()
+    }

@@ -11,6 +11,7 @@ from imprompt.evaluation.clip_scores import ClipScores, mean_cosine
 from imprompt.evaluation.instruct import (
     judged,
     layout_figures,
+    layout_limits,
     measure_task,
     unseen_lessons,
 )
@@ -61,6 +62,13 @@ def test_a_model_of_one_instruction_is_asked_in_its_own_words():
     for lesson, asked in zip(lessons, fixed(lessons), strict=True):
         assert asked.instruction == f"use the {lesson.condition.kind}"
         assert (asked.condition, asked.prompt) == (lesson.condition, lesson.prompt)
+
+
+def test_layouts_lie_between_the_texts_and_those_of_true_renders(base):
+    found = layout_limits(base, Sampling(steps=8, sampler="dpm-solver++"), count=4)
+    names = ("layout IoU of the text alone", "layout IoU of true renders")
+    assert set(names) < set(found)
+    assert 0 < found[names[0]] < found[names[1]] - 0.1
 
 
 @slow
