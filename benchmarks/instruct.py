@@ -4,10 +4,11 @@
     python benchmarks/instruct.py compare --output runs/instruct-table
                                                            joint model, single-task models, one instruction
     python benchmarks/instruct.py picture                  one image, told different things
+    python benchmarks/instruct.py map                      all instructions as points
 
 Without --adapter it is the adapter that comes with the package. Figures go to
-benchmarks/results/instruct.json, tables of them to docs/instruct.md, the picture to
-docs/images/instruct.png.
+benchmarks/results/instruct.json, tables of them to docs/instruct.md, the pictures to
+docs/images/instruct.png and docs/images/instructions.png.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import json
 from functools import partial
 from pathlib import Path
 
-from pages import DOCS, RESULTS, header, publish, row
+from pages import DOCS, RESULTS, header, publish, put, row
 
 FIGURES = RESULTS / "instruct.json"
 SAMPLING = {"steps": 25, "sampler": "dpm-solver++", "guidance_scale": None, "scale": 1.0, "seed": 0}
@@ -64,6 +65,13 @@ def measure(adapter: Path | None, count: int) -> dict[str, float]:
     )
 
 
+def draw_map() -> dict[str, float]:
+    from imprompt.bases import load_base
+    from imprompt.evaluation.instruction_map import map_instructions
+
+    return map_instructions(load_base("diorama"), DOCS / "images")
+
+
 def compare(
     output: Path, pairs: int, steps: int, count: int, words: Path | None
 ) -> dict[str, float]:
@@ -99,6 +107,14 @@ def task_table(figures: dict[str, float]) -> str:
     if alone is not None:
         limits += f"; the text alone, without an image, gives {alone:.1%}"
     return f"{lines}\n{limits}.\n"
+
+
+def neighbours(figures: dict[str, float]) -> str:
+    share = figures["nearest neighbour is of the same task"]
+    return (
+        f"{share:.1%} of the instructions have one of the same task as their nearest neighbour on the map "
+        "(chance: 20%).\n"
+    )
 
 
 def comparison(figures: dict[str, float]) -> str:
@@ -163,7 +179,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("measure", "compare", "picture", "tables"))
+    parser.add_argument("what", choices=("measure", "compare", "picture", "map", "tables"))
     parser.add_argument("--adapter", type=Path)
     parser.add_argument("--count", type=int, default=48)
     parser.add_argument("--pairs", type=int, default=5000, help="lessons that compare trains on")
@@ -177,6 +193,8 @@ def main() -> None:
     figures = json.loads(FIGURES.read_text(encoding="utf-8")) if FIGURES.is_file() else {}
     if arguments.what == "measure":
         figures["instruct"] = measure(arguments.adapter, arguments.count)
+    elif arguments.what == "map":
+        figures["instructions"] = draw_map()
     elif arguments.what == "compare":
         figures["instruct-table"] = compare(
             arguments.output,
@@ -190,6 +208,8 @@ def main() -> None:
     page = DOCS / "instruct.md"
     if "instruct" in figures:
         publish(page, "tasks", task_table(figures["instruct"]))
+    if "instructions" in figures:
+        put(page, "map", neighbours(figures["instructions"]))
     if "instruct-table" in figures:
         publish(page, "comparison", comparison(figures["instruct-table"]))
 
