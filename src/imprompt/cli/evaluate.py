@@ -40,7 +40,10 @@ def add_parser(verbs: Any) -> None:
         "  imprompt evaluate --what instruct-table --output runs/instruct-table",
     )
     parser.add_argument(
-        "adapter", nargs="?", type=Path, help="file, or folder of an identity (the shipped one)"
+        "adapter",
+        nargs="?",
+        type=Path,
+        help="file, also of face-id, or folder of an identity (the shipped one)",
     )
     parser.add_argument(
         "--what",

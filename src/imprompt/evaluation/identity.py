@@ -1,4 +1,7 @@
-"""Is the person kept, and is the face where it was asked for? With every part, and without each."""
+"""Is the person kept, and is the face where it was asked for? With every part, and without each.
+
+Measured are identities, and face-id adapters, which have no IdentityNet and are told no place.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from imprompt.adapters import ImagePromptAdapter
 from imprompt.bases import Base
-from imprompt.checkpoints.identity import Identity, load_identity
+from imprompt.checkpoints import load_adapter
+from imprompt.checkpoints.identity import Identity, load_identity, reads_faces
+from imprompt.core.errors import ImpromptError
 from imprompt.core.images import image_grid, pixels_to_images
 from imprompt.diorama import landmarks_of
 from imprompt.encoders.face import FaceEncoder
@@ -28,6 +34,7 @@ from imprompt.evaluation.portraits import (
     unseen_portraits,
 )
 from imprompt.generation.conditions import TokenPrompt
+from imprompt.generation.controls import MapControl
 from imprompt.generation.faces import (
     face_encoder_of,
     face_features,
@@ -51,11 +58,30 @@ ABLATIONS: dict[str, Without] = {
     "without adapter": Without(adapter=True),
     "text alone": Without(adapter=True, net=True),
 }
+FACE_ID_ABLATIONS = ("all", "text alone")
+"""Those that differ where there is no IdentityNet."""
+
+
+def load_person(path: Path, device: str | torch.device = "cpu") -> Identity | ImagePromptAdapter:
+    """An identity from its folder, or a face-id adapter from its file.
+
+    Raises:
+        ImpromptError: it is neither, or damaged.
+    """
+    if path.is_dir():
+        return load_identity(path, device=device)
+    adapter = load_adapter(path, device=device)
+    if not reads_faces(adapter):
+        raise ImpromptError(
+            f"{path} is a {adapter.variant} adapter and reads no faces: give an identity's folder or "
+            "a face-id adapter's file."
+        )
+    return adapter
 
 
 def draw_identity(
     base: Base,
-    identity: Identity,
+    identity: Identity | ImagePromptAdapter,
     faces: FaceEncoder,
     portraits: Portraits,
     sampling: Sampling,
@@ -64,44 +90,51 @@ def draw_identity(
     scale: float = 1.0,
     net_weight: float = 1.0,
 ) -> Tensor:
-    """Pixels of the portraits that are asked for, drawn from references, landmarks and captions."""
+    """Pixels of the portraits that are asked for, drawn from references, landmarks and captions.
+
+    A face-id adapter is an image prompt of the references, and sees no landmarks.
+    """
     without = without or Without()
-    adapter = identity.adapter
+    adapter = _adapter_of(identity)
     pixels = drawn(portraits.references)
     features = face_features(adapter, list(pixels), faces, base.image_encoder)
-    nn.Module.to(identity.net, device=base.device, dtype=base.dtype)
     with torch.no_grad(), adapter.install(base.unet) as handle:
         tokens = adapter.tokens(*features)
         zero = adapter.tokens(*face_features_of_nothing(adapter, base.image_encoder))
         prompts = [TokenPrompt(handle=handle, tokens=tokens, zero_tokens=zero, scale=scale)]
-        size_px = base.image_size_px
-        maps = landmark_images(landmarks_of(portraits.targets), size_px, size_px)
-        controls = [net_control(identity, base, tokens, zero, maps, weight=net_weight)]
+        controls: list[MapControl] = []
+        if isinstance(identity, Identity) and not without.net:
+            nn.Module.to(identity.net, device=base.device, dtype=base.dtype)
+            size_px = base.image_size_px
+            maps = landmark_images(landmarks_of(portraits.targets), size_px, size_px)
+            controls = [net_control(identity, base, tokens, zero, maps, weight=net_weight)]
         return draw(
             base,
             portraits.texts,
             [] if without.adapter else prompts,
             sampling,
-            controls=[] if without.net else controls,
+            controls=controls,
         )
 
 
 def measure_identity(
     base: Base,
-    identity: Identity,
+    identity: Identity | ImagePromptAdapter,
     faces: FaceEncoder,
     sampling: Sampling,
     count: int = 100,
     *,
     scale: float = 1.0,
-    ablations: Sequence[str] = tuple(ABLATIONS),
+    ablations: Sequence[str] | None = None,
     face_judge: FaceEncoder | None = None,
 ) -> dict[str, IdentityResult]:
     """Renders of what was asked for (the best that can be reached), then what is drawn, by ablation.
 
-    faces: the encoder that the identity was trained with. face_judge: who looks at what was drawn, the one
-    that comes with the package if None.
+    faces: the encoder that the identity was trained with. ablations: by default all that say something of
+    it. face_judge: who looks at what was drawn, the one that comes with the package if None.
     """
+    if ablations is None:
+        ablations = tuple(ABLATIONS) if isinstance(identity, Identity) else FACE_ID_ABLATIONS
     face_judge = face_judge or load_face_judge()
     portraits = unseen_portraits(count)
     known_by = templates(face_judge, portraits.characters)
@@ -117,7 +150,7 @@ def measure_identity(
 
 def evaluate_identity(
     base: Base,
-    folder: Path,
+    path: Path,
     judge: Judge,
     sampling: Sampling,
     output: Path,
@@ -127,10 +160,11 @@ def evaluate_identity(
 ) -> dict[str, float]:
     """All figures by name; a sheet of the pictures is written to `output / "identity.png"`.
 
-    face_encoder: what the identity was trained with, where its file does not tell or it is one's own.
+    path: an identity's folder, or a face-id adapter's file.
+    face_encoder: what it was trained with, where its file does not tell or it is one's own.
     """
-    identity = load_identity(folder)
-    faces = face_encoder_of(identity.adapter, face_encoder)
+    identity = load_person(path, base.device)
+    faces = face_encoder_of(_adapter_of(identity), face_encoder)
     results = measure_identity(base, identity, faces, sampling, count, scale=scale)
     figures: dict[str, float] = {}
     portraits = unseen_portraits(count)
@@ -143,6 +177,10 @@ def evaluate_identity(
     output.mkdir(parents=True, exist_ok=True)
     sheet(portraits, results).save(output / "identity.png")
     return figures
+
+
+def _adapter_of(identity: Identity | ImagePromptAdapter) -> ImagePromptAdapter:
+    return identity.adapter if isinstance(identity, Identity) else identity
 
 
 def sheet(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from imprompt.bases import Base
 from imprompt.checkpoints import load_adapter, load_control, shipped_controls
+from imprompt.checkpoints.identity import reads_faces
 from imprompt.checkpoints.shipped import (
     shipped_adapter,
     shipped_identity,
@@ -80,8 +81,8 @@ def evaluate(
         _, _, rows = measure_controls(base, controls, reader, judge, sampling, count=count)
         return {f"{row.name}: {k}": value for row in rows for k, value in row.figures.items()}
     if what == "identity":
-        folder = adapter_file or shipped_identity()
-        return evaluate_identity(base, folder, judge, sampling, output, count, scale, face_encoder)
+        path = adapter_file or shipped_identity()
+        return evaluate_identity(base, path, judge, sampling, output, count, scale, face_encoder)
     if what == "instruct":
         adapter = load_adapter(adapter_file or shipped_instruct_adapter(), device=base.device)
         return measure_instruct(base, adapter, judge, sampling, count, scale)
@@ -90,6 +91,11 @@ def evaluate(
     if what == "instruct-table":
         return measure_instruct_table(load, judge, sampling, output, count, scale)
     adapter = load_adapter(adapter_file or shipped_adapter(), device=base.device)
+    if reads_faces(adapter):
+        raise ImpromptError(
+            f"{adapter_file} is a {adapter.variant} adapter, which reads faces: measure it with "
+            "--what identity."
+        )
     kept = measure_adapter(base, adapter, judge, sampling, count, scale).kept
     figures = {f"{name} kept, image alone": share for name, share in kept.items()}
     for name, preset, scales in (
