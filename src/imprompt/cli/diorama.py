@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from imprompt.cli.parsing import at_least
 from imprompt.cli.verb import add_verb, new_picture, save_picture
 
 FILTERS = ("kind", "colour", "style", "setting", "placement", "size", "camera")
@@ -24,10 +25,16 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument(
         "--grid", type=Path, required=True, metavar="FILE", help="the sheet to write"
     )
-    parser.add_argument("--count", type=int, default=48, help="how many scenes (default: 48)")
-    parser.add_argument("--columns", type=int, default=12, help="scenes per row (default: 12)")
+    parser.add_argument(
+        "--count", type=at_least(1), default=48, help="how many scenes (default: 48)"
+    )
+    parser.add_argument(
+        "--columns", type=at_least(1), default=12, help="scenes per row (default: 12)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="the first scene's seed")
-    parser.add_argument("--size-px", type=int, default=64, help="side of a scene (default: 64)")
+    parser.add_argument(
+        "--size-px", type=at_least(1), default=64, help="side of a scene (default: 64)"
+    )
     parser.add_argument(
         "--map",
         metavar="KIND",
@@ -40,13 +47,10 @@ def add_parser(verbs: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from imprompt.core.errors import ImpromptError
     from imprompt.core.images import image_grid, pixels_to_images
     from imprompt.core.progress import progress
     from imprompt.diorama import caption, draw_maps, render, sample_scene
 
-    if arguments.count < 1:
-        raise ImpromptError(f"--count is {arguments.count}, but must be at least 1.")
     output = new_picture(arguments.grid, overwrite=arguments.overwrite)
     fixed = {n: getattr(arguments, n) for n in FILTERS if getattr(arguments, n) is not None}
     scenes = [sample_scene(arguments.seed + i, **fixed) for i in range(arguments.count)]

@@ -6,7 +6,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from imprompt.cli.parsing import at_least, number
 from imprompt.cli.verb import add_place_arguments, add_verb, load_placed_base, name_and_value
+from imprompt.core.progress import say
+from imprompt.diffusion.samplers import SAMPLERS
 
 # By a part of a figure's name; all others are shares.
 UNITS = {
@@ -67,13 +70,13 @@ def add_parser(verbs: Any) -> None:
         "--base", default="diorama", help="diorama, or a folder of a base for 64 px"
     )
     add_place_arguments(parser, "float32 on a CPU, float16 on a GPU")
-    parser.add_argument("--count", type=int, default=96, help="how many images (96)")
-    parser.add_argument("--steps", type=int, default=50, help="of the sampler (50)")
+    parser.add_argument("--count", type=at_least(1), default=96, help="how many images (96)")
+    parser.add_argument("--steps", type=at_least(1), default=50, help="of the sampler (50)")
     parser.add_argument(
-        "--sampler", default="ddim", help="as for generate: ddim, dpm-solver++ … (ddim)"
+        "--sampler", default="ddim", choices=tuple(SAMPLERS), help="as for generate (ddim)"
     )
-    parser.add_argument("--guidance-scale", type=float, help="the base's own if not given")
-    parser.add_argument("--scale", type=float, default=1.0, help="λ for image prompts alone (1.0)")
+    parser.add_argument("--guidance-scale", type=number, help="the base's own if not given")
+    parser.add_argument("--scale", type=number, default=1.0, help="λ for image prompts alone (1.0)")
     parser.add_argument(
         "--seed", type=int, default=0, help="of the noise; scenes stay the same (0)"
     )
@@ -108,6 +111,7 @@ def add_parser(verbs: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    say("loading…")
     import json
 
     from imprompt.evaluation.judge import check_can_judge
@@ -132,7 +136,10 @@ def run(arguments: argparse.Namespace) -> None:
         output=arguments.output or Path("runs") / arguments.what,
         map_reader_file=arguments.map_reader,
         face_encoder=arguments.face_encoder,
-        control_folders=dict(name_and_value(t, "--control-model") for t in arguments.control_model),
+        control_folders=dict(
+            name_and_value(text, "--control-model", "KIND=FOLDER")
+            for text in arguments.control_model
+        ),
         instructions_folder=arguments.instructions,
     )
     if arguments.json:

@@ -6,21 +6,25 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from imprompt.cli.early_checks import check_command
 from imprompt.cli.image_options import (
     add_identity_arguments,
     add_image_arguments,
-    check_is_used,
     given,
 )
+from imprompt.cli.parsing import at_least, number
 from imprompt.cli.verb import (
     add_image_encoder_argument,
     add_place_arguments,
     add_verb,
+    file_and_weight,
     load_placed_base,
     name_and_value,
     new_picture,
     save_picture,
 )
+from imprompt.core.progress import say
+from imprompt.diffusion.samplers import SAMPLERS
 
 
 def add_parser(verbs: Any) -> None:
@@ -50,9 +54,9 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("--base", default="diorama", help="diorama, a folder, a file or a hub id")
     add_image_encoder_argument(parser)
     add_place_arguments(parser, "float32 on a CPU, float16 on a GPU")
-    parser.add_argument("--scale", type=float, help="λ, weight of the images (1.0)")
+    parser.add_argument("--scale", type=number, help="λ, weight of the images (1.0)")
     parser.add_argument(
-        "--sweep", type=float, nargs="+", metavar="λ", help="a row for each of these weights"
+        "--sweep", type=number, nargs="+", metavar="λ", help="a row for each of these weights"
     )
     parser.add_argument(
         "--control",
@@ -86,17 +90,19 @@ def add_parser(verbs: Any) -> None:
     add_identity_arguments(parser.add_argument_group("a person who shall be drawn"))
     add_image_arguments(parser.add_argument_group("how images are read"))
     parser.add_argument("--negative-prompt", help="what to get away from")
-    parser.add_argument("--num-images", type=int, default=4, help="how many images (4)")
-    parser.add_argument("--steps", type=int, default=50, help="sampler steps (50)")
+    parser.add_argument("--num-images", type=at_least(1), default=4, help="how many images (4)")
+    parser.add_argument("--steps", type=at_least(1), default=50, help="sampler steps (50)")
     parser.add_argument(
-        "--guidance-scale", type=float, help="guidance (as the base likes it: 7.5; diorama 3)"
+        "--guidance-scale", type=number, help="guidance (as the base likes it: 7.5; diorama 3)"
     )
     parser.add_argument(
-        "--image-guidance-scale", type=float, help="guidance towards the images, if it shall differ"
+        "--image-guidance-scale",
+        type=number,
+        help="guidance towards the images, if it shall differ",
     )
     parser.add_argument(
         "--instruction-guidance-scale",
-        type=float,
+        type=number,
         help="guidance towards the instructions, if it shall differ",
     )
     parser.add_argument(
@@ -104,9 +110,7 @@ def add_parser(verbs: Any) -> None:
         action="store_true",
         help="all strengths as the authors of Instruct take them for the instruction",
     )
-    parser.add_argument(
-        "--sampler", default="ddim", help="ddim, dpm-solver++, pndm, euler or ddpm (ddim)"
-    )
+    parser.add_argument("--sampler", default="ddim", choices=tuple(SAMPLERS), help="(ddim)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--size-px", type=int, help="side of the images (default: the base's)")
     parser.add_argument("--output", type=Path, default=Path("images.png"), help="a sheet of all")
@@ -118,11 +122,13 @@ def add_parser(verbs: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    check_command(arguments)
+    say("loading…")
+
     from imprompt.core.errors import ImpromptError
     from imprompt.core.images import image_grid, open_image
     from imprompt.generation import Explanation, generate
 
-    check_is_used(arguments)
     scales = arguments.sweep or [1.0 if arguments.scale is None else arguments.scale]
     output = new_picture(arguments.output, overwrite=arguments.overwrite)
     separate = [
@@ -260,9 +266,9 @@ def _extend(base: Any, arguments: argparse.Namespace) -> None:
     """Put what others trained on the base."""
     from imprompt.bases.extensions import add_lora, add_textual_inversion
 
-    for number, text in enumerate(arguments.lora):
+    for place, text in enumerate(arguments.lora):
         file, weight = file_and_weight(text)
-        add_lora(base, Path(file), weight, name=f"lora{number}")
+        add_lora(base, Path(file), weight, name=f"lora{place}")
     for file in arguments.textual_inversion:
         add_textual_inversion(base, file)
 
@@ -273,12 +279,14 @@ def _controls(arguments: argparse.Namespace) -> list[Any]:
     from imprompt.core.images import open_image
     from imprompt.generation import Control
 
-    folders = dict(name_and_value(text, "--control-model") for text in arguments.control_model)
+    folders = dict(
+        name_and_value(text, "--control-model", "KIND=FOLDER") for text in arguments.control_model
+    )
     shipped = shipped_controls() if arguments.base == "diorama" else {}
     controls: list[Control] = []
     used: set[str] = set()
     for text in arguments.control:
-        kind, value = name_and_value(text, "--control")
+        kind, value = name_and_value(text, "--control", "KIND=FILE")
         file, weight = file_and_weight(value)
         folder = folders.get(kind) or shipped.get(kind)
         if folder is None:
@@ -324,12 +332,3 @@ def _identities(arguments: argparse.Namespace) -> list[Any]:
             ),
         )
     ]
-
-
-def file_and_weight(value: str) -> tuple[str, float]:
-    """FILE or FILE:WEIGHT apart; the weight is 1 if there is none."""
-    file, colon, weight = value.rpartition(":")
-    try:
-        return (file, float(weight)) if colon and file else (value, 1.0)
-    except ValueError:
-        return value, 1.0

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from imprompt.cli.parsing import number
+
 ABOUT_IMAGES = (
     "adapter",
     "scale",
@@ -44,9 +46,9 @@ def add_identity_arguments(group: Any) -> None:
         metavar="FOLDER",
         help="InstantID's folder, or what `imprompt train identity` made (default: the base's)",
     )
-    group.add_argument("--identity-scale", type=float, help="λ of the face (1.0)")
+    group.add_argument("--identity-scale", type=number, help="λ of the face (1.0)")
     group.add_argument(
-        "--identity-net", type=float, metavar="W", help="weight of IdentityNet (1.0)"
+        "--identity-net", type=number, metavar="W", help="weight of IdentityNet (1.0)"
     )
     group.add_argument(
         "--face-encoder", help="diorama, insightface or a file (default: the adapter's own)"
@@ -68,7 +70,7 @@ def add_image_arguments(group: Any) -> None:
         help="make one prompt of several images (default: each is a prompt of its own)",
     )
     group.add_argument(
-        "--image-weights", type=float, nargs="+", metavar="W", help="of the merged images"
+        "--image-weights", type=number, nargs="+", metavar="W", help="of the merged images"
     )
     group.add_argument(
         "--crop",
@@ -77,19 +79,19 @@ def add_image_arguments(group: Any) -> None:
     )
     group.add_argument("--negative-image", type=Path, help="a picture to get away from")
     group.add_argument("--mask", type=Path, help="a picture: images act where it is white")
-    group.add_argument("--start", type=float, help="fraction of the steps (0)")
-    group.add_argument("--end", type=float, help="fraction of the steps (1)")
+    group.add_argument("--start", type=number, help="fraction of the steps (0)")
+    group.add_argument("--end", type=number, help="fraction of the steps (1)")
     group.add_argument(
-        "--over-time", type=float, nargs="+", metavar="F",
+        "--over-time", type=number, nargs="+", metavar="F",
         help="factors on λ from start to end, interpolated: 1 0 fades the images out",
     )  # fmt: skip
     group.add_argument(
         "--site-preset", help='where in the UNet λ counts: style, composition, "ease in", …'
     )
-    group.add_argument("--lora-scale", type=float, help="weight of a face-id adapter's LoRA (1.0)")
+    group.add_argument("--lora-scale", type=number, help="weight of a face-id adapter's LoRA (1.0)")
     group.add_argument(
         "--shortcut-scale",
-        type=float,
+        type=number,
         help="looks of a face, for face-id-plus v2 (1.0)",
     )
 
@@ -106,30 +108,3 @@ def given(arguments: argparse.Namespace, *names: str, **renamed: str) -> dict[st
         for name, value in values.items()
         if value is not None and value is not False and value != []
     }
-
-
-def check_is_used(arguments: argparse.Namespace) -> None:
-    """Raise an ImpromptError if something was given that nothing would read."""
-    from imprompt.core.errors import ImpromptError
-
-    has_image, has_person = bool(arguments.image), arguments.identity is not None
-    for names, is_read, reason in (
-        (ABOUT_IMAGES, has_image, "images, but no --image was given"),
-        (ABOUT_PERSONS, has_person, "a person, but no --identity was given"),
-        (ABOUT_EITHER, has_image or has_person, "images, but no --image (or --identity) was given"),
-    ):
-        unread = {} if is_read else given(arguments, *names)
-        if unread:
-            raise ImpromptError(f"{_option(next(iter(unread)))} is about {reason}.")
-    others = given(
-        arguments, "guidance_scale", "image_guidance_scale", "instruction_guidance_scale"
-    )
-    if arguments.published_guidance and others:
-        raise ImpromptError(
-            "--published-guidance sets all strengths of guidance: leave it or "
-            f"{_option(next(iter(others)))} out."
-        )
-
-
-def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"

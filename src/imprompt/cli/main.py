@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import imprompt
 from imprompt.cli import convert, diorama, evaluate, generate, inspect, prepare, quickstart, train
+from imprompt.cli.parsing import Parser
 from imprompt.core.errors import ImpromptError
 
 VERBS = (quickstart, generate, prepare, train, evaluate, inspect, convert, diorama)
@@ -26,7 +27,7 @@ your own adapter:
 
 
 def create_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="imprompt",
         description="Train, judge and run image-prompt adapters for diffusion models.",
         epilog=EXAMPLES,
@@ -41,9 +42,9 @@ def create_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0, 2 for a user's mistake, 130 when interrupted."""
-    parsed = create_parser().parse_args(arguments)
     wait_briefly_for_cores()
     try:
+        parsed = create_parser().parse_args(arguments)
         parsed.run(parsed)
     except ImpromptError as error:
         print(f"imprompt: error: {error}", file=sys.stderr)

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from imprompt.cli.parsing import at_least, number
 from imprompt.cli.verb import (
     add_image_encoder_argument,
     add_place_arguments,
@@ -13,6 +14,7 @@ from imprompt.cli.verb import (
     load_placed_base,
     name_and_value,
 )
+from imprompt.core.progress import say
 
 EXAMPLES = """\
   imprompt prepare photos/ data/            images, each with a .txt of the same name beside it
@@ -73,9 +75,11 @@ def add_parser(verbs: Any) -> None:
         ),
         help="which adapter it is for; instruct needs pairs with a condition image",
     )
-    parser.add_argument("--size-px", type=int, help="side of the images (default: the base's)")
     parser.add_argument(
-        "--batch-size", type=int, default=64, help="pairs encoded together (default 64)"
+        "--size-px", type=at_least(1), help="side of the images (default: the base's)"
+    )
+    parser.add_argument(
+        "--batch-size", type=at_least(1), default=64, help="pairs encoded together (default 64)"
     )
     parser.add_argument(
         "--columns",
@@ -110,7 +114,7 @@ def add_parser(verbs: Any) -> None:
         "--min-side-px", type=int, default=16, help="width and height at least (default 16)"
     )
     wanted.add_argument(
-        "--max-aspect", type=float, help="long side at most so many times the short one"
+        "--max-aspect", type=number, help="long side at most so many times the short one"
     )
     wanted.add_argument(
         "--caption-characters",
@@ -134,12 +138,12 @@ def add_parser(verbs: Any) -> None:
         "those with other captions too; with `keep`, all",
     )
     processes = parser.add_argument_group("several processes")
-    processes.add_argument("--workers", type=int, default=1, help="processes (default 1)")
+    processes.add_argument("--workers", type=at_least(1), default=1, help="processes (default 1)")
     processes.add_argument(
-        "--num-shards", type=int, default=1, help="how many such commands share the work"
+        "--num-shards", type=at_least(1), default=1, help="how many such commands share the work"
     )
     processes.add_argument(
-        "--shard", type=int, default=0, help="which of them this is, counted from 0"
+        "--shard", type=at_least(0), default=0, help="which of them this is, counted from 0"
     )
     processes.add_argument(
         "--engine",
@@ -150,6 +154,7 @@ def add_parser(verbs: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    say("loading…")
     from imprompt.data.filters import Filters, ScoreLimit
     from imprompt.data.prepare import prepare
     from imprompt.data.records import Reading
@@ -180,7 +185,9 @@ def run(arguments: argparse.Namespace) -> None:
             caption_key=arguments.caption_key,
             maps={
                 kind: Path(folder)
-                for kind, folder in (name_and_value(text, "--map") for text in arguments.map)
+                for kind, folder in (
+                    name_and_value(text, "--map", "KIND=FOLDER") for text in arguments.map
+                )
             },
         ),
         workers=arguments.workers,

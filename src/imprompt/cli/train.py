@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from imprompt.cli.parsing import at_least
 from imprompt.cli.verb import add_device_argument, add_image_encoder_argument, add_verb
 
 
@@ -54,7 +55,7 @@ def add_parser(verbs: Any) -> None:
         help="what `imprompt prepare` made (several folders are joined), or a source that it reads, "
         "encoded anew at every step",
     )
-    parser.add_argument("--size-px", type=int, help="of a source: side of the images")
+    parser.add_argument("--size-px", type=at_least(1), help="of a source: side of the images")
     parser.add_argument(
         "--image-root",
         type=Path,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -114,13 +115,31 @@ def save_picture(picture: Any, path: Path) -> None:
         raise ImpromptError(f"{path} was not written: {error.strerror or error}.") from error
 
 
-def name_and_value(text: str, option: str) -> tuple[str, str]:
-    """The two sides of NAME=VALUE.
+def name_and_value(text: str, option: str, form: str) -> tuple[str, str]:
+    """The two sides of an option's value of the form NAME=VALUE, which `form` writes in its own words.
 
     Raises:
         ImpromptError: it is not of this form.
     """
     name, equals, value = text.partition("=")
     if not (name and equals and value):
-        raise ImpromptError(f"{option} {text!r} is not of the form NAME=VALUE.")
+        raise ImpromptError(f"{option} {text!r} is not of the form {form}.")
     return name, value
+
+
+def file_and_weight(value: str) -> tuple[str, float]:
+    """FILE or FILE:WEIGHT apart; the weight is 1 if there is none.
+
+    Raises:
+        ImpromptError: the weight is not finite.
+    """
+    file, colon, text = value.rpartition(":")
+    try:
+        weight = float(text) if colon and file else None
+    except ValueError:
+        weight = None
+    if weight is None:
+        return value, 1.0
+    if not math.isfinite(weight):
+        raise ImpromptError(f"The weight in {value!r} is no finite number.")
+    return file, weight

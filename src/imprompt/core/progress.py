@@ -1,15 +1,21 @@
-"""Progress with the time left, on standard error."""
+"""What a command tells while it works, on standard error: lines, and progress with the time left."""
 
 # Strict but for what numpy, Pillow and tqdm leave untyped:
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
 from tqdm import tqdm
+
+
+def say(message: str) -> None:
+    """One line."""
+    print(f"imprompt: {message}", file=sys.stderr, flush=True)
 
 
 class Progress:

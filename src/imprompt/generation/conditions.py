@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, SupportsFloat
 
 import torch
 from jaxtyping import Float
@@ -88,6 +88,13 @@ def check_time_span(start: Number, end: Number) -> None:
             f"An image prompt from start={start} to end={end} is no time span: "
             "0 <= start <= end <= 1 is needed (0 is the first step, 1 after the last)."
         )
+
+
+def check_finite(**numbers: Number | None) -> None:
+    """Raises an ImpromptError unless these are finite numbers; None is no number and passes."""
+    for name, value in numbers.items():
+        if value is not None and not (isinstance(value, SupportsFloat) and math.isfinite(value)):
+            raise ImpromptError(f"{name} is {value!r}: a finite number is needed.")
 
 
 def check_over_time(factors: Sequence[Number]) -> None:

@@ -16,7 +16,7 @@ from imprompt.bases.latent_space import height_and_width
 from imprompt.checkpoints import LoadedControl
 from imprompt.checkpoints.controls import CLASSES
 from imprompt.core.errors import ImpromptError
-from imprompt.generation.conditions import Branch, check_time_span, rows_of
+from imprompt.generation.conditions import Branch, check_finite, check_time_span, rows_of
 from imprompt.generation.features import ImageLike, pixels_of_image_like
 from imprompt.systems.controlnet import check_controlnet, control_residuals
 from imprompt.systems.t2i_adapter import adapter_residuals, check_t2i_adapter
@@ -35,7 +35,7 @@ class Control:
         start, end: the fraction of the steps in which it acts.
 
     Raises:
-        ImpromptError: start and end are no time span, or the model is no such network.
+        ImpromptError: start and end are no time span, the weight is not finite, or the model is no such network.
 
     Source: ControlNet (2302.05543) section 3.4; T2I-Adapter (2302.08453) section 3.5, eq. 7 (ω).
     """
@@ -48,6 +48,7 @@ class Control:
 
     def __post_init__(self) -> None:
         check_time_span(self.start, self.end)
+        check_finite(weight=self.weight)
         if not any(kind.__name__ in CLASSES for kind in type(self.network).__mro__):
             raise ImpromptError(
                 f"A control's model is a {type(self.network).__name__}; needed is what "

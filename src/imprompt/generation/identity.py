@@ -20,7 +20,7 @@ from imprompt.encoders.landmarks import (
     landmarks_at_size,
     read_landmarks,
 )
-from imprompt.generation.conditions import TokenPrompt, check_time_span, is_zero
+from imprompt.generation.conditions import TokenPrompt, check_finite, check_time_span, is_zero
 from imprompt.generation.controls import MapControl
 from imprompt.generation.faces import face_encoder_of, face_features, face_features_of_nothing
 from imprompt.generation.features import ImageLike, pixels_of_image_like
@@ -33,7 +33,7 @@ class IdentityPrompt:
     """A picture of a person who shall be drawn, and what keeps the likeness.
 
     Raises:
-        ImpromptError: start and end are no time span, or landmarks of another shape or in pixels.
+        ImpromptError: start and end are no time span, a weight is not finite, or landmarks of another shape or in pixels.
 
     Source: InstantID (2401.07519), section 3.
     """
@@ -62,6 +62,9 @@ class IdentityPrompt:
 
     def __post_init__(self) -> None:
         check_time_span(self.start, self.end)
+        check_finite(net_weight=self.net_weight)
+        if isinstance(self.scale, int | float):
+            check_finite(scale=self.scale)
         if isinstance(self.landmarks, Tensor):
             if self.landmarks.shape[1:] != (5, 2):
                 raise ImpromptError(

@@ -1,8 +1,8 @@
 """Images from text and image prompts: the whole way in one call."""
 
-import sys
 from collections.abc import Sequence
 from functools import lru_cache
+from numbers import Integral
 from typing import TypeVar, cast
 
 import torch
@@ -14,6 +14,8 @@ from imprompt.bases import Base, ClipImageEncoder, TextStates
 from imprompt.bases.words import unread_part
 from imprompt.core.errors import ImpromptError
 from imprompt.core.images import pixels_to_images
+from imprompt.core.progress import say
+from imprompt.generation.conditions import check_finite
 from imprompt.generation.controls import Control, map_control, placed
 from imprompt.generation.explanation import Explanation
 from imprompt.generation.identity import IdentityPrompt, read_person
@@ -80,6 +82,13 @@ def generate(
     Source: IP-Adapter (2308.06721) section 3.2, eq. 7 (guidance) and eq. 8 (λ).
     """
     prompts, negative_prompts = _texts(prompt, negative_prompt, num_images)
+    check_finite(
+        guidance_scale=guidance_scale,
+        image_guidance_scale=image_guidance_scale,
+        instruction_guidance_scale=instruction_guidance_scale,
+        guidance_rescale=guidance_rescale,
+    )
+    _check_seed(seed)
     _tell_what_is_not_read(base, [*prompts, *negative_prompts])
     image_prompts = _listed(image_prompts, ImagePrompt, "image_prompts")
     controls = _listed(controls, Control, "controls")
@@ -207,6 +216,11 @@ def _texts(
     return prompts, list(negative_prompt)
 
 
+def _check_seed(seed: object) -> None:
+    if not isinstance(seed, Integral):
+        raise ImpromptError(f"seed is {seed!r}, but must be one whole number for all images.")
+
+
 def _tell_what_is_not_read(base: Base, texts: Sequence[str | None]) -> None:
     length = base.text_encoder.config.max_position_embeddings
     for text in dict.fromkeys(texts):
@@ -216,7 +230,7 @@ def _tell_what_is_not_read(base: Base, texts: Sequence[str | None]) -> None:
 
 @lru_cache(maxsize=1024)
 def _say_once(message: str) -> None:
-    print(f"imprompt: {message}", file=sys.stderr, flush=True)
+    say(message)
 
 
 def _encode_texts(base: Base, texts: Sequence[str | None]) -> TextStates:

@@ -19,7 +19,13 @@ from imprompt.checkpoints.identity import reads_faces
 from imprompt.core.errors import ImpromptError
 from imprompt.core.images import open_image
 from imprompt.encoders.face import FaceEncoder
-from imprompt.generation.conditions import TokenPrompt, check_over_time, check_time_span, is_zero
+from imprompt.generation.conditions import (
+    TokenPrompt,
+    check_finite,
+    check_over_time,
+    check_time_span,
+    is_zero,
+)
 from imprompt.generation.faces import (
     face_encoder_of,
     face_features,
@@ -41,7 +47,7 @@ class ImagePrompt:
     """A picture that says what to draw, with the adapter that makes it understood.
 
     Raises:
-        ImpromptError: no image, a time span that is none, or settings that exclude each other.
+        ImpromptError: no image, a time span that is none, numbers that are not finite, or settings that exclude each other.
     """
 
     image: ImageLike | ImageFeatures | Sequence[ImageLike]
@@ -106,6 +112,9 @@ class ImagePrompt:
     def __post_init__(self) -> None:
         check_time_span(self.start, self.end)
         check_over_time(self.over_time)
+        check_finite(lora_scale=self.lora_scale, shortcut_scale=self.shortcut_scale)
+        if isinstance(self.scale, int | float):
+            check_finite(scale=self.scale)
         if not isinstance(self.image, ImageFeatures) and not self.images:
             raise ImpromptError("An image prompt without an image was given: give one or more.")
         for image in self.images:

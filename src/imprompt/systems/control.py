@@ -65,20 +65,20 @@ def check_shape(base: Base, given: Mapping[str, Any], wanted: Mapping[str, Any])
 def network_to_train(
     created: Callable[[], Any],
     start_from: str,
-    kind: type,
+    kind: str,
     check: Callable[[Any, Base], None],
     base: Base,
 ) -> Any:
     """The network of a folder, or else a new one: float32, on the base's device, ready to train.
 
     Raises:
-        ImpromptError: the folder holds a network of another class than `kind`, or one that `check` refuses.
+        ImpromptError: the folder holds a network of another class of diffusers than `kind`, or one that `check` refuses.
     """
     if start_from:
         network: Any = load_control(start_from).module
-        if not isinstance(network, kind):
+        if type(network).__name__ != kind:
             raise ImpromptError(
-                f"{start_from} holds a {type(network).__name__}; needed is a {kind.__name__}."
+                f"{start_from} holds a {type(network).__name__}; needed is a {kind}."
             )
         check(network, base)
     else:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from diffusers import ControlNetModel
 from torch import Tensor, nn
 
 from imprompt.bases import Base, Residuals, TextStates
@@ -58,7 +57,7 @@ def build(options: ControlNetOptions, base: Base, columns: Rows) -> ControlSyste
     network = network_to_train(
         lambda: create_controlnet(base, zero_entry=options.zero_entry),
         options.start_from,
-        ControlNetModel,
+        "ControlNetModel",
         check_controlnet,
         base,
     )
@@ -90,6 +89,8 @@ def create_controlnet(base: Base, *, zero_entry: bool = True, seed: int = 0) -> 
     Raises:
         ImpromptError: pixels and latents differ by a factor that diffusers' class has no entry for.
     """
+    from diffusers import ControlNetModel
+
     factor = pixels_per_latent(base.vae)
     strides = factor.bit_length() - 1
     if not 1 <= strides < len(_EMBEDDING_CHANNELS):

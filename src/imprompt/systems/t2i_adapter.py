@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from diffusers import T2IAdapter
 from torch import Tensor
 
 from imprompt.bases import Base, Residuals
@@ -56,7 +55,7 @@ def build(options: T2IAdapterOptions, base: Base, columns: Rows) -> ControlSyste
     network = network_to_train(
         lambda: create_t2i_adapter(base, num_res_blocks=options.num_res_blocks),
         options.start_from,
-        T2IAdapter,
+        "T2IAdapter",
         check_t2i_adapter,
         base,
     )
@@ -90,6 +89,8 @@ def create_t2i_adapter(base: Base, *, num_res_blocks: int = 2, seed: int = 0) ->
     Raises:
         ImpromptError: diffusers has no adapter for a UNet of this shape.
     """
+    from diffusers import T2IAdapter
+
     adapter_type, downscale_factor, channels = layout_of(base)
     with own_randomness(seed):
         return T2IAdapter(

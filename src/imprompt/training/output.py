@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from imprompt.core.errors import ImpromptError
+from imprompt.core.progress import say
 from imprompt.data.store import write_json
 from imprompt.training.config import FREE_TO_CHANGE, TrainConfig
 from imprompt.training.processes import Processes
@@ -111,10 +111,6 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in kept.items():
             signal.signal(number, handler)
-
-
-def say(message: str) -> None:
-    print(f"imprompt: {message}", file=sys.stderr, flush=True)
 
 
 def say_once(processes: Processes, message: str) -> None:

@@ -223,6 +223,8 @@ def test_a_control_of_another_base_is_refused(base, controls, tmp_path):
         generate(base, "", controls=control, **OPTIONS)
     with pytest.raises(ImpromptError, match="no time span"):
         Control(image="a.png", model=controls["controlnet"], start=0.9, end=0.1)
+    with pytest.raises(ImpromptError, match="weight is nan"):
+        Control(image="a.png", model=controls["controlnet"], weight=float("nan"))
     base.vae.save_pretrained(tmp_path / "vae")
     with pytest.raises(ImpromptError, match="AutoencoderKL"):
         load_control(tmp_path / "vae")
@@ -319,7 +321,7 @@ def test_the_command_line(base_folder, controls, pictures, tmp_path, capsys, mon
     assert Image.open("images.png").size == (SIZE, SIZE)
     for options, message in (
         (["--control", "edges=map.png"], "no control for edges"),
-        (["--control", "map.png"], "NAME=VALUE"),
+        (["--control", "map.png"], "KIND=FILE"),
         (["--control", "edges=none.png", *models[:2]], "no image file none.png"),
         (models[:2], "no --control edges=FILE"),
     ):

@@ -14,6 +14,7 @@ from imprompt.bases import Base, load_base
 from imprompt.core.errors import ImpromptError
 from imprompt.diffusion.samplers import SAMPLERS
 from imprompt.generation import ImagePrompt, generate, initial_noise
+from imprompt.generation.pipeline import _check_seed
 
 
 def draw(base: Base, prompt: str | list[str] = "red cat", *prompts: ImagePrompt, **options: Any):
@@ -291,6 +292,9 @@ def test_mistakes_are_named(
         ({"num_images": 0}, "num_images is 0"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"negative_prompt": ["a", "b"]}, "2 negative prompts were given for 1 images"),
+        ({"guidance_scale": float("nan")}, "guidance_scale is nan: a finite number"),
+        ({"image_guidance_scale": float("inf")}, "image_guidance_scale is inf"),
+        ({"guidance_rescale": float("nan")}, "guidance_rescale is nan"),
     ):
         with pytest.raises(ImpromptError, match=message):
             draw(base, "cat", **options)
@@ -300,6 +304,12 @@ def test_mistakes_are_named(
         draw(base, [])
     with pytest.raises(ImpromptError, match="no time span"):
         prompt(start=0.6, end=0.5)
+    _check_seed(numpy.int64(3))
+    with pytest.raises(ImpromptError, match=r"seed is \[1, 2\], but must be one whole number"):
+        _check_seed([1, 2])
+    for name in ("scale", "lora_scale", "shortcut_scale"):
+        with pytest.raises(ImpromptError, match=f"{name} is nan: a finite number"):
+            prompt(**{name: float("nan")})
     with pytest.raises(ImpromptError, match="without an image"):
         ImagePrompt([], adapter=base_adapter)
     with pytest.raises(ImpromptError, match="scale has 3 numbers"):
