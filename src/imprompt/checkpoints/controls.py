@@ -12,7 +12,7 @@ import torch
 
 from imprompt.bases.folder import check_complete, has_only_half_precision_files
 from imprompt.core.errors import ImpromptError
-from imprompt.core.shipped import WEIGHTS
+from imprompt.core.shipped import CONTROLS, WEIGHTS, file_or_shipped
 
 DESCRIPTION = "control.json"
 """Beside a network that was trained here: which maps it reads, and the base it was trained on."""
@@ -38,10 +38,12 @@ def load_control(
 ) -> LoadedControl:
     """A ControlNet or a T2I-Adapter from a folder, frozen.
 
+    "diorama-segmentation" and "diorama-depth" are those that come with the embedded base.
+
     Raises:
         ImpromptError: it is neither, or damaged.
     """
-    folder = Path(folder)
+    folder = file_or_shipped(folder, CONTROLS)
     config = _json(folder / "config.json")
     kind = config.get("_class_name")
     if kind not in CLASSES:

@@ -17,6 +17,7 @@ from torch import Tensor
 from imprompt.adapters import Feature, ImagePromptAdapter, family_of
 from imprompt.adapters.projection import FacePlusProjection, FullProjection
 from imprompt.checkpoints.detection import build
+from imprompt.checkpoints.folders import check_is_no_other_folder
 from imprompt.checkpoints.layouts import (
     NATIVE_FORMAT,
     WRITTEN_LAYOUTS,
@@ -26,9 +27,9 @@ from imprompt.checkpoints.layouts import (
 from imprompt.checkpoints.messages import listed, one_line
 from imprompt.checkpoints.published import PORTRAIT, published_name, resampler_of
 from imprompt.checkpoints.reading import read_content
-from imprompt.checkpoints.shipped import shipped_adapter
 from imprompt.checkpoints.unet_names import check_held, to_unet, unet_site_names
 from imprompt.core.errors import ImpromptError
+from imprompt.core.shipped import ADAPTERS, file_or_shipped
 
 FORMAT_VERSION = "1"
 # Values of "reads" in the metadata of Plus adapters that read identity vectors: those of length 1,
@@ -41,7 +42,6 @@ IDENTITY_DIM = 512
 # Stable Diffusion XL, by the width of its text states, only the second was published.
 SHORTCUT_NAME = "plusv2"
 SHORTCUT_ONLY_WIDTH = 2048
-SHIPPED = "diorama"
 # Written by us from the weights themselves, so not carried over from the file before.
 FACTS = {"format_version", "variant", "cross_attention_dim", "sites", "num_tokens", "shortcut"}
 
@@ -92,7 +92,7 @@ def load_adapter(
     the authors' training scripts, and our own. Nothing in a file is executed.
 
     Args:
-        path: a file, or "diorama" for the adapter that comes with the embedded base.
+        path: a file; or "diorama" or "diorama-instruct", the adapters that come with the embedded base.
         dtype: of the weights; None keeps the file's.
         shortcut: of face-id-plus, whether it is of the second generation ("plusv2"), which the
             weights do not tell. By default what the file's metadata or name says, and yes for
@@ -102,7 +102,7 @@ def load_adapter(
         ImpromptError: no such file, unreadable, damaged, or not an adapter; or a `shortcut` for
             another variant.
     """
-    path = shipped_adapter() if str(path) == SHIPPED and not Path(path).exists() else Path(path)
+    path = file_or_shipped(path, ADAPTERS)
     checkpoint, adapter, _ = read_adapter(path)
     if shortcut is not None:
         if not isinstance(adapter.image_proj, FacePlusProjection):
@@ -176,7 +176,7 @@ def inspect(path: str | os.PathLike[str]) -> AdapterInfo:
     Raises:
         ImpromptError: as `load_adapter`.
     """
-    path = Path(path)
+    path = file_or_shipped(path, ADAPTERS)
     checkpoint, adapter, size_bytes = read_adapter(path, with_values=False)
     dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in checkpoint.tensors.values()})
     layers = resampler_of(adapter)
@@ -217,6 +217,8 @@ def read_adapter(path: Path, *, with_values: bool = True) -> Read:
     Args:
         with_values: whether the tensors of the checkpoint are needed, or only their shapes.
     """
+    if path.is_dir():
+        check_is_no_other_folder(path)
     content = read_content(path, with_values=with_values)
     try:
         checkpoint = to_official(content.values, content.metadata)

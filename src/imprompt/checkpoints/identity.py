@@ -22,6 +22,7 @@ from imprompt.checkpoints.files import (
     load_adapter,
 )
 from imprompt.core.errors import ImpromptError
+from imprompt.core.shipped import IDENTITIES, file_or_shipped
 
 ADAPTER_FILE = "ip-adapter.safetensors"
 PUBLISHED_ADAPTER_FILE = "ip-adapter.bin"
@@ -45,10 +46,12 @@ def load_identity(
 ) -> Identity:
     """InstantID from a folder as its authors published it, or as `imprompt train identity` writes it.
 
+    "diorama" is the one that comes with the embedded base.
+
     Raises:
         ImpromptError: a part is missing or damaged.
     """
-    folder = Path(folder)
+    folder = file_or_shipped(folder, IDENTITIES)
     files = [folder / name for name in (ADAPTER_FILE, PUBLISHED_ADAPTER_FILE)]
     adapter_file = next((file for file in files if file.is_file()), None)
     if adapter_file is None:

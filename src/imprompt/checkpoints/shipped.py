@@ -5,19 +5,19 @@ All raise an ImpromptError where this installation has none.
 
 from pathlib import Path
 
-from imprompt.core.shipped import shipped
+from imprompt.core.shipped import ADAPTERS, IDENTITIES, shipped
 
 
 def shipped_adapter() -> Path:
     """The image-prompt adapter, trained longer than the quickstart's."""
-    return shipped("diorama-ip-adapter.safetensors")
+    return shipped(ADAPTERS["diorama"])
 
 
 def shipped_instruct_adapter() -> Path:
     """The Instruct adapter: it is told what to take from an image."""
-    return shipped("diorama-ip-adapter-instruct.safetensors")
+    return shipped(ADAPTERS["diorama-instruct"])
 
 
 def shipped_identity() -> Path:
     """The folder of identity adapter and IdentityNet."""
-    return shipped("diorama-identity")
+    return shipped(IDENTITIES["diorama"])

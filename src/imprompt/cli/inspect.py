@@ -23,8 +23,23 @@ def add_parser(verbs: Any) -> None:
         examples="  imprompt inspect ip-adapter-plus_sd15.safetensors",
     )
     parser.add_argument(
-        "file", type=Path, help=".safetensors or .bin, or a training state's folder"
+        "file",
+        type=Path,
+        help=".safetensors or .bin, a training state's folder, diorama or diorama-instruct",
     )
+
+
+def base_of(info: AdapterInfo) -> str:
+    """Which models a file fits: a known family, or else the base that it says it was trained on."""
+    from imprompt.adapters.sites import FAMILIES
+    from imprompt.checkpoints.messages import one_line
+
+    name = info.base_family
+    if info.cross_attention_dim not in FAMILIES:  # which the family's name says, then
+        if "base" not in info.metadata:
+            return name
+        name = one_line(info.metadata["base"])
+    return f"{name} (text width {info.cross_attention_dim})"
 
 
 def generation_of(info: AdapterInfo) -> dict[str, str]:
@@ -46,7 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
         "layout": info.layout,
         "variant": info.variant,
         "shaped like": info.published_name or "no published adapter",
-        "base": f"{info.base_family} (text width {info.cross_attention_dim})",
+        "base": base_of(info),
         "reads": ", ".join(f"{feature.name} {feature.shape}" for feature in info.features),
         "tokens": info.num_tokens
         if info.num_tokens is not None
