@@ -8,9 +8,16 @@ import argparse
 from collections.abc import Iterable
 from pathlib import Path
 
-from imprompt.cli.image_options import ABOUT_EITHER, ABOUT_IMAGES, ABOUT_PERSONS, given
+from imprompt.cli.image_options import (
+    ABOUT_CONTROLS,
+    ABOUT_EITHER,
+    ABOUT_IMAGES,
+    ABOUT_PERSONS,
+    given,
+)
 from imprompt.cli.verb import file_and_weight, name_and_value
 from imprompt.core.errors import ImpromptError
+from imprompt.core.shipped import ADAPTERS, CONTROLS, IDENTITIES
 
 
 def check_command(arguments: argparse.Namespace) -> None:
@@ -21,15 +28,27 @@ def check_command(arguments: argparse.Namespace) -> None:
 
 def check_is_used(arguments: argparse.Namespace) -> None:
     """Raise an ImpromptError if something was given that nothing would read."""
-    has_image, has_person = bool(arguments.image), arguments.identity is not None
+    has_image, has_person = bool(arguments.image), bool(arguments.identity)
     for names, is_read, reason in (
         (ABOUT_IMAGES, has_image, "images, but no --image was given"),
         (ABOUT_PERSONS, has_person, "a person, but no --identity was given"),
+        (ABOUT_CONTROLS, bool(arguments.control), "controls, but no --control was given"),
         (ABOUT_EITHER, has_image or has_person, "images, but no --image (or --identity) was given"),
     ):
         unread = {} if is_read else given(arguments, *names)
         if unread:
             raise ImpromptError(f"{_option(next(iter(unread)))} is about {reason}.")
+    if arguments.sweep and arguments.scale is not None:
+        raise ImpromptError("--sweep names all weights of the images: leave --scale out.")
+    if arguments.sweep and arguments.explain is not None:
+        raise ImpromptError("--explain looks at one weight: give --scale instead of --sweep.")
+    if arguments.size_px is not None and len(arguments.size_px) > 2:
+        raise ImpromptError("--size-px takes one side, or height and width.")
+    if len(arguments.landmarks) not in (0, len(arguments.identity)):
+        raise ImpromptError(
+            f"{len(arguments.landmarks)} --landmarks were given for {len(arguments.identity)} "
+            "--identity: give one for each, or none."
+        )
     others = given(
         arguments, "guidance_scale", "image_guidance_scale", "instruction_guidance_scale"
     )
@@ -43,18 +62,25 @@ def check_is_used(arguments: argparse.Namespace) -> None:
 def check_files(arguments: argparse.Namespace) -> None:
     """Raise an ImpromptError if a file or folder is not there."""
     controls = [name_and_value(text, "--control", "KIND=FILE") for text in arguments.control]
-    images = [*arguments.image, arguments.negative_image, arguments.mask, arguments.identity]
+    models = [
+        name_and_value(text, "--control-model", "KIND=FOLDER") for text in arguments.control_model
+    ]
+    images = [*arguments.image, arguments.negative_image, arguments.mask, *arguments.identity]
     check_exist("image file", [*images, *(file_and_weight(value)[0] for _, value in controls)])
+    check_exist("adapter", [arguments.adapter], ADAPTERS)
+    check_exist("identity model", [arguments.identity_model], IDENTITIES)
+    check_exist("control model", [folder for _, folder in models], CONTROLS)
     check_exist("LoRA", [file_and_weight(text)[0] for text in arguments.lora])
     check_exist("textual inversion", arguments.textual_inversion)
-    check_exist("file of landmarks", [arguments.landmarks])
+    check_exist("file of landmarks", arguments.landmarks)
 
 
-def check_exist(what: str, paths: Iterable[str | Path | None]) -> None:
-    """Raise an ImpromptError for the first that is not there."""
+def check_exist(what: str, paths: Iterable[str | Path | None], names: Iterable[str] = ()) -> None:
+    """Raise an ImpromptError for the first that is not there, and is none of these `names` either."""
     for path in paths:
-        if path is not None and not Path(path).exists():
-            raise ImpromptError(f"There is no {what} {path}.")
+        if path is not None and str(path) not in names and not Path(path).exists():
+            shipped = f"; {', '.join(names)} come with the package" if names else ""
+            raise ImpromptError(f"There is no {what} {path}{shipped}.")
 
 
 def _option(name: str) -> str:

@@ -8,11 +8,13 @@ from typing import Any
 
 from imprompt.cli.early_checks import check_command
 from imprompt.cli.image_options import (
+    adapter_path,
     add_identity_arguments,
     add_image_arguments,
     given,
 )
-from imprompt.cli.parsing import at_least, number
+from imprompt.cli.outputs import new_pictures, save_pictures, scales_of
+from imprompt.cli.parsing import Once, at_least, number
 from imprompt.cli.verb import (
     add_image_encoder_argument,
     add_place_arguments,
@@ -20,7 +22,6 @@ from imprompt.cli.verb import (
     file_and_weight,
     load_placed_base,
     name_and_value,
-    new_picture,
     save_picture,
 )
 from imprompt.core.progress import say
@@ -49,7 +50,10 @@ def add_parser(verbs: Any) -> None:
         "--image", type=Path, action="append", default=[], help="an image prompt; may be repeated"
     )
     parser.add_argument(
-        "--adapter", type=Path, help="adapter file (default: the one that comes with the base)"
+        "--adapter",
+        type=Path,
+        action=Once,
+        help="adapter file, diorama or diorama-instruct (default: the one that comes with the base)",
     )
     parser.add_argument("--base", default="diorama", help="diorama, a folder, a file or a hub id")
     add_image_encoder_argument(parser)
@@ -71,6 +75,12 @@ def add_parser(verbs: Any) -> None:
         default=[],
         metavar="KIND=FOLDER",
         help="the ControlNet or T2I-Adapter for a kind of map (default: what comes with the base)",
+    )
+    parser.add_argument(
+        "--control-start", type=number, help="of all controls: fraction of the steps (0)"
+    )
+    parser.add_argument(
+        "--control-end", type=number, help="of all controls: fraction of the steps (1)"
     )
     parser.add_argument(
         "--lora",
@@ -112,10 +122,18 @@ def add_parser(verbs: Any) -> None:
     )
     parser.add_argument("--sampler", default="ddim", choices=tuple(SAMPLERS), help="(ddim)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--size-px", type=int, help="side of the images (default: the base's)")
-    parser.add_argument("--output", type=Path, default=Path("images.png"), help="a sheet of all")
     parser.add_argument(
-        "--explain", type=Path, metavar="FILE", help="also draw where each image prompt acted"
+        "--size-px",
+        type=at_least(1),
+        nargs="+",
+        metavar="PX",
+        help="side of the images, or their height and width (default: the base's)",
+    )
+    parser.add_argument(
+        "--output", type=Path, help="a sheet of all (images.png; if that exists images-2.png, …)"
+    )
+    parser.add_argument(
+        "--explain", type=Path, metavar="FILE", help="also draw where images and persons acted"
     )
     parser.add_argument("--separate", action="store_true", help="also write each image on its own")
     parser.add_argument("--overwrite", action="store_true", help="replace existing files")
@@ -123,25 +141,12 @@ def add_parser(verbs: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     check_command(arguments)
+    scales = scales_of(arguments)
+    output, separate = new_pictures(arguments)
     say("loading…")
-
-    from imprompt.core.errors import ImpromptError
-    from imprompt.core.images import image_grid, open_image
+    from imprompt.core.images import open_image
     from imprompt.generation import Explanation, generate
 
-    scales = arguments.sweep or [1.0 if arguments.scale is None else arguments.scale]
-    output = new_picture(arguments.output, overwrite=arguments.overwrite)
-    separate = [
-        new_picture(
-            output.with_name(f"{output.stem}-{number:03d}{output.suffix}"),
-            overwrite=arguments.overwrite,
-        )
-        for number in range(len(scales) * arguments.num_images if arguments.separate else 0)
-    ]
-    if arguments.explain is not None:
-        new_picture(arguments.explain, overwrite=arguments.overwrite)
-        if arguments.sweep:
-            raise ImpromptError("--explain looks at one weight: give --scale instead of --sweep.")
     pictures = [
         path if path.suffix == ".safetensors" else open_image(path) for path in arguments.image
     ]
@@ -151,7 +156,8 @@ def run(arguments: argparse.Namespace) -> None:
     published = _published_guidance(arguments, base)
     controls = _controls(arguments)
     identities = _identities(arguments)
-    images = []
+    guidance = _guidance(arguments, published)
+    images: list[Any] = []
     explanation = Explanation() if arguments.explain is not None else None
     for scale in scales:
         images += generate(
@@ -161,20 +167,16 @@ def run(arguments: argparse.Namespace) -> None:
             negative_prompt=arguments.negative_prompt,
             num_images=arguments.num_images,
             steps=arguments.steps,
-            **_guidance(arguments, published),
+            **guidance,
             sampler=arguments.sampler,
             seed=arguments.seed,
-            size_px=arguments.size_px,
+            size_px=_size(arguments),
             explanation=explanation,
             controls=controls,
             identities=identities,
         )
-    columns = arguments.num_images if len(scales) > 1 else min(len(images), 8)
-    save_picture(image_grid(images, columns), output)
-    if separate:
-        for file, image in zip(separate, images, strict=True):
-            save_picture(image, file)
-    print(f"{len(images)} images in {output}")
+    save_pictures(arguments, images, base, guidance["guidance_scale"], output, separate)
+    print(f"{len(images)} image{'s' if len(images) > 1 else ''} in {output}")
     if explanation is not None:
         assert arguments.explain is not None
         save_picture(explanation.sheet(images), arguments.explain)
@@ -220,7 +222,7 @@ def _image_prompts(
 
 
 def _published_guidance(arguments: argparse.Namespace, base: Any) -> Any:
-    """How the authors guide for the first instruction on this base; None if that was not asked for."""
+    """How the authors guide for the instructions on this base; None if that was not asked for."""
     from imprompt.core.errors import ImpromptError
     from imprompt.generation import published_guidance
 
@@ -228,7 +230,14 @@ def _published_guidance(arguments: argparse.Namespace, base: Any) -> Any:
         return None
     if not arguments.instruction:
         raise ImpromptError("--published-guidance goes by the instruction: add --instruction.")
-    return published_guidance(arguments.instruction[0], base)
+    first, *others = (published_guidance(text, base) for text in arguments.instruction)
+    for text, other in zip(arguments.instruction[1:], others, strict=True):
+        if other != first:
+            raise ImpromptError(
+                f"--published-guidance guides otherwise for {arguments.instruction[0]!r} than for "
+                f"{text!r}: give the strengths yourself."
+            )
+    return first
 
 
 def _lowered(scale: float, published: Any) -> float:
@@ -252,14 +261,12 @@ def _guidance(arguments: argparse.Namespace, published: Any) -> dict[str, Any]:
 
 def _adapter(arguments: argparse.Namespace) -> Any:
     from imprompt.checkpoints import load_adapter
-    from imprompt.checkpoints.shipped import shipped_adapter, shipped_instruct_adapter
     from imprompt.core.errors import ImpromptError
 
-    if arguments.adapter is not None:
-        return load_adapter(arguments.adapter)
-    if arguments.base != "diorama":
+    path = adapter_path(arguments)
+    if path is None:
         raise ImpromptError(f"Name the --adapter to read images with on the base {arguments.base}.")
-    return load_adapter(shipped_instruct_adapter() if arguments.instruction else shipped_adapter())
+    return load_adapter(path)
 
 
 def _extend(base: Any, arguments: argparse.Namespace) -> None:
@@ -299,7 +306,8 @@ def _controls(arguments: argparse.Namespace) -> list[Any]:
         model = load_control(folder)
         if model.kind not in ("", kind):
             raise ImpromptError(f"{folder} reads {model.kind} maps, not {kind} maps.")
-        controls.append(Control(image=open_image(file), model=model, weight=weight))
+        span = given(arguments, start="control_start", end="control_end")
+        controls.append(Control(image=open_image(file), model=model, weight=weight, **span))
     if unused := set(folders) - used:
         kind = sorted(unused)[0]
         raise ImpromptError(
@@ -310,25 +318,25 @@ def _controls(arguments: argparse.Namespace) -> list[Any]:
 
 def _identities(arguments: argparse.Namespace) -> list[Any]:
     from imprompt.checkpoints import load_identity
-    from imprompt.checkpoints.shipped import shipped_identity
     from imprompt.core.errors import ImpromptError
     from imprompt.core.images import open_image
     from imprompt.generation import IdentityPrompt
 
-    if arguments.identity is None:
+    if not arguments.identity:
         return []
     if arguments.identity_model is None and arguments.base != "diorama":
         raise ImpromptError(f"Name the --identity-model for the base {arguments.base}.")
+    identity = load_identity(arguments.identity_model or "diorama")
+    options = given(arguments, "face_encoder", scale="identity_scale", net_weight="identity_net")
+    places = arguments.landmarks or [None] * len(arguments.identity)
     return [
-        IdentityPrompt(
-            open_image(arguments.identity),
-            load_identity(arguments.identity_model or shipped_identity()),
-            **given(
-                arguments,
-                "landmarks",
-                "face_encoder",
-                scale="identity_scale",
-                net_weight="identity_net",
-            ),
-        )
+        IdentityPrompt(open_image(picture), identity, landmarks=landmarks, **options)
+        for picture, landmarks in zip(arguments.identity, places, strict=True)
     ]
+
+
+def _size(arguments: argparse.Namespace) -> int | tuple[int, int] | None:
+    """What `generate` takes: one side, or (height, width)."""
+    if arguments.size_px is None:
+        return None
+    return arguments.size_px[0] if len(arguments.size_px) == 1 else tuple(arguments.size_px)

@@ -6,13 +6,12 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from imprompt.cli.parsing import number
+from imprompt.cli.parsing import Once, number
 
 ABOUT_IMAGES = (
     "adapter",
     "scale",
     "sweep",
-    "explain",
     "instruction",
     "instruction_guidance_scale",
     "published_guidance",
@@ -29,20 +28,32 @@ ABOUT_IMAGES = (
     "shortcut_scale",
 )
 ABOUT_PERSONS = ("landmarks", "identity_model", "identity_scale", "identity_net")
-ABOUT_EITHER = ("image_encoder", "image_guidance_scale", "face_encoder")
+ABOUT_CONTROLS = ("control_start", "control_end")
+ABOUT_EITHER = ("explain", "image_encoder", "image_guidance_scale", "face_encoder")
 
 
 def add_identity_arguments(group: Any) -> None:
-    group.add_argument("--identity", type=Path, metavar="FILE", help="a picture of the person")
+    group.add_argument(
+        "--identity",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a picture of the person; may be repeated",
+    )
     group.add_argument(
         "--landmarks",
         type=Path,
+        action="append",
+        default=[],
         metavar="FILE",
-        help="where the face shall be: JSON of five points (default: where it is in the picture)",
+        help="where the face shall be: JSON of five points, for each person (default: where it is in "
+        "the picture)",
     )
     group.add_argument(
         "--identity-model",
         type=Path,
+        action=Once,
         metavar="FOLDER",
         help="InstantID's folder, or what `imprompt train identity` made (default: the base's)",
     )
@@ -77,8 +88,12 @@ def add_image_arguments(group: Any) -> None:
         choices=("center", "pad", "stretch", "tiles"),
         help="what is seen of an image that is not square (center)",
     )
-    group.add_argument("--negative-image", type=Path, help="a picture to get away from")
-    group.add_argument("--mask", type=Path, help="a picture: images act where it is white")
+    group.add_argument(
+        "--negative-image", type=Path, action=Once, help="a picture to get away from"
+    )
+    group.add_argument(
+        "--mask", type=Path, action=Once, help="a picture: images act where it is white"
+    )
     group.add_argument("--start", type=number, help="fraction of the steps (0)")
     group.add_argument("--end", type=number, help="fraction of the steps (1)")
     group.add_argument(
@@ -108,3 +123,10 @@ def given(arguments: argparse.Namespace, *names: str, **renamed: str) -> dict[st
         for name, value in values.items()
         if value is not None and value is not False and value != []
     }
+
+
+def adapter_path(arguments: argparse.Namespace) -> Path | None:
+    """The adapter that a command names, or else what comes with its base; None if nothing does."""
+    if arguments.adapter is not None or arguments.base != "diorama":
+        return arguments.adapter
+    return Path("diorama-instruct" if arguments.instruction else "diorama")

@@ -103,14 +103,22 @@ def new_picture(path: Path, *, overwrite: bool) -> Path:
     return path
 
 
-def save_picture(picture: Any, path: Path) -> None:
-    """Write a PIL image to where `new_picture` said that it may go.
+def save_picture(picture: Any, path: Path, text: str | None = None) -> None:
+    """Write a PIL image to where `new_picture` said that it may go, a PNG with a `text` in it.
+
+    The text stands under "parameters", where other programs look for how a picture was made.
 
     Raises:
         ImpromptError: it cannot be written, for the disk is full, say.
     """
+    from PIL.PngImagePlugin import PngInfo
+
+    options = {}
+    if text is not None and path.suffix.lower() == ".png":
+        options["pnginfo"] = PngInfo()
+        options["pnginfo"].add_itxt("parameters", text)
     try:
-        picture.save(path)
+        picture.save(path, **options)
     except OSError as error:
         raise ImpromptError(f"{path} was not written: {error.strerror or error}.") from error
 

@@ -31,6 +31,8 @@ class Explanation:
 
     def __init__(self) -> None:
         self.num_images = 0
+        self.num_image_prompts: int | None = None
+        """How many of the prompts are image prompts; persons follow. None: all are."""
         self._aspect = 1.0
         self._sums: dict[tuple[int, str], Tensor] = {}
         self._counts: dict[tuple[int, str], Tensor] = {}
@@ -91,6 +93,11 @@ class Explanation:
         """Numbers of the image prompts that acted at all."""
         return sorted({prompt for prompt, _ in self._sums})
 
+    def _name(self, prompt: int) -> str:
+        if self.num_image_prompts is None or prompt < self.num_image_prompts:
+            return f"prompt {prompt + 1}"
+        return f"person {prompt - self.num_image_prompts + 1}"
+
     def heat_maps(
         self, prompt: int = 0, part: str = "", size_px: int = 64
     ) -> Float[Tensor, "images height width"]:
@@ -150,7 +157,7 @@ class Explanation:
         for number, image in enumerate(images):
             for prompt in self.prompts:
                 cells.append(image)
-                labels.append(f"prompt {prompt + 1}")
+                labels.append(self._name(prompt))
                 for name in columns:
                     maps = [heat for (_, present), heat in by_cell.items() if present == name]
                     low = min(float(heat.min()) for heat in maps)

@@ -101,6 +101,8 @@ def generate(
             "image prompt of one: leave it out, or give one."
         )
     guidance_scale = base.guidance_scale if guidance_scale is None else guidance_scale
+    if explanation is not None:
+        explanation.num_image_prompts = len(image_prompts)
     map_controls = [map_control(control, base, size_px) for control in controls]
     effective = {n: prompt for n, prompt in enumerate(image_prompts) if prompt.is_effective}
     encoder = base.image_encoder if image_encoder is None else image_encoder

@@ -1,5 +1,7 @@
 """The command line: one clear line and status 2 for every mistake, nothing overwritten."""
 
+import re
+
 import pytest
 from PIL import Image
 from tiny_base import build_parts, write_tiny_base
@@ -7,8 +9,9 @@ from tiny_base import build_parts, write_tiny_base
 from imprompt.adapters import create_adapter
 from imprompt.bases import load_base
 from imprompt.checkpoints import save_adapter
-from imprompt.cli.generate import _image_prompts, _lowered
+from imprompt.cli.generate import _identities, _image_prompts, _lowered, _published_guidance
 from imprompt.cli.main import VERBS, create_parser, main
+from imprompt.core.errors import ImpromptError
 from imprompt.generation import published_guidance
 
 
@@ -52,7 +55,16 @@ def test_generate_with_an_image_and_a_sweep(base_folder, adapter_file, tmp_path)
     arguments += ["--adapter", adapter_file, "--steps", 2, "--num-images", 2, "--sweep", 0, 0.5, 1]
     arguments += ["--output", tmp_path / "out.png", "--separate"]
     assert main([str(argument) for argument in arguments]) == 0
-    assert Image.open(tmp_path / "out.png").size == (2 * 32, 3 * 32)
+    label_height = 14
+    assert Image.open(tmp_path / "out.png").size == (2 * 32, 3 * (32 + label_height))
+    written = [
+        Image.open(tmp_path / name).info["parameters"] for name in ("out.png", "out-003.png")
+    ]
+    assert written[0] == (
+        "a cat\nSteps: 2, Sampler: ddim, CFG scale: 7.5, Seed: 0, Size: 32x32, "
+        "Model: tiny, Adapter: adapter.safetensors, Scale: 0 0.5 1"
+    )
+    assert written[1].endswith("Scale: 0.5")
     assert len(list(tmp_path.glob("out-*.png"))) == 6
 
 
@@ -70,6 +82,8 @@ def test_inspect_says_what_a_file_is(adapter_file, capsys):
     assert main(["inspect", str(adapter_file)]) == 0
     told = capsys.readouterr().out
     assert "variant" in told and "base" in told and "parameters" in told
+    assert main(["inspect", "diorama"]) == 0
+    assert re.search(r"^base +diorama \(text width 128\)$", capsys.readouterr().out, re.M)
 
 
 def test_mistakes(base_folder, adapter_file, tmp_path, capsys):
@@ -249,6 +263,48 @@ def test_published_guidance_never_flees_from_the_image():
     published = published_guidance("use the pose")
     assert [_lowered(scale, published) for scale in (0.0, 0.1, 1.0)] == [0, 0, 0.8]
     assert _lowered(0.1, None) == 0.1
+
+
+def test_without_a_name_the_next_one_that_is_free_is_taken(
+    base_folder, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    command = ["generate", "a cat", "--base", str(base_folder), "--steps", "1", "--num-images", "1"]
+    for name in ("images.png", "images-2.png"):
+        assert main(command) == 0
+        assert capsys.readouterr().out == f"1 image in {name}\n"
+    (tmp_path / "images-3-000.png").write_bytes(b"mine")
+    assert main([*command, "--separate", "--size-px", "16", "32"]) == 0
+    assert Image.open("images-4.png").size == Image.open("images-4-000.png").size == (32, 16)
+    before = (tmp_path / "images.png").read_bytes()
+    assert "images.png exists" in refused(capsys, *command, "--output", "images.png")
+    assert (tmp_path / "images.png").read_bytes() == before
+    assert main([*command, "--seed", "1", "--overwrite"]) == 0
+    assert (tmp_path / "images.png").read_bytes() != before
+
+
+def test_published_guidance_is_one_for_all_instructions(capsys):
+    command = ["generate", "--image", "a.png", "--published-guidance"]
+    alike = [*command, "--instruction", "use the style", "--instruction", "use the face"]
+    assert _published_guidance(create_parser().parse_args(alike), None) == published_guidance(
+        "face"
+    )
+    other = [*command, "--instruction", "use the style", "--instruction", "use the pose"]
+    with pytest.raises(ImpromptError, match="'use the style' than for 'use the pose'"):
+        _published_guidance(create_parser().parse_args(other), None)
+
+
+def test_several_persons(monkeypatch, tmp_path):
+    for name in ("a.png", "b.png", "a.json", "b.json"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name, "png")
+    monkeypatch.chdir(tmp_path)
+    command = ["generate", "--identity", "a.png", "--identity", "b.png"]
+    people = _identities(create_parser().parse_args(command))
+    assert [person.landmarks for person in people] == [None, None]
+    assert people[0].identity is people[1].identity
+    command += ["--landmarks", "a.json", "--landmarks", "b.json", "--identity-scale", "0.5"]
+    people = _identities(create_parser().parse_args(command))
+    assert [(str(one.landmarks), one.scale) for one in people] == [("a.json", 0.5), ("b.json", 0.5)]
 
 
 def test_the_weights_of_a_face_adapter_are_passed_on():

@@ -7,6 +7,7 @@ import pytest
 
 from imprompt.cli.main import main
 
+HERE = __file__
 PROBE = """
 import sys
 from imprompt.cli.main import main
@@ -36,12 +37,23 @@ def refused(capsys, *arguments):
         (("--steps", "0"), "--steps: 0 was given, but must be at least 1"),
         (("--num-images", "two"), "--num-images: 'two' is no whole number"),
         (("--guidance-scale", "nan"), "--guidance-scale: 'nan' is no finite number"),
+        (("--adapter", "a.bin"), "There is no adapter a.bin; diorama, diorama-instruct come with"),
+        (("--adapter", "a.bin", "--adapter", "b.bin"), "--adapter was given twice"),
+        (("--control-model", "edges=nothere"), "There is no control model nothere; diorama-depth"),
+        (("--control-start", "0.5"), "--control-start is about controls, but no --control"),
+        (("--size-px", "8", "8", "8"), "--size-px takes one side, or height and width"),
+        (("--sweep", "0", "1", "--scale", "1"), "--sweep names all weights"),
+        (
+            ("--identity", HERE, "--landmarks", HERE, "--landmarks", HERE),
+            "2 --landmarks were given",
+        ),
         (("--sclae", "0.4"), "There is no option --sclae; did you mean --scale? (see"),
         (("-scale=0.4",), "There is no option -scale; did you mean --scale? (see"),
     ],
 )
 def test_one_line_of_a_mistake(options, told, capsys):
-    line = refused(capsys, "generate", "x", *options)
+    image = ("--image", HERE) if {"--adapter", "--sweep"} & set(options) else ()
+    line = refused(capsys, "generate", "x", *image, *options)
     assert line.startswith("imprompt: error: ") and told in line
 
 
