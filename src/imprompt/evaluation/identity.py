@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from imprompt.adapters import ImagePromptAdapter
 from imprompt.bases import Base
@@ -34,13 +34,12 @@ from imprompt.evaluation.portraits import (
     unseen_portraits,
 )
 from imprompt.generation.conditions import TokenPrompt
-from imprompt.generation.controls import MapControl
+from imprompt.generation.controls import MapControl, placed
 from imprompt.generation.faces import (
     face_encoder_of,
     face_features,
     face_features_of_nothing,
 )
-from imprompt.generation.identity import net_control
 from imprompt.systems.classifier import Judge
 
 
@@ -104,10 +103,15 @@ def draw_identity(
         prompts = [TokenPrompt(handle=handle, tokens=tokens, zero_tokens=zero, scale=scale)]
         controls: list[MapControl] = []
         if isinstance(identity, Identity) and not without.net:
-            nn.Module.to(identity.net, device=base.device, dtype=base.dtype)
             size_px = base.image_size_px
-            maps = landmark_images(landmarks_of(portraits.targets), size_px, size_px)
-            controls = [net_control(identity, base, tokens, zero, maps, weight=net_weight)]
+            control = MapControl(
+                module=placed(identity.net, base),
+                maps=landmark_images(landmarks_of(portraits.targets), size_px, size_px),
+                weight=net_weight,
+                tokens=tokens,
+                zero_tokens=zero,
+            )
+            controls = [control]
         return draw(
             base,
             portraits.texts,

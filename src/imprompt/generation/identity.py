@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from os import PathLike
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from imprompt.adapters import Handle
@@ -129,40 +128,16 @@ def read_person(
         )
     if prompt.is_in_the_net:
         size = height_and_width(size_px, base.image_size_px)
-        control = net_control(
-            prompt.identity,
-            base,
-            tokens,
-            zero_tokens,
-            landmark_images(_landmarks(prompt, faces, size), *size),
+        control = MapControl(
+            module=prompt.identity.net,
+            maps=landmark_images(_landmarks(prompt, faces, size), *size),
             weight=prompt.net_weight,
             start=prompt.start,
             end=prompt.end,
+            tokens=tokens,
+            zero_tokens=zero_tokens,
         )
     return Person(beside, control)
-
-
-def net_control(
-    identity: Identity,
-    base: Base,
-    tokens: Float[Tensor, "images tokens dim"],
-    zero_tokens: Float[Tensor, "one tokens dim"],
-    maps: Float[Tensor, "images 3 height width"],
-    *,
-    weight: Number = 1.0,
-    start: Number = 0.0,
-    end: Number = 1.0,
-) -> MapControl:
-    """IdentityNet, where the base is and in its precision, with ready tokens and drawings of landmarks."""
-    return MapControl(
-        module=identity.net,
-        maps=maps,
-        weight=weight,
-        start=start,
-        end=end,
-        tokens=tokens,
-        zero_tokens=zero_tokens,
-    )
 
 
 def _landmarks(prompt: IdentityPrompt, faces: FaceEncoder, size: tuple[int, int]) -> Tensor:
