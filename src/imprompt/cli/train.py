@@ -29,10 +29,10 @@ def add_parser(verbs: Any) -> None:
         run,
         about="train a system on prepared data or on pairs as they are; the same command again resumes",
         examples="  imprompt train image-prompt --data data/ --output runs/first \\\n"
-        "      --preset diorama-image-prompt --set train.steps=2000\n"
+        "      --preset diorama --set train.steps=2000\n"
         "  imprompt train image-prompt --data sd15-data/ --base models/sd15 --output runs/sd15 \\\n"
         "      --preset image-prompt\n"
-        "  imprompt train controlnet --data data/ --output runs/depth --preset diorama-controlnet \\\n"
+        "  imprompt train controlnet --data data/ --output runs/depth --preset diorama \\\n"
         "      --set system.kind=depth\n"
         "  imprompt train --settings controlnet\n"
         "  torchrun --nproc_per_node 8 -m imprompt train image-prompt … --engine zero2 --processes 8",
@@ -75,7 +75,10 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("--base", default="diorama", help="diorama, a folder, a file or a hub id")
     add_image_encoder_argument(parser)
     add_device_argument(parser, "; of several processes each takes its own")
-    parser.add_argument("--preset", help="name of a preset, or a TOML file")
+    parser.add_argument(
+        "--preset",
+        help="name of a preset (diorama is the system's own on the embedded base), or a TOML file",
+    )
     parser.add_argument(
         "--engine",
         default="auto",
