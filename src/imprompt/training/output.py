@@ -57,7 +57,8 @@ def claim_output(output: Path, identity: dict[str, Any]) -> None:
         if differing:
             raise ImpromptError(
                 f"{output} holds another run (different: {'; '.join(differing[:3])}). "
-                "Choose another output folder, or repeat that run's settings to go on with it."
+                "Repeat that run's settings to go on with it, or choose another output folder; "
+                "system.start_from lets a new run begin with what this one has learned."
             )
         return
     if output.exists() and any(path.name != "run.json.writing" for path in output.iterdir()):
