@@ -78,7 +78,11 @@ def evaluate(
             raise ImpromptError("No control is shipped; name one with --control-model KIND=FOLDER.")
         controls = {kind: load_control(folder) for kind, folder in folders.items()}
         reader = load_map_reader(map_reader_file)
-        _, _, rows = measure_controls(base, controls, reader, judge, sampling, count=count)
+        is_embedded = base.name == "diorama"
+        beside = load_adapter(shipped_adapter(), device=base.device) if is_embedded else None
+        _, _, rows = measure_controls(
+            base, controls, reader, judge, sampling, count=count, adapter=beside
+        )
         return {f"{row.name}: {k}": value for row in rows for k, value in row.figures.items()}
     if what == "identity":
         path = adapter_file or shipped_identity()

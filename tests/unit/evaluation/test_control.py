@@ -4,11 +4,14 @@ import pytest
 import torch
 
 from imprompt.bases import load_base
-from imprompt.checkpoints import LoadedControl
+from imprompt.bases.diorama import diorama_folder
+from imprompt.checkpoints import LoadedControl, load_adapter
+from imprompt.checkpoints.shipped import shipped_adapter
 from imprompt.cli.main import main
 from imprompt.evaluation.control import measure_controls, table, unlike
 from imprompt.evaluation.judge import load_judge
 from imprompt.evaluation.measure import Sampling, unseen_scenes
+from imprompt.evaluation.run import evaluate
 from imprompt.systems.controlnet import create_controlnet
 from imprompt.systems.map_reader import MapReader
 from imprompt.systems.t2i_adapter import create_t2i_adapter
@@ -53,6 +56,48 @@ def test_controls_are_used_in_the_base_s_precision():
         base, controls, MapReader(width=4).eval(), load_judge(), sampling, count=1, weights=(1.0,)
     )
     assert rows[-1].images.isfinite().all()
+
+
+def test_image_prompts_beside_a_control():
+    base = load_base("diorama")
+    controls = {"depth": LoadedControl(create_t2i_adapter(base).eval())}
+    reader = MapReader(width=4).eval()
+    sampling = Sampling(steps=1, guidance_scale=2.0)
+    adapter = load_adapter(shipped_adapter())
+
+    def measured(scale):
+        _, _, rows = measure_controls(
+            base, controls, reader, load_judge(), sampling,
+            count=2, weights=(), adapter=adapter, image_scale=scale,
+        )  # fmt: skip
+        assert [row.name for row in rows][2:] == ["image prompt", "depth and image prompt"]
+        assert all(row.images.isfinite().all() for row in rows)
+        return rows[2].images, rows[3].images
+
+    alone, both = measured(1.0)
+    silent, control_alone = measured(0.0)
+    for first, second in ((alone, both), (alone, silent), (both, control_alone)):
+        assert not torch.allclose(first, second)
+
+
+@pytest.mark.parametrize("is_embedded", [True, False])
+def test_image_prompts_are_measured_on_the_embedded_base(is_embedded, tmp_path):
+    figures = evaluate(
+        "control",
+        adapter_file=None,
+        load=lambda: load_base("diorama" if is_embedded else diorama_folder()),
+        count=2,
+        steps=1,
+        sampler="ddim",
+        guidance_scale=2.0,
+        scale=1.0,
+        seed=0,
+        output=tmp_path,
+    )
+    names = {name.split(": ")[0] for name in figures}
+    assert {"no control", "segmentation and depth"} <= names
+    beside = {"image prompt", "segmentation and depth and image prompt"}
+    assert names & beside == (beside if is_embedded else set())
 
 
 def test_image_prompts_show_other_objects_in_other_looks():

@@ -2,15 +2,18 @@
 
 import numpy as np
 import pytest
+from PIL import Image
 from slow import needs_slow_tests
 
 from imprompt.bases import load_base
 from imprompt.data.instructions import TASKS
+from imprompt.evaluation import instruction_map
 from imprompt.evaluation.instruction_map import (
     COLOURS,
     all_instructions,
     draw_points,
     instruction_points,
+    map_instructions,
     nearest_share,
 )
 
@@ -33,6 +36,17 @@ def test_every_task_is_drawn_in_its_colour():
     image = draw_points(points, [0, 1, 2, 3, 4] * 2)
     found = {colour for _, colour in image.getcolors(1 << 20)}
     assert set(COLOURS) <= found
+
+
+def test_the_map_is_drawn_and_measured(tmp_path, monkeypatch):
+    pytest.importorskip("sklearn")
+    texts, tasks = all_instructions()
+    monkeypatch.setattr(instruction_map, "all_instructions", lambda: (texts[::12], tasks[::12]))
+    figures = map_instructions(load_base("diorama"), tmp_path / "map")
+    assert list(figures) == ["nearest neighbour is of the same task"]
+    assert 0.2 < figures["nearest neighbour is of the same task"] <= 1.0
+    with Image.open(tmp_path / "map" / "instructions.png") as picture:
+        assert set(COLOURS) <= {colour for _, colour in picture.getcolors(1 << 20)}
 
 
 @needs_slow_tests("computes a t-SNE")
