@@ -41,7 +41,7 @@ def test_every_task_is_drawn_in_its_colour():
 def test_the_map_is_drawn_and_measured(tmp_path, monkeypatch):
     pytest.importorskip("sklearn")
     texts, tasks = all_instructions()
-    monkeypatch.setattr(instruction_map, "all_instructions", lambda: (texts[::12], tasks[::12]))
+    monkeypatch.setattr(instruction_map, "all_instructions", lambda *_: (texts[::12], tasks[::12]))
     figures = map_instructions(load_base("diorama"), tmp_path / "map")
     assert list(figures) == ["nearest neighbour is of the same task"]
     assert 0.2 < figures["nearest neighbour is of the same task"] <= 1.0
