@@ -25,6 +25,7 @@ from imprompt.data.rows import Rows
 from imprompt.systems.denoising import (
     Denoising,
     check_same_base,
+    made_for,
     mean_in_parts,
     replace_rows,
     sample_posterior,
@@ -175,9 +176,5 @@ class ControlSystem:
     def export(self, path: Path) -> None:
         """Write a folder that diffusers' own class loads, in half precision, and what it reads."""
         save_network(self.module, path)
-        described = {
-            "kind": self._kind,
-            "base": self.base.name,
-            "base_fingerprint": self.base.fingerprint(),
-        }
+        described = {"kind": self._kind, **made_for(self.base)}
         (path / DESCRIPTION).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")

@@ -39,6 +39,24 @@ def check_same_base(columns: Rows, base: Base) -> None:
     )
 
 
+def made_for(base: Base) -> dict[str, str]:
+    """What a file that was trained beside a base tells of it."""
+    return {"base": base.name, "base_fingerprint": base.fingerprint()}
+
+
+def drawn_shares(draw: Tensor, shares: Sequence[float]) -> list[Tensor]:
+    """For each share which samples it gets, (batch,), by one number in [0, 1) each.
+
+    No sample is in two shares, so that they add up.
+    """
+    masks: list[Tensor] = []
+    begin = 0.0
+    for share in shares:
+        masks.append((draw >= begin) & (draw < begin + share))
+        begin += share
+    return masks
+
+
 def framing_columns(columns: Sequence[str], base: Base, data: Rows) -> tuple[str, ...]:
     """What is read beside a system's own columns: the framing, if it denoises, the base reads it and the
     data have it. Data that were prepared without show whole pictures."""

@@ -33,6 +33,7 @@ from imprompt.systems.controlnet import check_controlnet, control_residuals, cre
 from imprompt.systems.denoising import (
     Denoising,
     check_same_base,
+    made_for,
     mean_in_parts,
     replace_rows,
     sample_posterior,
@@ -193,11 +194,7 @@ class IdentitySystem:
     def export(self, path: Path) -> None:
         """Write a folder as InstantID's: the adapter's file, and a ControlNet that diffusers loads."""
         path.mkdir(parents=True, exist_ok=True)
-        metadata = {
-            "base": self.base.name,
-            "base_fingerprint": self.base.fingerprint(),
-            "reads": "id_embeds",
-        }
+        metadata = {**made_for(self.base), "reads": "id_embeds"}
         save_adapter(self.adapter, path / ADAPTER_FILE, metadata, dtype=torch.float16)
         save_network(self.net, path / CONTROLNET_FOLDER)
         described = {"kind": "identity", **self.adapter.metadata, **metadata}

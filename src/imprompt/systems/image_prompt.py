@@ -28,6 +28,8 @@ from imprompt.data.rows import Rows
 from imprompt.systems.denoising import (
     Denoising,
     check_same_base,
+    drawn_shares,
+    made_for,
     mean_in_parts,
     replace_rows,
     sample_posterior,
@@ -213,7 +215,7 @@ class ImagePromptSystem:
 
     def export(self, path: Path) -> None:
         """Write what was trained as one safetensors file; an adapter with the official keys."""
-        metadata = {"base": self.base.name, "base_fingerprint": self.base.fingerprint()}
+        metadata = made_for(self.base)
         if isinstance(self.module, ImagePromptAdapter):
             save_adapter(self.module, path, metadata)
         else:
@@ -225,9 +227,7 @@ def drops(randomness: Randomness, options: ImagePromptOptions) -> tuple[Tensor, 
 
     One draw decides between the three cases, so their shares add up as they do in the paper.
     """
-    draw = randomness.uniform("drop")
-    only_image = draw < options.drop_image
-    only_text = (draw >= options.drop_image) & (draw < options.drop_image + options.drop_text)
-    share = options.drop_image + options.drop_text + options.drop_both
-    both = (draw >= options.drop_image + options.drop_text) & (draw < share)
+    only_image, only_text, both = drawn_shares(
+        randomness.uniform("drop"), (options.drop_image, options.drop_text, options.drop_both)
+    )
     return only_image | both, only_text | both

@@ -26,6 +26,8 @@ from imprompt.encoders.instruction import EMBEDDINGS, METADATA_KEY, instruction_
 from imprompt.systems.denoising import (
     Denoising,
     check_same_base,
+    drawn_shares,
+    made_for,
     mean_in_parts,
     replace_rows,
     sample_posterior,
@@ -277,8 +279,7 @@ class InstructSystem:
 
     def export(self, path: Path) -> None:
         """Write the adapter with the official keys."""
-        metadata = {"base": self.base.name, "base_fingerprint": self.base.fingerprint()}
-        save_adapter(self.module, path, metadata)
+        save_adapter(self.module, path, made_for(self.base))
 
 
 def drops(randomness: Randomness, options: InstructOptions) -> tuple[Tensor, Tensor, Tensor]:
@@ -287,19 +288,10 @@ def drops(randomness: Randomness, options: InstructOptions) -> tuple[Tensor, Ten
     One draw decides, so that the shares add up. A sample without an image keeps its instruction,
     unless it loses everything.
     """
-    draw = randomness.uniform("drop")
-    shares = (
-        options.drop_image,
-        options.drop_text,
-        options.drop_instruction,
-        options.drop_all,
+    image, text, instruction, everything = drawn_shares(
+        randomness.uniform("drop"),
+        (options.drop_image, options.drop_text, options.drop_instruction, options.drop_all),
     )
-    masks: list[Tensor] = []
-    begin = 0.0
-    for share in shares:
-        masks.append((draw >= begin) & (draw < begin + share))
-        begin += share
-    image, text, instruction, everything = masks
     return image | everything, text | everything, instruction | everything
 
 

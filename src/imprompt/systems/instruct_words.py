@@ -31,7 +31,7 @@ from imprompt.core.randomness import Randomness
 from imprompt.data.instructions import TASKS
 from imprompt.data.rows import Rows
 from imprompt.encoders.instruction import instruction_states
-from imprompt.systems.denoising import check_same_base, mean_in_parts, replace_rows
+from imprompt.systems.denoising import check_same_base, made_for, mean_in_parts, replace_rows
 from imprompt.systems.instruct import InstructOptions, instruct_adapter, new_like
 
 NUM_ROWS_FOR_SCALE = 2048
@@ -253,8 +253,7 @@ class InstructWordsSystem:
 
     def export(self, path: Path) -> None:
         """Write the adapter, for `systems.instruct` to start from."""
-        metadata = {"base": self.base.name, "base_fingerprint": self.base.fingerprint()}
-        save_adapter(self.adapter, path, metadata)
+        save_adapter(self.adapter, path, made_for(self.base))
 
 
 def _only(
