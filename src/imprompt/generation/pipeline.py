@@ -15,13 +15,14 @@ from imprompt.bases.words import unread_part
 from imprompt.core.errors import ImpromptError
 from imprompt.core.images import pixels_to_images
 from imprompt.core.progress import say
+from imprompt.generation.branches import Guidance
 from imprompt.generation.conditions import check_finite
 from imprompt.generation.controls import Control, map_control, placed
 from imprompt.generation.explanation import Explanation
 from imprompt.generation.identity import IdentityPrompt, read_person
 from imprompt.generation.instructed import words_of
 from imprompt.generation.prompts import ImagePrompt, installed, token_prompt
-from imprompt.generation.sampler import default_batch_size, is_guided, sample_latents
+from imprompt.generation.sampler import default_batch_size, sample_latents
 
 
 def generate(
@@ -123,6 +124,10 @@ def generate(
         words = None
         if any(adapter.variant == "instruct" for adapter in adapters):
             words = words_of(base, prompts, text_states[: len(prompts)], negative_prompts)
+        guidance = Guidance(
+            scale=guidance_scale, image=image_guidance_scale, instruction=instruction_guidance_scale
+        )
+        is_guided = "unconditional" in guidance.branches(has_prompts=True)
         token_prompts = [
             token_prompt(
                 image_prompt,
@@ -130,9 +135,7 @@ def generate(
                 encoder,
                 words,
                 number,
-                is_guided=is_guided(
-                    guidance_scale, image_guidance_scale, instruction_guidance_scale
-                ),
+                is_guided=is_guided,
             )
             for number, image_prompt in effective.items()
         ]

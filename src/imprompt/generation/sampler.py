@@ -12,14 +12,9 @@ from imprompt.bases import Base, TextStates
 from imprompt.core.errors import ImpromptError
 from imprompt.core.progress import progress
 from imprompt.core.randomness import Randomness, generator
-from imprompt.diffusion.guidance import (
-    guide,
-    guide_by_instruction,
-    guide_separately,
-    rescale,
-)
 from imprompt.diffusion.samplers import create_sampler, uses_noise
-from imprompt.generation.conditions import Branch, TokenPrompt, conditions_by_step
+from imprompt.generation.branches import Guidance, stacked_text
+from imprompt.generation.conditions import TokenPrompt, conditions_by_step
 from imprompt.generation.controls import ControlRun, MapControl
 from imprompt.generation.explanation import Explanation
 
@@ -78,9 +73,13 @@ def sample_latents(
     # Prompts that were told something may all be silent, as in a sweep of their weight.
     if not any(prompt.uninstructed_tokens is not None for prompt in prompts):
         instruction_guidance_scale = None
-    branches = _branches(
-        guidance_scale, image_guidance_scale, instruction_guidance_scale, bool(prompts)
+    guidance = Guidance(
+        scale=guidance_scale,
+        image=image_guidance_scale,
+        instruction=instruction_guidance_scale,
+        rescaled=guidance_rescale,
     )
+    branches = guidance.branches(has_prompts=bool(prompts))
     if branches[0] == "unconditional":
         if negative_text_states is None:
             raise ImpromptError(
@@ -106,9 +105,8 @@ def sample_latents(
     with bar as shown:
         for start in range(0, num_images, batch_size):
             rows = slice(start, min(start + batch_size, num_images))
-            scheduler = create_sampler(sampler, base.scheduler.config, steps)
-            stacked_text = _stack_text(text_states, negative_text_states, branches, rows)
-            stacked_text = stacked_text.to(base.device, base.dtype)
+            text = stacked_text(text_states, negative_text_states, branches, rows)
+            text = text.to(base.device, base.dtype)
             conditions = conditions_by_step(
                 prompts,
                 branches,
@@ -116,31 +114,22 @@ def sample_latents(
                 num_images,
                 num_steps,
                 explanation,
-                text_states=stacked_text.sequence,
+                text_states=text.sequence,
                 latent_size=latent_shape[1:],
             )
-            control_run = ControlRun(
-                controls, base, branches, rows, num_images, num_steps, stacked_text
-            )
+            control_run = ControlRun(controls, base, branches, rows, num_images, num_steps, text)
+            scheduler = create_sampler(sampler, base.scheduler.config, steps)
             latents = initial_noise(seed, indices[rows], latent_shape).to(base.device)
             latents = latents.to(base.dtype) * scheduler.init_noise_sigma
             extra = {}
             if uses_noise(sampler):
                 extra["generator"] = _step_generators(seed, indices[rows])
-
             for step, timestep in enumerate(scheduler.timesteps):
                 scaled = scheduler.scale_model_input(latents, timestep)
                 stacked = torch.cat([scaled] * len(branches)) if len(branches) > 1 else scaled
                 residuals = control_run.residuals(stacked, timestep, step)
-                output = base.denoise(stacked, timestep, stacked_text, conditions[step], residuals)
-                output = _guided(
-                    output,
-                    branches,
-                    guidance_scale,
-                    image_guidance_scale,
-                    instruction_guidance_scale,
-                    guidance_rescale,
-                )
+                output = base.denoise(stacked, timestep, text, conditions[step], residuals)
+                output = guidance.of(output, branches)
                 latents = scheduler.step(output, timestep, latents, return_dict=False, **extra)[0]
                 if shown is not None:
                     shown.update(1)
@@ -170,82 +159,3 @@ def _step_generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]
         torch.Generator().manual_seed(int(generator(seed, index, "step noise").integers(2**63)))
         for index in indices
     ]
-
-
-def is_guided(
-    guidance_scale: Number,
-    image_guidance_scale: Number | None = None,
-    instruction_guidance_scale: Number | None = None,
-) -> bool:
-    """Whether images drawn from image prompts with these strengths have an unconditional part."""
-    scales = (guidance_scale, image_guidance_scale, instruction_guidance_scale)
-    return "unconditional" in _branches(*scales, has_prompts=True)
-
-
-def _branches(
-    guidance_scale: Number,
-    image_guidance_scale: Number | None,
-    instruction_guidance_scale: Number | None,
-    has_prompts: bool,
-) -> list[Branch]:
-    if instruction_guidance_scale is not None:
-        return ["unconditional", "image_only", "uninstructed", "conditional"]
-    image_scale = guidance_scale if image_guidance_scale is None else image_guidance_scale
-    if image_scale != guidance_scale and has_prompts:
-        return ["unconditional", "image_only", "conditional"]
-    if guidance_scale != 1:
-        return ["unconditional", "conditional"]
-    return ["conditional"]
-
-
-def _stack_text(
-    text_states: TextStates, negative: TextStates | None, branches: Sequence[Branch], rows: slice
-) -> TextStates:
-    text = text_states[rows]
-    if len(branches) == 1:
-        return text
-    assert negative is not None
-    negative = negative[rows] if len(negative) == len(text_states) else negative
-    negative = negative.expand(len(text))
-    read = {"conditional": text, "unconditional": negative, "image_only": negative}
-    if "uninstructed" in branches:
-        # As published: of Stable Diffusion XL the whole text's one state, and the sizes, stay.
-        beside = TextStates(negative.sequence, text.pooled, text.framing)
-        read |= {"image_only": beside, "uninstructed": beside}
-    return TextStates.join([read[branch] for branch in branches])
-
-
-def _guided(
-    output: Tensor,
-    branches: Sequence[Branch],
-    guidance_scale: Number,
-    image_guidance_scale: Number | None,
-    instruction_guidance_scale: Number | None,
-    guidance_rescale: Number,
-) -> Tensor:
-    if len(branches) == 1:
-        return output
-    unconditional, *image_only, conditional = output.chunk(len(branches))
-    if instruction_guidance_scale is not None:
-        guided = guide_by_instruction(
-            unconditional,
-            image_only[0],
-            image_only[1],
-            conditional,
-            float(guidance_scale),
-            float(guidance_scale if image_guidance_scale is None else image_guidance_scale),
-            float(instruction_guidance_scale),
-        )
-    elif image_only and image_guidance_scale is not None:
-        guided = guide_separately(
-            unconditional,
-            image_only[0],
-            conditional,
-            float(guidance_scale),
-            float(image_guidance_scale),
-        )
-    else:
-        guided = guide(unconditional, conditional, float(guidance_scale))
-    if guidance_rescale > 0:
-        guided = rescale(guided, conditional, float(guidance_rescale))
-    return guided
