@@ -197,10 +197,10 @@ def _begin(system: System, config: TrainConfig, processes: Processes) -> Trainin
     system.module.train()
     count = sum(parameter.numel() for _, parameter in named)
     engine = create_engine(processes, system, config)
-    where = f"in {processes.count} processes ({processes.engine})" if processes.count > 1 else ""
+    where = f" in {processes.count} processes ({processes.engine})" if processes.count > 1 else ""
     say_once(
         processes,
-        f"{count:,} parameters train {where} for {config.steps:,} steps of {config.batch_size} samples; "
+        f"{count:,} parameters train{where} for {config.steps:,} steps of {config.batch_size} samples; "
         f"weights, moments and average take {count * 4 * (4 if config.ema_decay else 3) / 1e6:.0f} MB",
     )
     state_dict = system.module.state_dict()
