@@ -8,11 +8,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from imprompt.bases.folder import first_line
+from imprompt.bases.folder import first_line, quiet_libraries
 from imprompt.bases.lora_files import put_lora
 from imprompt.bases.protocol import Base
 from imprompt.core.errors import ImpromptError
 
+FILE_SUFFIXES = (".safetensors", ".bin", ".pt", ".ckpt")
 A1111_VECTORS = {"emb_params"}
 XL_VECTORS = {"clip_l", "clip_g"}
 
@@ -122,7 +123,8 @@ def _teach_both(pipeline: Any, vectors: dict[str, Any], token: str) -> None:
 
 def pipeline_of(base: Base) -> Any:
     """A stock pipeline of a base's own networks: what is done to it is done to the base."""
-    import diffusers
+    with quiet_libraries():  # which remark on what they import
+        from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
     parts: dict[str, Any] = {
         "unet": base.unet,
@@ -133,16 +135,17 @@ def pipeline_of(base: Base) -> Any:
     }
     if hasattr(base, "text_encoder_2"):
         second: Any = base
-        return diffusers.StableDiffusionXLPipeline(
+        return StableDiffusionXLPipeline(
             **parts, text_encoder_2=second.text_encoder_2, tokenizer_2=second.tokenizer_2
         )
-    pipeline_class: Any = diffusers.StableDiffusionPipeline  # its signature forbids what it allows
+    pipeline_class: Any = StableDiffusionPipeline  # its signature forbids what it allows
     return pipeline_class(
         **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
     )
 
 
 def _place(source: str | Path) -> str:
-    if isinstance(source, Path) and not source.exists():
+    is_file = isinstance(source, Path) or Path(source).suffix in FILE_SUFFIXES
+    if is_file and not Path(source).exists():  # other words name a model on the hub
         raise FileNotFoundError(f"there is no such file or folder as {source}")
     return str(source)

@@ -38,6 +38,8 @@ def _of_unet(unet: Any, tensors: dict[str, Any]) -> dict[str, Any]:
     """The tensors by the names of the UNet's own layers."""
     from diffusers.utils import convert_unet_state_dict_to_peft
 
+    if tensors and not any("lora" in key.lower() for key in tensors):
+        raise ValueError(f"it holds no LoRA, but tensors such as {min(tensors)!r}")
     tensors = {key.removeprefix(PEFT_PREFIX): value for key, value in tensors.items()}
     if not any(".lora_A." in key for key in tensors):
         tensors = convert_unet_state_dict_to_peft(tensors)

@@ -265,3 +265,12 @@ def test_what_does_not_fit_is_told(base, tmp_path):
     save_file({"<thing>": torch.zeros(TEXT_DIM + 1)}, tmp_path / "wide.safetensors")
     with pytest.raises(ImpromptError, match="does not go on tiny"):
         add_textual_inversion(base, tmp_path / "wide.safetensors")
+
+
+def test_a_file_that_is_missing_or_no_lora_is_told_so(base, tmp_path):
+    for source in ("nowhere.safetensors", tmp_path / "nowhere"):
+        with pytest.raises(ImpromptError, match="there is no such file or folder as .*nowhere"):
+            add_lora(base, source)
+    save_file({"features.weight": torch.ones(2)}, tmp_path / "judge.safetensors")
+    with pytest.raises(ImpromptError, match="holds no LoRA, but tensors such as 'features.weight'"):
+        add_lora(base, tmp_path / "judge.safetensors")
