@@ -8,6 +8,7 @@ from typing import Any
 
 from imprompt.cli.parsing import at_least, number
 from imprompt.cli.verb import add_place_arguments, add_verb, load_placed_base, name_and_value
+from imprompt.core.errors import ImpromptError
 from imprompt.core.progress import say
 from imprompt.diffusion.samplers import SAMPLERS
 
@@ -110,7 +111,28 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
+# What reads what else a command may name.
+READERS = {
+    "adapter": ("adapter", "identity", "instruct"),
+    "map_reader": ("control",),
+    "control_model": ("control",),
+    "face_encoder": ("identity",),
+}
+
+
+def check_is_read(arguments: argparse.Namespace) -> None:
+    """Raise an ImpromptError if something was given that this measurement does not look at."""
+    for name, readers in READERS.items():
+        if getattr(arguments, name) and arguments.what not in readers:
+            value = arguments.adapter if name == "adapter" else f"--{name.replace('_', '-')}"
+            raise ImpromptError(
+                f"--what {arguments.what} does not look at {value}: leave it out, or say --what "
+                f"{' or '.join(readers)}."
+            )
+
+
 def run(arguments: argparse.Namespace) -> None:
+    check_is_read(arguments)
     say("loading…")
     import json
 

@@ -101,20 +101,18 @@ def open_data(
     Several are joined; all of them must be prepared.
 
     Raises:
-        ImpromptError: it is neither, or it is prepared and a face encoder is given; of several, one is
+        ImpromptError: it is neither, or it is prepared and it is said how to read it; of several, one is
             not prepared, or they do not fit together.
     """
     if not isinstance(data, Path | str):
         if len(data) > 1:
-            if face_encoder is not None:
-                raise ImpromptError(_FACES_ARE_READ.format(" ".join(map(str, data))))
+            _check_nothing_is_left_to_read(" ".join(map(str, data)), size_px, reading, face_encoder)
             return JoinedColumns([Columns.open(part) for part in data])
         (data,) = data
     name = str(data)
     is_prepared = any((Path(name) / file).exists() for file in ("meta.json", "begun.json"))
     if is_prepared or "://" in name or (":" not in name and not Path(name).exists()):
-        if face_encoder is not None:
-            raise ImpromptError(_FACES_ARE_READ.format(name))
+        _check_nothing_is_left_to_read(name, size_px, reading, face_encoder)
         return Columns.open(data)
     try:
         return PairsOnTheFly(
@@ -127,6 +125,26 @@ def open_data(
         )
     except ImpromptError as error:
         raise ImpromptError(f"{name} is no prepared data, and no source either: {error}") from error
+
+
+def _check_nothing_is_left_to_read(
+    name: str, size_px: int | None, reading: Reading | None, face_encoder: str | None
+) -> None:
+    """Raise an ImpromptError if something was said of how to read pictures that are prepared."""
+    if face_encoder is not None:
+        raise ImpromptError(_FACES_ARE_READ.format(name))
+    reading = reading or Reading()
+    said = {
+        "--size-px": size_px,
+        "--image-root": reading.image_root,
+        "--image-key": reading.image_key,
+        "--caption-key": reading.caption_key,
+    }
+    for option, value in said.items():
+        if value is not None:
+            raise ImpromptError(
+                f"{name} is prepared: its pictures are read already. Leave {option} out."
+            )
 
 
 def run_training(

@@ -159,6 +159,10 @@ def test_training_names_the_nearest_setting_and_system(base_folder, tmp_path, ca
     assert "validation_rows" in refused(
         capsys, "train", "image-prompt", *train, "--set", "train.steps=3"
     )
+    for option in ("--size-px", "--image-root", "--image-key", "--caption-key", "--face-encoder"):
+        assert f"Leave {option} out" in refused(
+            capsys, "train", "image-prompt", *train, option, "1"
+        )
     settings = ["--set", "train.steps=3", "--set", "train.validation_rows=2"]
     arguments = ["train", "image-prompt", *train, *settings]
     assert main([str(argument) for argument in arguments]) == 0

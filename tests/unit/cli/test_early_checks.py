@@ -64,6 +64,25 @@ def test_a_misspelt_option_is_told_before_a_missing_one(capsys):
     assert "invalid choice: 'generat'" in refused(capsys, "generat")
 
 
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        (("a.safetensors", "--what", "base"), "--what base does not look at a.safetensors"),
+        (
+            ("--map-reader", "a"),
+            "--what adapter does not look at --map-reader: leave it out, or say",
+        ),
+        (
+            ("--what", "instruct", "--face-encoder", "a"),
+            "--face-encoder: leave it out, or say --what",
+        ),
+        (("--control-model", "depth=a"), "or say --what control."),
+    ],
+)
+def test_what_a_measurement_does_not_look_at(command, told, capsys):
+    assert told in refused(capsys, "evaluate", *command)
+
+
 def test_nothing_heavy_is_imported_for_it():
     for options in (["--image", "nothere.png"], ["--steps", "0"], ["--scale", "0.4"]):
         command = [sys.executable, "-c", PROBE, "generate", "x", *options]
