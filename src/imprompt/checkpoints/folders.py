@@ -7,7 +7,7 @@ from imprompt.checkpoints.controls import CLASSES, DESCRIPTION
 from imprompt.checkpoints.messages import one_line
 from imprompt.core.errors import ImpromptError
 
-NAMES = dict(zip(CLASSES, ("ControlNet", "T2I-Adapter"), strict=True))
+NAMES: dict[str, str] = dict(zip(CLASSES, ("ControlNet", "T2I-Adapter"), strict=True))
 # What `imprompt train` leaves in the folder of a run.
 EXPORTS = ("adapter.safetensors", "control", "identity")
 

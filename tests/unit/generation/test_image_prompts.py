@@ -166,3 +166,10 @@ def test_what_is_no_image_prompt_is_told(base_adapter, pictures):
     for prompts in (["photo.png"], "photo.png", [prompt, "photo.png"]):
         with pytest.raises(ImpromptError, match=r"a str is among them.*imprompt\.ImagePrompt"):
             _listed(prompts, ImagePrompt, "image_prompts")
+
+
+def test_an_explanation_counts_persons_apart_from_image_prompts():
+    explanation = Explanation()
+    assert explanation._name(1) == "prompt 2"
+    explanation.num_image_prompts = 1
+    assert [explanation._name(n) for n in range(3)] == ["prompt 1", "person 1", "person 2"]
