@@ -50,11 +50,18 @@ class Guidance:
         scale = float(self.scale)
         image = scale if self.image is None else float(self.image)
         if self.instruction is not None:
+            image_only, uninstructed = between
             guided = guide_by_instruction(
-                unconditional, *between, conditional, scale, image, float(self.instruction)
+                unconditional,
+                image_only,
+                uninstructed,
+                conditional,
+                scale,
+                image,
+                float(self.instruction),
             )
         elif between:
-            guided = guide_separately(unconditional, *between, conditional, scale, image)
+            guided = guide_separately(unconditional, between[0], conditional, scale, image)
         else:
             guided = guide(unconditional, conditional, scale)
         if self.rescaled > 0:
