@@ -5,14 +5,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
 
+from imprompt.bases import ClipImageEncoder
 from imprompt.bases.stable_diffusion import StableDiffusionBase
 from imprompt.bases.stable_diffusion_xl import StableDiffusionXLBase
 from imprompt.core.randomness import Randomness
 from imprompt.data.dataset import Columns, ColumnsWriter
+from imprompt.training.config import TrainConfig
+from imprompt.training.loop import train
 
-LATENT_SIDE = 32  # 256 pixels
+LATENT_SIDE = 16  # 128 pixels
+VIT_H_STATES = (257, 1280)
 XL: dict[str, Any] = {
     "cross_attention_dim": 2048,
     "sample_size": 128,
@@ -65,6 +75,20 @@ def full_size_base(device: str, is_xl: bool = False, image_encoder: Any = None) 
         return StableDiffusionXLBase(**parts, text_encoder_2=second, tokenizer_2=None)
 
 
+def vit_h(device: str) -> ClipImageEncoder:
+    """An image encoder whose states have ViT-H's shape; of its layers only as many as it takes to have
+    a last one."""
+    tokens, width = VIT_H_STATES
+    vision = CLIPVisionConfig(
+        hidden_size=width, num_hidden_layers=1, num_attention_heads=16, patch_size=14,
+        projection_dim=1024,
+    )  # fmt: skip
+    with torch.device(device):
+        encoder = ClipImageEncoder(CLIPVisionModelWithProjection(vision))
+    assert encoder.zero_hidden_states().shape == (1, tokens, width)
+    return encoder
+
+
 def untrained(monkeypatch) -> None:
     """Let bases of Stable Diffusion 1.5's kind do without a tokenizer and a fingerprint."""
     monkeypatch.setattr(StableDiffusionBase, "fingerprint", lambda _: "random")
@@ -73,22 +97,34 @@ def untrained(monkeypatch) -> None:
     )
 
 
-def two_rows(folder: Path, **more: Tensor) -> Columns:
-    """Prepared data of two pairs: random latents and captions, and what a system wants more."""
+def prepared(folder: Path, **more: Tensor) -> Columns:
+    """Prepared data: random latents and captions, and what a system wants more, which says how many."""
     folder.mkdir(parents=True)
-    latents = torch.randn(2, 4, LATENT_SIDE, LATENT_SIDE)
-    ids = torch.randint(0, 49408, (2, 77))
+    count = len(next(iter(more.values())))
+    latents = torch.randn(count, 4, LATENT_SIDE, LATENT_SIDE)
+    ids = torch.randint(0, 49408, (count, 77))
     writer = ColumnsWriter(folder)
     rows = {"latent_mean": latents, "latent_logvar": latents - 9, "text_ids": ids, **more}
     writer.write(0, rows)
-    writer.finish(2, {"base_fingerprint": "random"})
+    writer.finish(count, {"base_fingerprint": "random"})
     return Columns.open(folder)
 
 
-def step(system: Any, columns: Columns, number: int, device: str) -> Tensor:
-    """The loss of both rows at a step's random numbers; every parameter gets its gradient."""
+def step(system: Any, columns: Columns, device: str) -> Tensor:
+    """The loss of two rows; every parameter gets its gradient."""
     batch = {k: v.to(device) for k, v in columns.rows(range(2), system.columns).items()}
-    loss, _ = system.loss(batch, Randomness(0, range(2 * number, 2 * number + 2), device))
+    loss, _ = system.loss(batch, Randomness(0, range(2), device))
     loss.backward()
     assert all(p.grad is not None for p in system.module.parameters() if p.requires_grad)
     return loss
+
+
+def learns_in_three_steps(system: Any, columns: Columns, output: Path) -> Path:
+    """Three steps of the one training loop, which move every parameter that trains; what it exports."""
+    trained = [(n, p) for n, p in system.module.named_parameters() if p.requires_grad]
+    before = [parameter.detach().clone() for _, parameter in trained]
+    config = TrainConfig(steps=3, batch_size=1, validation_rows=1, checkpoint_every_steps=3)
+    export = train(system, columns, config, output)
+    still = [n for (n, p), old in zip(trained, before, strict=True) if torch.equal(p, old)]
+    assert not still
+    return export

@@ -3,15 +3,18 @@
 
 import pytest
 import torch
-from full_size_base import full_size_base
+from full_size_base import (
+    LATENT_SIDE,
+    full_size_base,
+    learns_in_three_steps,
+    prepared,
+    untrained,
+)
 from slow import needs_slow_tests
 
-from imprompt.data.dataset import Columns, ColumnsWriter
 from imprompt.systems import controlnet, t2i_adapter
 from imprompt.systems.controlnet import ControlNetOptions, control_residuals, create_controlnet
 from imprompt.systems.t2i_adapter import T2IAdapterOptions, adapter_residuals, create_t2i_adapter
-from imprompt.training.config import TrainConfig
-from imprompt.training.loop import train
 
 
 @pytest.mark.parametrize(
@@ -37,35 +40,17 @@ def test_shapes_at_full_size(is_xl, num_controlnet, num_adapter):
     assert base.denoise(latents, timestep, states, residuals=both).shape == latents.shape
 
 
+@pytest.mark.slow
 @needs_slow_tests("takes minutes and 11 GB")
 @pytest.mark.parametrize("name", ["controlnet", "t2i-adapter"])
-def test_three_real_steps_at_full_size(name, tmp_path):
+def test_three_real_steps_at_full_size(name, tmp_path, monkeypatch):
+    untrained(monkeypatch)
     base = full_size_base("cpu")
-    base.tokenize = lambda texts: torch.full((len(texts), 77), 49407)
-    base.fingerprint = lambda: "random"
-    generator = torch.Generator().manual_seed(0)
-    writer = ColumnsWriter(tmp_path / "data")
-    (tmp_path / "data").mkdir()
-    writer.write(
-        0,
-        {
-            "latent_mean": torch.randn(4, 4, 16, 16, generator=generator).half(),
-            "latent_logvar": torch.full((4, 4, 16, 16), -6.0).half(),
-            "text_ids": torch.full((4, 77), 320),
-            "control_depth": torch.randint(
-                256, (4, 3, 128, 128), generator=generator, dtype=torch.uint8
-            ),
-        },
-    )
-    writer.finish(4, {"source": "noise", "base_fingerprint": "random"})
-    columns = Columns.open(tmp_path / "data")
+    maps = torch.randint(256, (4, 3, 8 * LATENT_SIDE, 8 * LATENT_SIDE), dtype=torch.uint8)
+    columns = prepared(tmp_path / "data", control_depth=maps)
     if name == "controlnet":
         system = controlnet.build(ControlNetOptions(kind="depth"), base, columns)
     else:
         system = t2i_adapter.build(T2IAdapterOptions(kind="depth"), base, columns)
-    before = {n: p.detach().clone() for n, p in system.module.named_parameters()}
-    config = TrainConfig(steps=3, batch_size=1, validation_rows=1, checkpoint_every_steps=3)
-    export = train(system, columns, config, tmp_path / "run", export_name="control")
-    moved = [n for n, p in system.module.named_parameters() if not torch.equal(p, before[n])]
-    assert len(moved) == len(before)
+    export = learns_in_three_steps(system, columns, tmp_path / "run")
     assert (export / "config.json").is_file()
