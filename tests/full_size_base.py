@@ -119,12 +119,14 @@ def step(system: Any, columns: Columns, device: str) -> Tensor:
     return loss
 
 
-def learns_in_three_steps(system: Any, columns: Columns, output: Path) -> Path:
+def learns_in_three_steps(
+    system: Any, columns: Columns, output: Path, export_name: str = "export"
+) -> Path:
     """Three steps of the one training loop, which move every parameter that trains; what it exports."""
     trained = [(n, p) for n, p in system.module.named_parameters() if p.requires_grad]
     before = [parameter.detach().clone() for _, parameter in trained]
     config = TrainConfig(steps=3, batch_size=1, validation_rows=1, checkpoint_every_steps=3)
-    export = train(system, columns, config, output)
+    export = train(system, columns, config, output, export_name=export_name)
     still = [n for (n, p), old in zip(trained, before, strict=True) if torch.equal(p, old)]
     assert not still
     return export

@@ -79,5 +79,5 @@ def test_identity_takes_three_real_steps(columns, tmp_path):
 def test_face_id_takes_three_real_steps(columns, variant, tmp_path):
     base = full_size_base("cpu", image_encoder=vit_h("cpu"))
     system = face_id.build(face_id.FaceIdOptions(variant=variant), base, columns)
-    export = learns_in_three_steps(system, columns, tmp_path / "run")
+    export = learns_in_three_steps(system, columns, tmp_path / "run", "adapter.safetensors")
     assert inspect(export).variant == variant

@@ -23,7 +23,7 @@ def columns(base_folder, tmp_path_factory):
 
 
 def begun(system, base_folder, columns, *settings):
-    settings = ["train.validation_rows=2", *settings]
+    settings = ["train.steps=1", "train.validation_rows=2", *settings]
     return prepare_run(system, load_base(base_folder), columns, None, settings)[0]
 
 

@@ -69,5 +69,5 @@ def test_for_xl_it_has_the_published_shapes_and_reads_the_first_text_encoder():
 @needs_slow_tests("takes minutes and 8 GB")
 def test_it_takes_three_real_steps(columns, tmp_path):
     system = instruct.build(InstructOptions(), random_base("cpu"), columns)
-    export = learns_in_three_steps(system, columns, tmp_path / "run")
+    export = learns_in_three_steps(system, columns, tmp_path / "run", "adapter.safetensors")
     assert inspect(export).variant == "instruct"
