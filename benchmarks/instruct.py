@@ -117,17 +117,24 @@ def neighbours(figures: dict[str, float]) -> str:
     )
 
 
-def comparison(figures: dict[str, float]) -> str:
-    """Per task: joint model, that task's own model, one instruction; what is kept and followed, scores."""
+def comparison(figures: dict[str, float], shipped: dict[str, float]) -> str:
+    """Per task: joint model, that task's own model, one instruction; what is kept and followed, scores.
+
+    The last row of each is the adapter that comes with the package, as `measure` found it.
+    """
     names = ("kept", "text", *SCORES)
     lines = header("task", "model", "kept", "followed", *SCORES)
     for task in TASKS:
         for label in (JOINT, f"{task} alone", ONE, f"{ONE}, asked in other words"):
-            prefix = f"{task}, {label}: "
-            own = {k.removeprefix(prefix): v for k, v in figures.items() if k.startswith(prefix)}
-            cells = [_summary(own, name) for name in names]
+            cells = [_summary(_of(figures, f"{task}, {label}: "), name) for name in names]
             lines += row(task, "its own" if label == f"{task} alone" else label, *cells)
+        cells = [_summary(_of(shipped, f"{task}: "), name) for name in names]
+        lines += row(task, "joint, as shipped", *cells)
     return lines
+
+
+def _of(figures: dict[str, float], prefix: str) -> dict[str, float]:
+    return {k.removeprefix(prefix): v for k, v in figures.items() if k.startswith(prefix)}
 
 
 def _summary(figures: dict[str, float], name: str) -> str:
@@ -211,7 +218,7 @@ def main() -> None:
     if "instructions" in figures:
         put(page, "map", neighbours(figures["instructions"]))
     if "instruct-table" in figures:
-        publish(page, "comparison", comparison(figures["instruct-table"]))
+        publish(page, "comparison", comparison(figures["instruct-table"], figures["instruct"]))
 
 
 if __name__ == "__main__":
