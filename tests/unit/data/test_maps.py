@@ -70,6 +70,6 @@ def test_mistakes_are_told(base, base_folder, photos, capsys):
     with pytest.raises(ImpromptError, match="no column 'ears'.*control_keypoints"):
         prepare("diorama:2", photos / "data3", base, columns=["ears"])
     command = ["prepare", str(photos / "photos"), str(photos / "data4"), "--base", str(base_folder)]
-    for option, message in (("depth", "NAME=VALUE"), (f"depth={photos / 'none'}", "no folder")):
+    for option, message in (("depth", "KIND=FOLDER"), (f"depth={photos / 'none'}", "no folder")):
         assert main([*command, "--map", option]) == 2
         assert message in capsys.readouterr().err

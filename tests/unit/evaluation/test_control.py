@@ -109,4 +109,4 @@ def test_image_prompts_show_other_objects_in_other_looks():
 
 def test_mistakes_of_the_command_line(capsys):
     assert main(["evaluate", "--what", "control", "--control-model", "depth"]) == 2
-    assert "NAME=VALUE" in capsys.readouterr().err
+    assert "KIND=FOLDER" in capsys.readouterr().err

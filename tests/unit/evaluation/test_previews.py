@@ -110,5 +110,6 @@ def test_no_more_is_drawn_than_is_held_out(base_folder, tmp_path, monkeypatch):
 def test_systems_beside_no_base_and_none_wanted_draw_nothing(base_folder, tmp_path):
     base = load_base(base_folder)
     columns = Columns.open(prepare("diorama:6", tmp_path / "data", base))
-    system, _, _ = prepare_run("image-prompt", base, columns, None, ["train.steps=1"])
+    settings = ["train.steps=1", "train.validation_rows=0"]
+    system, _, _ = prepare_run("image-prompt", base, columns, None, settings)
     assert preview_of(system, base, columns, 0) is None

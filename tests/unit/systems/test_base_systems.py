@@ -227,5 +227,7 @@ def test_what_is_trained_is_where_the_base_is(name, tmp_path):
     base.fingerprint = lambda: fingerprint
     base.to("meta")  # for want of a GPU: another device than data and new networks are on
     columns = Columns.open(tmp_path)
-    system, _, _ = prepare_run(name, base, columns, None, ["train.steps=1"])
+    system, _, _ = prepare_run(
+        name, base, columns, None, ["train.steps=1", "train.validation_rows=0"]
+    )
     assert {p.device.type for p in system.module.parameters()} == {"meta"}

@@ -74,7 +74,9 @@ def seen_of_framing(system, batch):
 
 
 def system_on(name, base, data, *settings):
-    return prepare_run(name, base, data, None, ["train.steps=1", *settings])[0]
+    return prepare_run(
+        name, base, data, None, ["train.steps=1", "train.validation_rows=0", *settings]
+    )[0]
 
 
 def test_prepared_data_say_what_was_cut_out(xl, photos, tmp_path):
