@@ -21,8 +21,9 @@ from torch import Tensor
 from imprompt.bases import Base
 from imprompt.core.errors import ImpromptError
 from imprompt.core.progress import progress
+from imprompt.data.batch import Work, encode_rows, try_load
 from imprompt.data.columns import encoder_of
-from imprompt.data.encoding import Work, encode_rows, fault_entry, try_load
+from imprompt.data.encoding import fault_entry
 from imprompt.data.faces import default_face_encoder
 from imprompt.data.filters import Filters, Unusable
 from imprompt.data.pairs import Loaded, Pair, identity_of

@@ -21,8 +21,9 @@ import torch
 from imprompt.bases import Base
 from imprompt.core.errors import ImpromptError
 from imprompt.core.progress import progress
+from imprompt.data.batch import Work
 from imprompt.data.columns import check_has_encoders, default_columns, encoder_of, with_framing
-from imprompt.data.encoding import Progress, Report, Work, encode_part, missing_columns
+from imprompt.data.encoding import Progress, Report, encode_part, missing_columns
 from imprompt.data.faces import default_face_encoder
 from imprompt.data.filters import Filters
 from imprompt.data.finish import finish

@@ -14,7 +14,8 @@ import torch
 
 from imprompt.bases import Base
 from imprompt.core.errors import ImpromptError
-from imprompt.data.encoding import Report, Work
+from imprompt.data.batch import Work
+from imprompt.data.encoding import Report
 from imprompt.data.records import Reading
 from imprompt.data.sources import open_source
 

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from imprompt.core.errors import ImpromptError
-from imprompt.data import encoding
+from imprompt.data import batch
 from imprompt.data.dataset import Columns
 from imprompt.data.on_the_fly import PairsOnTheFly
 from imprompt.data.prepare import prepare
@@ -148,7 +148,7 @@ def test_pictures_that_are_kept_are_not_drawn_again(base, faces, tmp_path, monke
     )  # fmt: skip
     added = tmp_path / "added"
     prepare("diorama-people:8", added, base, columns=("pixels",), size_px=32)
-    monkeypatch.setattr(encoding, "draw", None)
+    monkeypatch.setattr(batch, "draw", None)
     prepare("diorama-people:8", added, base, columns=columns, size_px=32, face_encoder=faces)
     first, second = (Columns.open(f).rows(range(8), columns) for f in (straight, added))
     assert all(torch.equal(first[name], second[name]) for name in columns)

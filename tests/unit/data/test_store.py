@@ -47,7 +47,10 @@ def small_parts(monkeypatch):
 
 @pytest.fixture
 def straight(photos, base, tmp_path, small_parts):
-    return prepare(str(photos), tmp_path / "straight", base, columns=COLUMNS, batch_size=8)
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the processes that are compared with it: sums depend on it
+    yield prepare(str(photos), tmp_path / "straight", base, columns=COLUMNS, batch_size=8)
+    torch.set_num_threads(num_threads)
 
 
 def test_parts_are_one_whole(straight, photos, base, tmp_path, monkeypatch):
