@@ -66,7 +66,7 @@ def save_pictures(
     columns, labels = min(len(images), 8), None
     if len(scales) > 1:
         columns = arguments.num_images
-        labels = [f"λ = {scale:g}" for scale in scales for _ in range(columns)]
+        labels = [f"scale {scale:g}" for scale in scales for _ in range(columns)]
     text = settings_text(arguments, base, guidance_scale, scales, size)
     save_picture(image_grid(images, columns, labels), sheet, text)
     for number, file in enumerate(separate):
