@@ -10,8 +10,8 @@ What draws (a ControlNet, an adapter) is a function that the caller gives. `writ
 and pairs.jsonl, the list that `imprompt prepare FOLDER/pairs.jsonl data/ --variant instruct` reads.
 
 What is drawn by lot (the instruction, a ground's colour, whether a face is zoomed) follows from the seed and
-from what a lesson is made of: other pictures and texts get other ones, the same again the same. Instructions are those of the package, and a user's own in `folder`
-(see `data.instructions`).
+from what a lesson is made of: other pictures and texts get other ones, the same again the same. Instructions
+are those of the package, and a user's own in `folder` (see `data.instructions`).
 
 Source: IP-Adapter-Instruct (2408.03209), section 3.3: how its five sets were made.
 """

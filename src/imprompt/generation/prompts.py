@@ -47,7 +47,8 @@ class ImagePrompt:
     """A picture that says what to draw, with the adapter that makes it understood.
 
     Raises:
-        ImpromptError: no image, a time span that is none, numbers that are not finite, or settings that exclude each other.
+        ImpromptError: no image, a time span that is none, numbers that are not finite, or settings that
+            exclude each other.
     """
 
     image: ImageLike | ImageFeatures | Sequence[ImageLike]
