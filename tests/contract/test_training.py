@@ -7,7 +7,9 @@ import sys
 import pytest
 import torch
 
-from imprompt.adapters import attention_sites, create_adapter
+from imprompt.adapters import add_lora, attention_sites, create_adapter
+from imprompt.checkpoints import load_adapter, save_adapter
+from imprompt.core.errors import ImpromptError
 
 
 def gradients(adapter, loss):
@@ -64,6 +66,30 @@ def test_a_new_face_adapter_has_a_silent_lora(unet, make_features, denoise):
     with adapter.install(unet) as handle:
         silent = denoise(handle.condition(adapter.tokens(*make_features(adapter)), 0.0))
     torch.testing.assert_close(silent, denoise(), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("variant", ["base", "plus"])
+def test_a_lora_is_added_and_says_nothing_at_first(unet, make_features, denoise, variant, tmp_path):
+    adapter = create_adapter(unet, variant, feature_dim=24, num_tokens=3)
+    adapter.metadata["made"] = "before"
+    features = make_features(adapter)
+    with adapter.install(unet) as handle:
+        before = denoise(handle.condition(adapter.tokens(*features)))
+    grown = add_lora(adapter, unet, 2)
+    assert (grown.lora_rank, grown.variant, grown.metadata) == (2, variant, {"made": "before"})
+    with grown.install(unet) as handle:
+        torch.testing.assert_close(denoise(handle.condition(grown.tokens(*features))), before)
+        for weights in grown.site_weights.values():
+            torch.nn.init.ones_(weights.to_q_lora.up.weight)
+        now = denoise(handle.condition(grown.tokens(*features)))
+    assert not torch.allclose(now, before, atol=1e-3)
+    save_adapter(grown, tmp_path / "grown.safetensors")
+    loaded = load_adapter(tmp_path / "grown.safetensors")
+    assert (loaded.lora_rank, loaded.variant) == (2, variant)
+    with loaded.install(unet) as handle:
+        torch.testing.assert_close(denoise(handle.condition(loaded.tokens(*features))), now)
+    with pytest.raises(ImpromptError, match="has a LoRA, of rank 2"):
+        add_lora(grown, unet, 4)
 
 
 def test_same_seed_same_adapter(unet):

@@ -4,7 +4,13 @@ Read in this order: `projection` and `resampler` (features → tokens), `attenti
 cross-attention), `sites` (where it happens), `adapter` (all weights), `handle` (on a UNet and off).
 """
 
-from imprompt.adapters.adapter import VARIANTS, ImagePromptAdapter, Variant, create_adapter
+from imprompt.adapters.adapter import (
+    VARIANTS,
+    ImagePromptAdapter,
+    Variant,
+    add_lora,
+    create_adapter,
+)
 from imprompt.adapters.conditions import combine
 from imprompt.adapters.features import Feature
 from imprompt.adapters.handle import Handle
@@ -19,6 +25,7 @@ __all__ = [
     "Scale",
     "Site",
     "Variant",
+    "add_lora",
     "attention_sites",
     "combine",
     "create_adapter",

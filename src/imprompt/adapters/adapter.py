@@ -81,7 +81,7 @@ class ImagePromptAdapter(nn.Module):
 
     @property
     def lora_rank(self) -> int:
-        """Rank of the low-rank additions that face-id adapters carry; 0 for none."""
+        """Rank of the low-rank additions to every attention layer; 0 for none."""
         return max(weights.lora_rank for weights in self.site_weights.values())
 
     def tokens(
@@ -198,7 +198,7 @@ def create_adapter(
         text_dim: width of the states of instruction and prompt, for instruct. By default the text
             width of the UNet, which is right for a base with one text encoder; Stable Diffusion
             XL's adapters read the first of its two (768).
-        lora_rank: of the face variants.
+        lora_rank: of the face variants; `add_lora` gives one to the others.
         seed: of the weights that start at random.
 
     Raises:
@@ -261,3 +261,28 @@ def create_adapter(
                 weights[site.index].to_k_ip.weight.copy_(linear_weight(site.module.to_k))
                 weights[site.index].to_v_ip.weight.copy_(linear_weight(site.module.to_v))
     return ImagePromptAdapter(projection, weights).to(weight.device)
+
+
+def add_lora(
+    adapter: ImagePromptAdapter, unet: nn.Module, rank: int, *, seed: int = 0
+) -> ImagePromptAdapter:
+    """The adapter with new low-rank additions to every attention layer, to be trained on.
+
+    They begin at zero, so that it does what it did. The projection and K', V' are the adapter's own
+    tensors, which both now hold.
+
+    Raises:
+        ImpromptError: it was made for another UNet, or has low-rank additions.
+    """
+    if adapter.lora_rank:
+        raise ImpromptError(f"The adapter has a LoRA, of rank {adapter.lora_rank}.")
+    sites = attention_sites(unet)
+    adapter.check_fits(sites)
+    parameter = next(adapter.parameters())
+    with own_randomness(seed):
+        weights = {site.index: weights_for(site, rank).to(parameter) for site in sites}
+    for index, own in adapter.site_weights.items():
+        weights[index].to_k_ip, weights[index].to_v_ip = own.to_k_ip, own.to_v_ip
+    grown = ImagePromptAdapter(adapter.image_proj, weights)
+    grown.metadata = dict(adapter.metadata)
+    return grown

@@ -74,7 +74,6 @@ def latent_distribution(
     return posterior.mean * factor, posterior.std * factor
 
 
-@torch.no_grad()
 def decode(
     vae: Any, latents: Float[Tensor, "batch channels h w"], device: torch.device
 ) -> Float[Tensor, "batch 3 height width"]:

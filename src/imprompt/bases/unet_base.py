@@ -79,6 +79,7 @@ class UNetBase(ABC):
         mean, standard_deviation = self.latent_distribution(pixels)
         return mean if noise is None else mean + standard_deviation * noise.to(mean)
 
+    @torch.no_grad()
     def decode_image(
         self, latents: Float[Tensor, "batch channels h w"]
     ) -> Float[Tensor, "batch 3 height width"]:

@@ -162,14 +162,14 @@ class DioramaFaceEncoder:
     def embeds(
         self, pixels: Float[Tensor, "batch 3 height width"], *, normalized: bool = True
     ) -> Float[Tensor, "batch dim"]:
-        embeds = self._read(pixels)[0]
+        embeds, _ = self.read(pixels)
         return functional.normalize(embeds, dim=1) if normalized else embeds
 
     @torch.no_grad()
     def landmarks(
         self, pixels: Float[Tensor, "batch 3 height width"]
     ) -> Float[Tensor, "batch 5 2"]:
-        return self._read(pixels)[1]
+        return self.read(pixels)[1]
 
     def crops(
         self, pixels: Float[Tensor, "batch 3 height width"]
@@ -182,7 +182,10 @@ class DioramaFaceEncoder:
     def fingerprint(self) -> str:
         return fingerprint_of({"face_encoder": self.network})
 
-    def _read(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    def read(
+        self, pixels: Float[Tensor, "batch 3 height width"]
+    ) -> tuple[Float[Tensor, "batch dim"], Float[Tensor, "batch 5 2"]]:
+        """Identity vectors as they come, and landmarks; gradients pass through."""
         pixels = pixels.to(next(self.network.parameters())).clamp(-1, 1)
         if pixels.shape[-2:] != (SIZE_PX, SIZE_PX):
             pixels = functional.interpolate(

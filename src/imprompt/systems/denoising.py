@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as functional
@@ -21,6 +21,7 @@ from imprompt.diffusion.objectives import (
     add_noise,
     alphas_cumprod_of,
     min_snr_weights,
+    predicted_clean,
     prediction_target,
 )
 
@@ -91,6 +92,17 @@ def sample_posterior(batch: dict[str, Tensor], randomness: Randomness, base: Bas
     return (mean + deviation * noise) * float(base.vae.config.scaling_factor)
 
 
+class Attempt(NamedTuple):
+    """What came of predicting noise."""
+
+    errors: Float[Tensor, " batch"]
+    """The squared error of each sample's prediction."""
+    clean: Float[Tensor, "batch channels h w"]
+    """The clean latents x0 that it implies, in the denoiser's scale."""
+    signal: Float[Tensor, " batch"]
+    """ᾱ_t in [0, 1], how much of x0 was to be seen."""
+
+
 class Denoising:
     """Learning to denoise as a scheduler says: which timesteps there are, and what is predicted."""
 
@@ -121,7 +133,17 @@ class Denoising:
         randomness: Randomness,
         timesteps: Int[Tensor, " batch"],
     ) -> Float[Tensor, " batch"]:
-        """The squared error of each sample's prediction; `predict` gets the noisy latents.
+        """The squared error of each sample's prediction; `predict` gets the noisy latents."""
+        return self.attempt(predict, latents, randomness, timesteps).errors
+
+    def attempt(
+        self,
+        predict: Callable[[Tensor], Tensor],
+        latents: Float[Tensor, "batch channels h w"],
+        randomness: Randomness,
+        timesteps: Int[Tensor, " batch"],
+    ) -> Attempt:
+        """As `errors`, with the clean latents that the predictions imply.
 
         Source: Ho et al. 2020 (2006.11239), equation 14; Salimans & Ho (2202.00512) for v.
         """
@@ -131,7 +153,8 @@ class Denoising:
         prediction = predict(noisy)
         target = prediction_target(self._prediction_type, latents, noise, alphas)
         errors = functional.mse_loss(prediction.float(), target.float(), reduction="none")
-        return errors.mean(dim=(1, 2, 3))
+        clean = predicted_clean(self._prediction_type, prediction.float(), noisy, alphas)
+        return Attempt(errors.mean(dim=(1, 2, 3)), clean, alphas)
 
     def weights(self, timesteps: Int[Tensor, " batch"], snr_gamma: float) -> Tensor:
         """How much each sample's error counts: min-SNR weighting (2303.09556), or 1 where γ is 0."""

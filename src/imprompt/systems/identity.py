@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from imprompt.adapters import Handle, ImagePromptAdapter, create_adapter
+from imprompt.adapters import Handle, ImagePromptAdapter, add_lora, create_adapter
 from imprompt.bases import Base
 from imprompt.bases.latent_space import pixels_per_latent
 from imprompt.checkpoints import load_adapter, save_adapter
@@ -31,6 +31,7 @@ from imprompt.data.rows import Rows
 from imprompt.encoders.landmarks import landmark_images
 from imprompt.systems.controlnet import check_controlnet, control_residuals, create_controlnet
 from imprompt.systems.denoising import (
+    Attempt,
     Denoising,
     check_same_base,
     made_for,
@@ -39,6 +40,9 @@ from imprompt.systems.denoising import (
     sample_posterior,
     text_states_of,
 )
+from imprompt.systems.likeness import Likeness, likeness_for
+
+MIN_SIGNAL = 0.25  # ᾱ_t; in what is predicted from less nobody is to be known
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,13 +55,20 @@ class IdentityOptions:
     """Layers of the resampler."""
     zero_entry: bool = True
     """Whether the landmarks' own entry begins at zero, too. Without, a small model learns sooner."""
+    lora_rank: int = 0
+    """Of low-rank additions at every attention layer, which face-id adapters have and InstantID has not: a
+    base that draws faces too much alike learns to tell them apart. 0 is none, or that of `start_from`."""
     drop_all: float = 0.0
     """Share of samples that see neither text nor face, for classifier-free guidance; landmarks stay."""
+    likeness: float = 0.0
+    """Weight of a second loss, that the face encoder knows the person in what is predicted. It is taken where
+    the noise leaves something to be seen, and counts as much as that is. Not of the paper."""
     start_from: str = ""
     """A folder that an earlier training exported, to go on from; empty starts anew."""
 
     def __post_init__(self) -> None:
         check_range(self, ("num_tokens", "depth"), 1)
+        check_range(self, ("lora_rank", "likeness"), 0)
         check_shares(self, ("drop_all",))
 
 
@@ -84,8 +95,17 @@ def build(options: IdentityOptions, base: Base, columns: Rows) -> IdentitySystem
             depth=options.depth,
         )
         net = create_controlnet(base, zero_entry=options.zero_entry)
+    if options.lora_rank and options.lora_rank != adapter.lora_rank:
+        adapter = add_lora(adapter, base.unet, options.lora_rank)
     net.float().to(base.device, memory_format=torch.channels_last).requires_grad_(True)
-    system = IdentitySystem(base, adapter.to(base.device), net, drop_all=options.drop_all)
+    system = IdentitySystem(
+        base,
+        adapter.to(base.device),
+        net,
+        drop_all=options.drop_all,
+        likeness=likeness_for(columns, base) if options.likeness else None,
+        likeness_weight=options.likeness,
+    )
     adapter.metadata["face_encoder"] = str(columns.meta.get("face_encoder", ""))
     return system
 
@@ -109,6 +129,8 @@ class IdentitySystem:
         identity_net: Any,
         *,
         drop_all: float = 0.0,
+        likeness: Likeness | None = None,
+        likeness_weight: float = 0.0,
     ) -> None:
         self.base = base
         self.module = _Together(adapter, identity_net)
@@ -118,6 +140,8 @@ class IdentitySystem:
         self._handle: Handle = adapter.install(base.unet)
         self.net = identity_net
         self._drop_all = drop_all
+        self._likeness = likeness
+        self._likeness_weight = likeness_weight
         self._empty_ids = base.tokenize([""]).to(base.device)
         self._denoising = Denoising(base.scheduler, base.device)
 
@@ -133,9 +157,27 @@ class IdentitySystem:
             "text_ids": replace_rows(batch["text_ids"], self._empty_ids, nothing),
         }
         timesteps = self._denoising.draw_timesteps(randomness)
-        return self._errors(batch, randomness, timesteps).mean(), {}
+        attempt = self._attempt(batch, randomness, timesteps)
+        loss = attempt.errors.mean()
+        if self._likeness is None:
+            return loss, {}
+        unlike = self._unlikeness(attempt, faces, ~nothing)
+        figures: dict[str, float | Tensor] = {
+            "loss_of_noise": loss.detach(),
+            "loss_of_likeness": unlike.detach(),
+        }
+        return loss + self._likeness_weight * unlike, figures
 
-    def _errors(
+    def _unlikeness(self, attempt: Attempt, faces: Tensor, has_face: Tensor) -> Tensor:
+        """Mean over all rows, so that a batch may be cut into parts, of those where somebody is seen."""
+        assert self._likeness is not None
+        seen = ((attempt.signal > MIN_SIGNAL) & has_face).nonzero()[:, 0]
+        if not len(seen):
+            return torch.zeros((), device=faces.device)
+        distances = self._likeness.distance(attempt.clean[seen], faces[seen])
+        return (attempt.signal[seen] * distances).sum() / len(has_face)
+
+    def _attempt(
         self,
         batch: dict[str, Tensor],
         randomness: Randomness,
@@ -143,8 +185,7 @@ class IdentitySystem:
         *,
         has_adapter: bool = True,
         has_net: bool = True,
-    ) -> Tensor:
-        """The squared error of each sample's prediction, (batch,)."""
+    ) -> Attempt:
         text_states = text_states_of(self.base, batch["text_ids"], batch)
         tokens = self.adapter.tokens(batch["id_embeds"].float()[:, None])
 
@@ -165,7 +206,11 @@ class IdentitySystem:
             return self.base.denoise(noisy, timesteps, text_states, condition, residuals)
 
         latents = sample_posterior(batch, randomness, self.base)
-        return self._denoising.errors(predict, latents, randomness, timesteps)
+        return self._denoising.attempt(predict, latents, randomness, timesteps)
+
+    def _errors(self, *given: Any, **parts: bool) -> Tensor:
+        """The squared error of each sample's prediction, (batch,)."""
+        return self._attempt(*given, **parts).errors
 
     @torch.no_grad()
     def validate(self, batch: dict[str, Tensor], randomness: Randomness) -> dict[str, float]:

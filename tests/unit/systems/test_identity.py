@@ -12,7 +12,10 @@ from imprompt.checkpoints.identity import load_identity, reads_faces
 from imprompt.core.errors import ImpromptError
 from imprompt.core.randomness import Randomness
 from imprompt.data.dataset import Columns, ColumnsWriter
+from imprompt.encoders.face import DioramaFaceEncoder
+from imprompt.encoders.face_network import FaceNetwork
 from imprompt.systems import face_id, identity
+from imprompt.systems.likeness import Likeness
 from imprompt.systems.protocol import System
 
 COUNT, ID_DIM = 6, 12
@@ -174,6 +177,95 @@ def test_a_published_folder_is_read(base, columns, tmp_path):
     torch.save(two_dicts, tmp_path / "out/ip-adapter.bin")
     with pytest.raises(ImpromptError, match="reads no faces"):  # for it reads 12 numbers, not 512
         load_identity(tmp_path / "out")
+
+
+def test_a_lora_is_learnt_beside(base, columns, tmp_path):
+    """New with the adapter, or later; and read again with the folder, with no need to say so."""
+    small = {"num_tokens": 3, "depth": 1, "zero_entry": False}
+    plain = identity.build(identity.IdentityOptions(**small), base, columns)
+    trained(plain, columns, steps=1)
+    plain.export(tmp_path / "plain")
+    up = "ip_adapter.0.to_q_lora.up.weight"
+    for options in (
+        identity.IdentityOptions(**small, lora_rank=2),
+        identity.IdentityOptions(start_from=str(tmp_path / "plain"), lora_rank=2),
+    ):
+        system = identity.build(options, base, columns)
+        assert not system.adapter.state_dict()[up].any()
+        trained(system, columns)
+        assert system.adapter.state_dict()[up].any()
+    system.export(tmp_path / "with")
+    assert load_identity(tmp_path / "with").adapter.lora_rank == 2
+    options = identity.IdentityOptions(start_from=str(tmp_path / "with"))
+    again = identity.build(options, base, columns)
+    assert again.adapter.lora_rank == 2 and again.adapter.state_dict()[up].any()
+    with pytest.raises(ImpromptError, match="has a LoRA, of rank 2"):
+        identity.build(
+            identity.IdentityOptions(start_from=str(tmp_path / "with"), lora_rank=4), base, columns
+        )
+
+
+@pytest.fixture
+def likeness(base):
+    torch.manual_seed(0)
+    return Likeness(base, DioramaFaceEncoder(FaceNetwork(width=4, embed_dim=ID_DIM)))
+
+
+def test_likeness_is_a_loss_that_can_be_learnt(base, likeness):
+    """By steps on the latents alone one picture's person comes to look as the other's."""
+    generator = torch.Generator().manual_seed(0)
+    wanted, latents = torch.randn(2, 2, *base.latent_shape(), generator=generator)
+    pixels = base.decode_image(wanted)
+    id_embeds = likeness.faces.embeds(pixels)
+    assert likeness.distance(wanted, 7 * id_embeds).abs().max() < 1e-5
+    latents.requires_grad_(True)
+    optimizer = torch.optim.Adam([latents], lr=0.05)
+    distances = []
+    for _ in range(25):
+        distance = likeness.distance(latents, id_embeds)
+        optimizer.zero_grad()
+        distance.sum().backward()
+        optimizer.step()
+        distances.append(distance.detach())
+    assert (distances[-1] < 0.5 * distances[0]).all()
+    assert all(p.grad is None for p in likeness.faces.network.parameters())
+
+
+def test_likeness_counts_where_somebody_is_to_be_seen(base, columns, likeness):
+    def losses(batch, weight=1.0, drop_all=0.0, sizes=(COUNT,)):
+        options = identity.IdentityOptions(num_tokens=3, depth=1, drop_all=drop_all)
+        system = identity.build(options, base, columns)
+        system = identity.IdentitySystem(
+            base,
+            system.adapter,
+            system.net,
+            drop_all=drop_all,
+            likeness=likeness,
+            likeness_weight=weight,
+        )
+        found, start = [], 0
+        for size in sizes:
+            rows = {name: values[start : start + size] for name, values in batch.items()}
+            loss, figures = system.loss(rows, Randomness(0, range(start, start + size)))
+            found.append(size * torch.stack([loss.detach(), *figures.values()]))
+            start += size
+        return torch.stack(found).sum(0) / COUNT
+
+    batch = columns.rows(range(COUNT), identity.IdentitySystem.columns)
+    loss, of_noise, of_likeness = losses(batch)
+    assert of_likeness > 0
+    assert loss == pytest.approx((of_noise + of_likeness).item())
+    assert losses(batch, weight=0.5)[0] == pytest.approx((of_noise + 0.5 * of_likeness).item())
+    assert losses(batch, drop_all=1.0)[2] == 0
+    # As many parts as one likes: each row counts for itself.
+    torch.testing.assert_close(
+        losses(batch, sizes=(1, 2, 3)), torch.stack([loss, of_noise, of_likeness])
+    )
+
+
+def test_likeness_needs_an_encoder_that_gradients_pass_through(base, columns):
+    with pytest.raises(ImpromptError, match=r"No gradients pass .* system.likeness=0"):
+        identity.build(identity.IdentityOptions(likeness=0.1), base, columns)
 
 
 def test_what_is_missing_is_told(base, columns, tmp_path):
