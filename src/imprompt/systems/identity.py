@@ -42,8 +42,6 @@ from imprompt.systems.denoising import (
 )
 from imprompt.systems.likeness import Likeness, likeness_for
 
-MIN_SIGNAL = 0.25  # ᾱ_t; in what is predicted from less nobody is to be known
-
 
 @dataclass(frozen=True, kw_only=True)
 class IdentityOptions:
@@ -61,8 +59,8 @@ class IdentityOptions:
     drop_all: float = 0.0
     """Share of samples that see neither text nor face, for classifier-free guidance; landmarks stay."""
     likeness: float = 0.0
-    """Weight of a second loss, that the face encoder knows the person in what is predicted. It is taken where
-    the noise leaves something to be seen, and counts as much as that is. Not of the paper."""
+    """Weight of a second loss, that the face encoder knows the person in what is predicted. Not of
+    the paper."""
     start_from: str = ""
     """A folder that an earlier training exported, to go on from; empty starts anew."""
 
@@ -161,21 +159,12 @@ class IdentitySystem:
         loss = attempt.errors.mean()
         if self._likeness is None:
             return loss, {}
-        unlike = self._unlikeness(attempt, faces, ~nothing)
+        unlike = self._likeness.loss(attempt, faces, ~nothing)
         figures: dict[str, float | Tensor] = {
             "loss_of_noise": loss.detach(),
             "loss_of_likeness": unlike.detach(),
         }
         return loss + self._likeness_weight * unlike, figures
-
-    def _unlikeness(self, attempt: Attempt, faces: Tensor, has_face: Tensor) -> Tensor:
-        """Mean over all rows, so that a batch may be cut into parts, of those where somebody is seen."""
-        assert self._likeness is not None
-        seen = ((attempt.signal > MIN_SIGNAL) & has_face).nonzero()[:, 0]
-        if not len(seen):
-            return torch.zeros((), device=faces.device)
-        distances = self._likeness.distance(attempt.clean[seen], faces[seen])
-        return (attempt.signal[seen] * distances).sum() / len(has_face)
 
     def _attempt(
         self,

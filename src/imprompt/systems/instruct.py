@@ -15,15 +15,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from imprompt.adapters import ImagePromptAdapter, create_adapter
+from imprompt.adapters import ImagePromptAdapter, add_lora, create_adapter
 from imprompt.bases import Base, TextStates, image_encoder_of
 from imprompt.checkpoints import load_adapter, save_adapter
 from imprompt.core.config import check_range, check_shares
 from imprompt.core.errors import ImpromptError
 from imprompt.core.randomness import Randomness
+from imprompt.data.instructions import TASKS
 from imprompt.data.rows import Rows
 from imprompt.encoders.instruction import EMBEDDINGS, METADATA_KEY, instruction_states
 from imprompt.systems.denoising import (
+    Attempt,
     Denoising,
     check_same_base,
     drawn_shares,
@@ -33,8 +35,11 @@ from imprompt.systems.denoising import (
     sample_posterior,
     text_states_of,
 )
+from imprompt.systems.likeness import Likeness, likeness_for
 
 NEARLY_NOTHING = 1e-4
+FACE = TASKS.index("face")
+LIKENESS_COLUMNS = ("task_ids", "id_embeds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,23 +67,34 @@ class InstructOptions:
     """Share of samples that see nothing, for classifier-free guidance."""
     snr_gamma: float = 0.0
     """γ of min-SNR weighting (2303.09556); 0 weighs all timesteps alike."""
+    lora_rank: int = 0
+    """Of low-rank additions at every attention layer, as face-id adapters have them. Not of the paper. 0 is
+    none, or that of `start_from`."""
+    likeness: float = 0.0
+    """Weight of a second loss in lessons of faces, that the face encoder knows the person in what is
+    predicted. Not of the paper. Such data have the columns id_embeds, of what shall be drawn, and task_ids."""
     start_from: str = ""
     """An Instruct adapter to go on from, or a Plus adapter to begin as; empty starts anew."""
 
     def __post_init__(self) -> None:
         check_shares(self, ("drop_image", "drop_text", "drop_instruction", "drop_all"))
         check_range(self, ("num_tokens", "depth"), 1)
-        check_range(self, ("resampler_dim", "snr_gamma"), 0)
+        check_range(self, ("resampler_dim", "snr_gamma", "lora_rank", "likeness"), 0)
 
 
 def build(options: InstructOptions, base: Base, columns: Rows) -> InstructSystem:
     """The system for prepared data: an Instruct adapter of the right shape, new or from a file.
 
     Raises:
-        ImpromptError: data of another base, a base without image encoder, a file of another variant.
+        ImpromptError: data of another base, a base without image encoder, a file of another variant; data
+            without what `likeness` reads.
     """
     check_same_base(columns, base)
-    return InstructSystem(base, instruct_adapter(options, base), options)
+    likeness = None
+    if options.likeness:
+        columns.require(LIKENESS_COLUMNS)
+        likeness = likeness_for(columns, base)
+    return InstructSystem(base, instruct_adapter(options, base), options, likeness)
 
 
 def instruct_adapter(options: InstructOptions, base: Base) -> ImagePromptAdapter:
@@ -128,6 +144,8 @@ def instruct_adapter(options: InstructOptions, base: Base) -> ImagePromptAdapter
             num_positions=num_positions,
             text_dim=text_width(base),
         )
+    if options.lora_rank and options.lora_rank != adapter.lora_rank:
+        adapter = add_lora(adapter, base.unet, options.lora_rank)
     adapter.metadata[METADATA_KEY] = options.instruction_embedding
     return adapter.to(base.device)
 
@@ -147,11 +165,12 @@ def new_like(
 ) -> ImagePromptAdapter:
     """A new Instruct adapter of the shape of this Plus or Instruct adapter, or larger by what is told.
 
-    It has as many tokens and layers more, and the positions if the adapter has none of its own.
+    It has as many tokens and layers more, and the positions if the adapter has none of its own. A LoRA is
+    of the same rank.
     """
     _, num_tokens, dim = adapter.state_dict()["image_proj.latents"].shape
     hidden_states = adapter.projection.features[0]
-    return create_adapter(
+    new = create_adapter(
         base.unet,
         "instruct",
         feature_dim=hidden_states.dim,
@@ -161,6 +180,7 @@ def new_like(
         num_positions=hidden_states.length or num_positions,
         text_dim=text_width(base),
     )
+    return add_lora(new, base.unet, adapter.lora_rank) if adapter.lora_rank else new
 
 
 def with_positions(
@@ -198,7 +218,13 @@ def begun_as_plus(plus: ImagePromptAdapter, base: Base) -> ImagePromptAdapter:
 class InstructSystem:
     """Trains an Instruct adapter on pairs with a condition image and an instruction."""
 
-    def __init__(self, base: Base, adapter: ImagePromptAdapter, options: InstructOptions) -> None:
+    def __init__(
+        self,
+        base: Base,
+        adapter: ImagePromptAdapter,
+        options: InstructOptions,
+        likeness: Likeness | None = None,
+    ) -> None:
         self.base = base
         self.module = adapter
         self.options = options
@@ -208,7 +234,9 @@ class InstructSystem:
             "condition_states",
             "instruction_ids",
             "text_ids",
+            *(LIKENESS_COLUMNS if likeness else ()),
         )
+        self._likeness = likeness
         self.rows_at_once: int | None = None
         """How many rows are validated together; set by the loop, None is all."""
         self._handle = adapter.install(base.unet)
@@ -223,17 +251,31 @@ class InstructSystem:
         no_image, no_text, no_instruction = drops(randomness, self.options)
         batch = without(batch, no_image, no_text, no_instruction, self._no_image, self._empty_ids)
         timesteps = self._denoising.draw_timesteps(randomness)
-        errors = self._errors(batch, randomness, timesteps)
+        attempt = self._attempt(batch, randomness, timesteps)
         weights = self._denoising.weights(timesteps, self.options.snr_gamma)
-        return (weights * errors).mean(), {}
+        loss = (weights * attempt.errors).mean()
+        if self._likeness is None:
+            return loss, {}
+        has_face = (batch["task_ids"] == FACE) & ~no_image & ~no_instruction
+        unlike = self._likeness.loss(attempt, batch["id_embeds"].float(), has_face)
+        figures: dict[str, float | Tensor] = {
+            "loss_of_noise": loss.detach(),
+            "loss_of_likeness": unlike.detach(),
+        }
+        return loss + self.options.likeness * unlike, figures
 
     def _errors(
         self, batch: dict[str, Tensor], randomness: Randomness, timesteps: Tensor
     ) -> Tensor:
         """The squared error of each sample's prediction, (batch,)."""
+        return self._attempt(batch, randomness, timesteps).errors
+
+    def _attempt(
+        self, batch: dict[str, Tensor], randomness: Randomness, timesteps: Tensor
+    ) -> Attempt:
         text_states = text_states_of(self.base, batch["text_ids"], batch)
         condition = self._handle.condition(self.tokens(batch, text_states))
-        return self._denoising.errors(
+        return self._denoising.attempt(
             lambda noisy: self.base.denoise(noisy, timesteps, text_states, condition),
             sample_posterior(batch, randomness, self.base),
             randomness,

@@ -61,7 +61,7 @@ class InstructWordsOptions(InstructOptions):
         check_range(self, ("added_tokens", "added_layers", "layout_weight"), 0)
         check_left_alone(
             self,
-            ("drop_image", "drop_instruction", "drop_all", "snr_gamma"),
+            ("drop_image", "drop_instruction", "drop_all", "snr_gamma", "lora_rank", "likeness"),
             "words are learnt without the denoiser, with image and instruction always there",
         )
         for name in ("added_tokens", "added_layers", "learn"):

@@ -8,8 +8,9 @@ Source: the ID loss of PuLID (2404.16022), section 3.3, here on the one-step pre
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as functional
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from imprompt.bases import Base
@@ -17,6 +18,9 @@ from imprompt.bases.latent_space import decode
 from imprompt.core.errors import ImpromptError
 from imprompt.data.rows import Rows
 from imprompt.encoders.face import DioramaFaceEncoder, face_encoder_with
+from imprompt.systems.denoising import Attempt
+
+MIN_SIGNAL = 0.02  # ᾱ_t; in what is predicted from less nobody is to be known
 
 
 class Likeness:
@@ -39,6 +43,19 @@ class Likeness:
         """
         seen, _ = self.faces.read(decode(self._base.vae, latents, self._base.device))
         return 1 - functional.cosine_similarity(seen.float(), id_embeds.float())
+
+    def loss(
+        self,
+        attempt: Attempt,
+        id_embeds: Float[Tensor, "batch dim"],
+        has_face: Bool[Tensor, " batch"],
+    ) -> Tensor:
+        """The distances' sum over the rows that have a face, and enough signal to show it, divided by the
+        number of all rows, so that a batch may be cut into parts."""
+        seen = ((attempt.signal > MIN_SIGNAL) & has_face).nonzero()[:, 0]
+        if not len(seen):
+            return torch.zeros((), device=id_embeds.device)
+        return self.distance(attempt.clean[seen], id_embeds[seen]).sum() / len(has_face)
 
 
 def likeness_for(columns: Rows, base: Base) -> Likeness:

@@ -13,6 +13,7 @@ from imprompt.checkpoints import load_adapter, save_adapter
 from imprompt.core.errors import ImpromptError
 from imprompt.core.randomness import Randomness
 from imprompt.data.dataset import Columns
+from imprompt.data.instructions import TASKS
 from imprompt.data.prepare import prepare
 from imprompt.encoders.instruction import instruction_states
 from imprompt.systems import instruct, instruct_words
@@ -80,6 +81,58 @@ def test_tokens_depend_on_each_condition(base, columns, column, embedding, monke
         system.loss(given, Randomness(0, range(5)))
     assert torch.equal(read[0], read[2])
     assert not torch.equal(read[0], read[1])
+
+
+def test_a_lora_is_learnt_beside_and_kept_by_what_grows(base, columns, tmp_path):
+    system = instruct.build(replace(KEEP_ALL, lora_rank=2), base, columns)
+    up = "ip_adapter.0.to_q_lora.up.weight"
+    assert not system.module.state_dict()[up].any()
+    optimizer = torch.optim.SGD(system.module.parameters(), lr=0.1)
+    loss, _ = system.loss(columns.rows(range(6), system.columns), Randomness(0, range(6)))
+    loss.backward()
+    optimizer.step()
+    learnt = system.module.state_dict()[up]
+    assert learnt.any()
+    system.export(tmp_path / "a.safetensors")
+    again = replace(KEEP_ALL, start_from=str(tmp_path / "a.safetensors"))
+    for options in (again, replace(again, positions=True), replace(again, lora_rank=2)):
+        adapter = instruct.build(options, base, columns).module
+        assert adapter.lora_rank == 2 and torch.equal(adapter.state_dict()[up], learnt)
+    words = replace(WORDS, start_from=again.start_from, added_layers=1)
+    assert torch.equal(instruct_words.build(words, base, columns).adapter.state_dict()[up], learnt)
+
+
+def test_likeness_is_of_lessons_of_faces_that_are_told_and_shown(folder, base, columns, tmp_path):
+    options = replace(KEEP_ALL, likeness=0.5)
+    with pytest.raises(ImpromptError, match="id_embeds"):
+        instruct.build(options, base, columns)
+    named = (*instruct.build(KEEP_ALL, base, columns).columns, "task_ids", "id_embeds")
+    prepare("diorama-instruct:10", tmp_path / "data", base, columns=named)
+    columns = Columns.open(tmp_path / "data")
+    system = instruct.build(options, base, columns)
+    assert set(system.columns) == set(named)
+    batch = columns.rows(range(10), system.columns)
+    randomness = Randomness(0, range(10))
+    loss, figures = system.loss(batch, randomness)
+    of_noise, of_likeness = figures["loss_of_noise"], figures["loss_of_likeness"]
+    assert of_likeness > 0
+    assert loss.item() == pytest.approx((of_noise + 0.5 * of_likeness).item())
+    is_face = batch["task_ids"] == TASKS.index("face")
+    assert is_face.sum() == 2
+
+    def likeness(given, **dropped):
+        told = instruct.build(replace(options, **dropped), base, columns)
+        return told.loss(given, randomness)[1]["loss_of_likeness"]
+
+    def strangers(where):
+        others = torch.where(where[:, None], -batch["id_embeds"], batch["id_embeds"])
+        return {**batch, "id_embeds": others}
+
+    assert likeness(strangers(~is_face)) == of_likeness
+    assert likeness(strangers(is_face)) != of_likeness
+    for name in ("drop_image", "drop_instruction", "drop_all"):
+        assert likeness(batch, **{name: 1.0}) == 0
+    assert likeness(batch, drop_text=1.0) > 0
 
 
 def test_dropped_conditions_are_what_generation_brings_for_none(base, columns):
