@@ -3,6 +3,7 @@
     python benchmarks/identity.py factors        how far apart the characters are
     python benchmarks/identity.py encoder        how well the face encoder tells unseen persons apart
     python benchmarks/identity.py measure        who is drawn, where, with every part and without each
+    python benchmarks/identity.py nearest        who is drawn, as pixels tell, without any network
     python benchmarks/identity.py pictures       one person in several poses and styles
 
 `measure` is `imprompt evaluate --what identity`; its figures go to benchmarks/results/identity.json, a table
@@ -94,6 +95,34 @@ def measure(folder: Path | None, count: int, output: Path) -> None:
     publish(DOCS / "identity.md", "identity", identity_table(figures))
 
 
+def nearest(folder: Path | None, count: int, candidates: int = 20) -> None:
+    """Of renders of what was asked for that differ by the person alone, how often is the right one nearest?
+
+    The distance is that of pixels, so that nothing which pleases a network, and is not seen, can count.
+    """
+    from imprompt.bases import load_base
+    from imprompt.checkpoints.identity import load_identity
+    from imprompt.checkpoints.shipped import shipped_identity
+    from imprompt.evaluation.identity import draw_identity
+    from imprompt.evaluation.measure import Sampling
+    from imprompt.generation.faces import face_encoder_of
+
+    base, identity = load_base("diorama"), load_identity(folder or shipped_identity())
+    portraits = unseen_portraits(count)
+    sampling = Sampling(steps=25, sampler="dpm-solver++", guidance_scale=GUIDANCE)
+    faces = face_encoder_of(identity.adapter, None)
+    made = draw_identity(base, identity, faces, portraits, sampling)
+    right, by_lot = 0, torch.Generator().manual_seed(0)
+    for image, scene in zip(made, portraits.targets, strict=True):
+        order = torch.randperm(len(gallery()), generator=by_lot).tolist()
+        others = [gallery()[i] for i in order if gallery()[i] != scene.character]
+        persons = [scene.character, *others[: candidates - 1]]
+        renders = drawn([replace(scene, character=person) for person in persons])
+        distances = (renders - image.clamp(-1, 1)).square().mean(dim=(1, 2, 3))
+        right += int(distances.argmin() == 0)
+    print(f"nearest of {candidates} renders: the right person in {right} of {count}")
+
+
 def identity_table(figures: dict[str, float]) -> str:
     """Rows: renders, then what is drawn with every part and without each."""
     shown = ("right character", "landmark error in px, median", "landmark error in px")
@@ -154,7 +183,7 @@ def pictures() -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("factors", "encoder", "measure", "pictures"))
+    parser.add_argument("what", choices=("factors", "encoder", "measure", "nearest", "pictures"))
     parser.add_argument("--identity", type=Path, help="another folder than the shipped one")
     parser.add_argument("--count", type=int, default=100)
     parser.add_argument("--output", type=Path, default=Path("runs/identity-look"))
@@ -166,5 +195,7 @@ if __name__ == "__main__":
         encoder(arguments.face_encoder)
     elif arguments.what == "measure":
         measure(arguments.identity, arguments.count, arguments.output)
+    elif arguments.what == "nearest":
+        nearest(arguments.identity, arguments.count)
     else:
         pictures()

@@ -101,8 +101,7 @@ def build(options: IdentityOptions, base: Base, columns: Rows) -> IdentitySystem
         adapter.to(base.device),
         net,
         drop_all=options.drop_all,
-        likeness=likeness_for(columns, base) if options.likeness else None,
-        likeness_weight=options.likeness,
+        likeness=likeness_for(columns, base, options.likeness),
     )
     adapter.metadata["face_encoder"] = str(columns.meta.get("face_encoder", ""))
     return system
@@ -128,7 +127,6 @@ class IdentitySystem:
         *,
         drop_all: float = 0.0,
         likeness: Likeness | None = None,
-        likeness_weight: float = 0.0,
     ) -> None:
         self.base = base
         self.module = _Together(adapter, identity_net)
@@ -139,7 +137,6 @@ class IdentitySystem:
         self.net = identity_net
         self._drop_all = drop_all
         self._likeness = likeness
-        self._likeness_weight = likeness_weight
         self._empty_ids = base.tokenize([""]).to(base.device)
         self._denoising = Denoising(base.scheduler, base.device)
 
@@ -159,12 +156,7 @@ class IdentitySystem:
         loss = attempt.errors.mean()
         if self._likeness is None:
             return loss, {}
-        unlike = self._likeness.loss(attempt, faces, ~nothing)
-        figures: dict[str, float | Tensor] = {
-            "loss_of_noise": loss.detach(),
-            "loss_of_likeness": unlike.detach(),
-        }
-        return loss + self._likeness_weight * unlike, figures
+        return self._likeness.beside(loss, attempt, faces, ~nothing)
 
     def _attempt(
         self,

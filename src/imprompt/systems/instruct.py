@@ -90,10 +90,9 @@ def build(options: InstructOptions, base: Base, columns: Rows) -> InstructSystem
             without what `likeness` reads.
     """
     check_same_base(columns, base)
-    likeness = None
     if options.likeness:
         columns.require(LIKENESS_COLUMNS)
-        likeness = likeness_for(columns, base)
+    likeness = likeness_for(columns, base, options.likeness)
     return InstructSystem(base, instruct_adapter(options, base), options, likeness)
 
 
@@ -257,12 +256,7 @@ class InstructSystem:
         if self._likeness is None:
             return loss, {}
         has_face = (batch["task_ids"] == FACE) & ~no_image & ~no_instruction
-        unlike = self._likeness.loss(attempt, batch["id_embeds"].float(), has_face)
-        figures: dict[str, float | Tensor] = {
-            "loss_of_noise": loss.detach(),
-            "loss_of_likeness": unlike.detach(),
-        }
-        return loss + self.options.likeness * unlike, figures
+        return self._likeness.beside(loss, attempt, batch["id_embeds"].float(), has_face)
 
     def _errors(
         self, batch: dict[str, Tensor], randomness: Randomness, timesteps: Tensor

@@ -19,6 +19,7 @@ from imprompt.core.errors import ImpromptError
 from imprompt.data.rows import Rows
 from imprompt.encoders.face import DioramaFaceEncoder, face_encoder_with
 from imprompt.systems.denoising import Attempt
+from imprompt.systems.protocol import Figures
 
 MIN_SIGNAL = 0.02  # ᾱ_t; in what is predicted from less nobody is to be known
 
@@ -26,8 +27,9 @@ MIN_SIGNAL = 0.02  # ᾱ_t; in what is predicted from less nobody is to be known
 class Likeness:
     """Compares predicted latents with identity vectors, so that gradients reach the prediction."""
 
-    def __init__(self, base: Base, faces: DioramaFaceEncoder) -> None:
+    def __init__(self, base: Base, faces: DioramaFaceEncoder, weight: float = 1.0) -> None:
         """`faces` is frozen, as the base is, and moved to the base's device."""
+        self.weight = weight
         self._base = base
         self.faces = faces
         faces.network.to(base.device)
@@ -44,26 +46,35 @@ class Likeness:
         seen, _ = self.faces.read(decode(self._base.vae, latents, self._base.device))
         return 1 - functional.cosine_similarity(seen.float(), id_embeds.float())
 
-    def loss(
+    def beside(
         self,
+        loss: Tensor,
         attempt: Attempt,
         id_embeds: Float[Tensor, "batch dim"],
         has_face: Bool[Tensor, " batch"],
-    ) -> Tensor:
-        """The distances' sum over the rows that have a face, and enough signal to show it, divided by the
-        number of all rows, so that a batch may be cut into parts."""
+    ) -> tuple[Tensor, Figures]:
+        """The loss with this one beside it, by its weight, and figures of both.
+
+        It is the distances' sum over the rows that have a face, and enough signal to show it, divided by the
+        number of all rows, so that a batch may be cut into parts.
+        """
         seen = ((attempt.signal > MIN_SIGNAL) & has_face).nonzero()[:, 0]
-        if not len(seen):
-            return torch.zeros((), device=id_embeds.device)
-        return self.distance(attempt.clean[seen], id_embeds[seen]).sum() / len(has_face)
+        unlike = torch.zeros_like(loss)
+        if len(seen):
+            unlike = self.distance(attempt.clean[seen], id_embeds[seen]).sum() / len(has_face)
+        figures: Figures = {"loss_of_noise": loss.detach(), "loss_of_likeness": unlike.detach()}
+        return loss + self.weight * unlike, figures
 
 
-def likeness_for(columns: Rows, base: Base) -> Likeness:
-    """With the face encoder that wrote the data's identity vectors.
+def likeness_for(columns: Rows, base: Base, weight: float) -> Likeness | None:
+    """With the face encoder that wrote the data's identity vectors; none if the weight is 0.
 
     Raises:
         ImpromptError: it is none that gradients pass through.
     """
+    if not weight:
+        return None
+    columns.require(("id_embeds",))
     fingerprint = str(columns.meta.get("face_encoder", ""))
     faces = face_encoder_with(fingerprint) if fingerprint else None
     if not isinstance(faces, DioramaFaceEncoder):
@@ -72,4 +83,4 @@ def likeness_for(columns: Rows, base: Base) -> Likeness:
             f"No gradients pass through the face encoder of {columns.path} ({name}), and likeness needs "
             "them: set system.likeness=0."
         )
-    return Likeness(base, faces)
+    return Likeness(base, faces, weight)

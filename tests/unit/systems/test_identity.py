@@ -235,13 +235,9 @@ def test_likeness_counts_where_somebody_is_to_be_seen(base, columns, likeness):
     def losses(batch, weight=1.0, drop_all=0.0, sizes=(COUNT,)):
         options = identity.IdentityOptions(num_tokens=3, depth=1, drop_all=drop_all)
         system = identity.build(options, base, columns)
+        likeness.weight = weight
         system = identity.IdentitySystem(
-            base,
-            system.adapter,
-            system.net,
-            drop_all=drop_all,
-            likeness=likeness,
-            likeness_weight=weight,
+            base, system.adapter, system.net, drop_all=drop_all, likeness=likeness
         )
         found, start = [], 0
         for size in sizes:
