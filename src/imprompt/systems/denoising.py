@@ -93,14 +93,22 @@ def sample_posterior(batch: dict[str, Tensor], randomness: Randomness, base: Bas
 
 
 class Attempt(NamedTuple):
-    """What came of predicting noise."""
+    """What came of predicting noise, of each sample."""
 
     errors: Float[Tensor, " batch"]
-    """The squared error of each sample's prediction."""
-    clean: Float[Tensor, "batch channels h w"]
-    """The clean latents x0 that it implies, in the denoiser's scale."""
+    """The squared error."""
+    noisy: Float[Tensor, "batch channels h w"]
+    prediction: Float[Tensor, "batch channels h w"]
+    prediction_type: str
     signal: Float[Tensor, " batch"]
     """ᾱ_t in [0, 1], how much of x0 was to be seen."""
+
+    @property
+    def clean(self) -> Float[Tensor, "batch channels h w"]:
+        """The clean latents x0 that the prediction implies, in the denoiser's scale."""
+        return predicted_clean(
+            self.prediction_type, self.prediction.float(), self.noisy, self.signal
+        )
 
 
 class Denoising:
@@ -143,7 +151,7 @@ class Denoising:
         randomness: Randomness,
         timesteps: Int[Tensor, " batch"],
     ) -> Attempt:
-        """As `errors`, with the clean latents that the predictions imply.
+        """As `errors`, with what the errors are made of.
 
         Source: Ho et al. 2020 (2006.11239), equation 14; Salimans & Ho (2202.00512) for v.
         """
@@ -153,8 +161,8 @@ class Denoising:
         prediction = predict(noisy)
         target = prediction_target(self._prediction_type, latents, noise, alphas)
         errors = functional.mse_loss(prediction.float(), target.float(), reduction="none")
-        clean = predicted_clean(self._prediction_type, prediction.float(), noisy, alphas)
-        return Attempt(errors.mean(dim=(1, 2, 3)), clean, alphas)
+        errors = errors.mean(dim=(1, 2, 3))
+        return Attempt(errors, noisy, prediction, self._prediction_type, alphas)
 
     def weights(self, timesteps: Int[Tensor, " batch"], snr_gamma: float) -> Tensor:
         """How much each sample's error counts: min-SNR weighting (2303.09556), or 1 where γ is 0."""

@@ -54,13 +54,12 @@ class IdentityOptions:
     zero_entry: bool = True
     """Whether the landmarks' own entry begins at zero, too. Without, a small model learns sooner."""
     lora_rank: int = 0
-    """Of low-rank additions at every attention layer, which face-id adapters have and InstantID has not: a
-    base that draws faces too much alike learns to tell them apart. 0 is none, or that of `start_from`."""
+    """Of low-rank additions at every attention layer, which face-id adapters have and InstantID has not. 0
+    is none, or that of `start_from`."""
     drop_all: float = 0.0
     """Share of samples that see neither text nor face, for classifier-free guidance; landmarks stay."""
     likeness: float = 0.0
-    """Weight of a second loss, that the face encoder knows the person in what is predicted. Not of
-    the paper."""
+    """Weight of a second loss, that the face encoder knows the person in what is predicted. Not of the paper."""
     start_from: str = ""
     """A folder that an earlier training exported, to go on from; empty starts anew."""
 
