@@ -69,6 +69,7 @@ def add_parser(verbs: Any) -> None:
             "full",
             "instruct",
             "instruct-words",
+            "instruct-faces",
             "faceid",
             "faceid-plus",
             "identity",

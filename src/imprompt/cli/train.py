@@ -39,8 +39,8 @@ def add_parser(verbs: Any) -> None:
     )
     parser.add_argument(
         "system",
-        help="image-prompt, instruct, instruct-words, face-id, identity, concatenation, controlnet, "
-        "t2i-adapter, text-to-image, autoencoder, contrastive, classifier, face-encoder, …",
+        help="image-prompt, instruct, instruct-words, instruct-faces, face-id, identity, concatenation, "
+        "controlnet, t2i-adapter, text-to-image, autoencoder, contrastive, classifier, face-encoder, …",
     )
     parser.add_argument(
         "--settings",

@@ -99,6 +99,8 @@ def default_columns(variant: str) -> tuple[str, ...]:
         "instruct": ("condition_states", "instruction_ids"),
         # With what the instructions ask for in words, which only ground truth knows.
         "instruct-words": ("condition_states", "instruction_ids", "kept_ids", "task_ids"),
+        # With who is to be drawn: for faces, and for `likeness`.
+        "instruct-faces": ("condition_states", "instruction_ids", "task_ids", "id_embeds"),
         "faceid": ("id_embeds",),
         "faceid-plus": ("id_embeds", "reference_hidden_states"),
         "identity": ("id_embeds", "landmarks"),
@@ -242,14 +244,26 @@ def landmarks(base: Base, batch: Batch) -> Tensor:
 
 
 def id_embeds(base: Base, batch: Batch) -> Tensor:
-    """Who the reference shows: identity vectors of length 1, float16 (batch, dim)."""
-    return _faces(batch).embeds(batch.reference_pixels).cpu().half()
+    """Who the reference shows: identity vectors of length 1, float16 (batch, dim).
+
+    Zeros in lessons of Instruct about something else than a face.
+    """
+    faces, pixels = _faces(batch), batch.reference_pixels
+    asked = [row for row in range(len(pixels)) if _is_of_face(batch, row)]
+    found = torch.zeros(len(pixels), faces.embed_dim, dtype=torch.float16)
+    if asked:
+        found[asked] = faces.embeds(pixels[asked]).cpu().half()
+    return found
 
 
 def reference_hidden_states(base: Base, batch: Batch) -> Tensor:
     """The image encoder's penultimate states of the reference's face: float16 (batch, length, dim)."""
     crops = _faces(batch).crops(batch.reference_pixels)
     return image_encoder_of(base).hidden_states(crops).cpu().half()
+
+
+def _is_of_face(batch: Batch, row: int) -> bool:
+    return not batch.conditions or batch.conditions[row].is_of_face
 
 
 def _faces(batch: Batch) -> FaceEncoder:

@@ -22,8 +22,11 @@ def default_face_encoder(source: str, variant: str) -> str:
 def check_faces(loaded: Loaded, columns: Sequence[str], face_encoder: str) -> None:
     """Raise Unusable if one of these columns reads a face of the pair and there is none.
 
-    Scenes of the embedded world are passed over: what they show is known.
+    Scenes of the embedded world are passed over: what they show is known. So are lessons of Instruct
+    about something else than a face, whose vectors are zeros.
     """
+    if loaded.condition is not None and not loaded.condition.is_of_face:
+        return
     has_reference = loaded.reference is not None
     pictures = {"image": loaded.picture} if "landmarks" in columns else {}
     if not {"id_embeds", "reference_hidden_states"}.isdisjoint(columns):

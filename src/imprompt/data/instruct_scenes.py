@@ -33,11 +33,11 @@ from imprompt.diorama import (
     sample_scene,
     subject_caption,
 )
-from imprompt.diorama.people import training_character
+from imprompt.diorama.people import PHOTO_LIKE_STYLE, portrait, training_character
 from imprompt.diorama.vocabulary import COLOURS, PERSON
 
 FIRST_SCENE_SEED = 20_000_000
-CLOSE_UP = 1.3
+CLOSE_UP = 1.2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +100,7 @@ def kept_in_words(task: str, scene: Scene) -> str:
 def _scene(seed: int, **fixed: object) -> Scene:
     """A scene; if it is a person's, nobody of those that measurements ask for."""
     scene = sample_scene(seed, **fixed)
-    if scene.kind == PERSON and "character" not in fixed:
+    if scene.kind == PERSON:
         scene = replace(scene, character=training_character(seed))
     return scene
 
@@ -161,8 +161,11 @@ def _composition(seed: int, draw: Generator) -> tuple[Scene, Scene, str]:
 
 
 def _face(seed: int, draw: Generator) -> tuple[Scene, Scene, str]:
-    condition = _scene(seed + 4, kind=PERSON)
-    target = sample_scene(seed + 5, kind=PERSON, character=condition.character)
+    character = training_character(seed + 4)
+    # What is known of a person is mostly known from photos.
+    seen = {"style": PHOTO_LIKE_STYLE} if draw.random() < 0.5 else {}
+    condition = portrait(seed + 4, character, **seen)
+    target = portrait(seed + 5, character)
     if draw.random() < 0.5:
         condition = replace(condition, zoom=CLOSE_UP * condition.zoom, offset=0.0)
     said = phrases(target)

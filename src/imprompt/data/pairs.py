@@ -60,6 +60,11 @@ class Condition:
     task: str = ""
     kept: str = ""
 
+    @property
+    def is_of_face(self) -> bool:
+        """Whether a person may be meant: the task is faces, or is not told."""
+        return self.task in ("", "face")
+
 
 @dataclass(frozen=True)
 class Pair:

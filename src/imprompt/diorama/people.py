@@ -16,6 +16,7 @@ from imprompt.diorama.scene import Character, Scene, sample_character, sample_sc
 
 PICTURES_PER_CHARACTER = 8
 GALLERY_SIZE = 100
+PHOTO_LIKE_STYLE = "clay"  # the nearest to a photo of all styles
 
 FACTORS: dict[str, tuple[str, ...]] = {
     "face_shape": words.FACE_SHAPES,

@@ -30,11 +30,11 @@ from imprompt.diorama import (
     portrait_caption,
     render,
 )
+from imprompt.diorama.people import PHOTO_LIKE_STYLE
 from imprompt.encoders.face import FaceEncoder, load_face_encoder
 
 REFERENCE_SEED, TARGET_SEED, TEMPLATE_SEED = 6_000_000, 6_100_000, 6_200_000
-REFERENCE_STYLE = "clay"  # the one nearest to a photo
-OTHER_REFERENCE_STYLE = "cartoon"  # for portraits that are asked for in clay
+OTHER_REFERENCE_STYLE = "cartoon"  # for portraits that are asked for in the photo-like one
 
 
 def load_face_judge() -> FaceEncoder:
@@ -75,7 +75,7 @@ def unseen_portraits(count: int, styles: Sequence[str] = STYLES) -> Portraits:
 
 
 def _reference(number: int, character: Character, target: Scene) -> Scene:
-    style = OTHER_REFERENCE_STYLE if target.style == REFERENCE_STYLE else REFERENCE_STYLE
+    style = OTHER_REFERENCE_STYLE if target.style == PHOTO_LIKE_STYLE else PHOTO_LIKE_STYLE
     reference = portrait(REFERENCE_SEED + number, character, style=style)
     if reference.setting == target.setting:
         following = SETTINGS[(SETTINGS.index(target.setting) + 1) % len(SETTINGS)]

@@ -35,6 +35,9 @@ TRAINABLES = {
     "instruct-words": Trainable(
         module="instruct_words", options="InstructWordsOptions", export=_ADAPTER
     ),
+    "instruct-faces": Trainable(
+        module="instruct_faces", options="InstructFacesOptions", export=_ADAPTER, faces="identity"
+    ),
     "concatenation": Trainable(
         module="concatenation", options="ConcatenationOptions", export="tokens.safetensors"
     ),

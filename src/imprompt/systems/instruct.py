@@ -278,11 +278,8 @@ class InstructSystem:
 
     def tokens(self, batch: dict[str, Tensor], text_states: TextStates) -> Tensor:
         """What the adapter makes of images, instructions and these texts, (batch, tokens, dim)."""
-        instructions = instruction_states(
-            self.base, batch["instruction_ids"], self.options.instruction_embedding
-        )
-        prompts = self.base.instruct_states(batch["text_ids"], text_states)
-        return self.module.tokens(batch["condition_states"].float(), instructions, prompts)
+        embedding = self.options.instruction_embedding
+        return self.module.tokens(*what_is_read(self.base, batch, embedding, text_states))
 
     def nothing(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The same batch without image, text and instruction."""
@@ -316,6 +313,18 @@ class InstructSystem:
     def export(self, path: Path) -> None:
         """Write the adapter with the official keys."""
         save_adapter(self.module, path, made_for(self.base))
+
+
+def what_is_read(
+    base: Base, batch: dict[str, Tensor], embedding: str, text_states: TextStates | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the resampler reads: states of the images, the instructions and the prompts.
+
+    `text_states`, where they are known, need not be encoded again.
+    """
+    told = instruction_states(base, batch["instruction_ids"], embedding)
+    prompts = base.instruct_states(batch["text_ids"], text_states)
+    return batch["condition_states"].float(), told, prompts
 
 
 def drops(randomness: Randomness, options: InstructOptions) -> tuple[Tensor, Tensor, Tensor]:

@@ -30,9 +30,8 @@ from imprompt.core.errors import ImpromptError
 from imprompt.core.randomness import Randomness
 from imprompt.data.instructions import TASKS
 from imprompt.data.rows import Rows
-from imprompt.encoders.instruction import instruction_states
 from imprompt.systems.denoising import check_same_base, made_for, mean_in_parts, replace_rows
-from imprompt.systems.instruct import InstructOptions, instruct_adapter, new_like
+from imprompt.systems.instruct import InstructOptions, instruct_adapter, new_like, what_is_read
 
 NUM_ROWS_FOR_SCALE = 2048
 SMALLEST_DEVIATION = 1e-3
@@ -205,12 +204,9 @@ class InstructWordsSystem:
     def _conditions(
         self, batch: dict[str, Tensor], no_text: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """What the resampler reads: states of the images, the instructions and the prompts."""
         text_ids = replace_rows(batch["text_ids"], self._empty_ids, no_text)
-        told = instruction_states(
-            self.base, batch["instruction_ids"], self.options.instruction_embedding
-        )
-        return batch["condition_states"].float(), told, self.base.instruct_states(text_ids)
+        given = {**batch, "text_ids": text_ids}
+        return what_is_read(self.base, given, self.options.instruction_embedding)
 
     def _distance(self, tokens: Tensor, wanted: Tensor) -> Tensor:
         """Mean squared errors, (batch,), in units of the words' variance."""

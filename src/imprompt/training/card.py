@@ -15,6 +15,7 @@ TITLES = {
     "image-prompt": "Image-prompt adapter",
     "instruct": "Instruct adapter",
     "instruct-words": "Instruct adapter, first stage",
+    "instruct-faces": "Instruct adapter, first stage for faces",
     "face-id": "Face-id adapter",
     "identity": "Identity",
     "controlnet": "ControlNet",
