@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ import torch
 from imprompt.bases import load_base
 from imprompt.checkpoints import load_adapter, save_adapter
 from imprompt.core.config import read_toml
+from imprompt.data.columns import default_columns
 from imprompt.data.dataset import Columns
 from imprompt.data.prepare import prepare
 from imprompt.evaluation.instruct_table import rows_of_task
@@ -30,7 +32,12 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def trained(
-    system: str, preset: str, data: Path, arguments: argparse.Namespace, name: str, *settings: str
+    system: str,
+    preset: str,
+    data: Path | Sequence[Path],
+    arguments: argparse.Namespace,
+    name: str,
+    *settings: str,
 ) -> Path:
     """The file or folder that a run of the product's own command exports."""
     steps = read_toml(preset_path(preset))["train"]["steps"]
@@ -51,17 +58,26 @@ def prepared(source: str, folder: str, arguments: argparse.Namespace, **wanted) 
 
 
 def instruct(arguments: argparse.Namespace, weights: Path) -> None:
-    """Layouts, all words, then the denoiser; shipped in half precision."""
-    lessons = f"diorama-instruct:{arguments.num_lessons}"
-    data = prepared(lessons, "lessons", arguments, variant="instruct-words")
+    """Layouts, all words, the denoiser; then who is seen, and the denoiser again; shipped in half precision."""
+    count = arguments.num_lessons
+    columns = (*default_columns("instruct-words"), "id_embeds")
+    data = prepared(f"diorama-instruct:{count}", "lessons", arguments, columns=columns)
+    faces = prepared(
+        f"diorama-instruct/face:{count // 4}:{count}", "faces", arguments, columns=columns
+    )
     some = rows_of_task(Columns.open(data), "composition", arguments.output / "compositions")
-    layouts = trained("instruct-words", "diorama-instruct-layouts", some, arguments, "layouts")
-    start = f'system.start_from="{layouts}"'
-    words = trained("instruct-words", "diorama-instruct-words", data, arguments, "words", start)
-    start = f'system.start_from="{words}"'
-    made = load_adapter(trained("instruct", "diorama-instruct", data, arguments, "joint", start))
+    made = trained("instruct-words", "diorama-instruct-layouts", some, arguments, "layouts")
+    for system, more, name, settings in (
+        ("instruct-words", data, "words", ()),
+        ("instruct", data, "joint", ()),
+        ("instruct-faces", (faces, faces, data), "faces", ()),
+        ("instruct", (faces, data), "all", ("system.lora_rank=32", "system.likeness=0.8")),
+    ):
+        start = f'system.start_from="{made}"'
+        made = trained(system, f"diorama-{system}", more, arguments, name, start, *settings)
+    adapter = load_adapter(made)
     file = weights / "diorama-ip-adapter-instruct.safetensors"
-    save_adapter(made, file, made.metadata, dtype=torch.float16)
+    save_adapter(adapter, file, adapter.metadata, dtype=torch.float16)
 
 
 def identity(arguments: argparse.Namespace, weights: Path) -> None:
