@@ -3,22 +3,24 @@
     python benchmarks/instruct.py measure                  each task, unseen lessons
     python benchmarks/instruct.py compare --output runs/instruct-table
                                                            joint model, single-task models, one instruction
-    python benchmarks/instruct.py picture                  one image, told different things
+    python benchmarks/instruct.py picture                  one image, told different things; persons
     python benchmarks/instruct.py map                      all instructions as points
 
 Without --adapter it is the adapter that comes with the package. Figures go to
 benchmarks/results/instruct.json, tables of them to docs/instruct.md, the pictures to
-docs/images/instruct.png and docs/images/instructions.png.
+docs/images/instruct.png, instruct-faces.png and instructions.png.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 from pages import DOCS, RESULTS, header, publish, put, row
+from PIL.Image import Image
 
 FIGURES = RESULTS / "instruct.json"
 SAMPLING = {"steps": 25, "sampler": "dpm-solver++", "guidance_scale": None, "scale": 1.0, "seed": 0}
@@ -49,6 +51,7 @@ PROMPTS = (
     ("use the composition", "a green {kind}, made of clay"),
 )
 SEEDS_SHOWN = (3, 10, 18, 31)
+FACES_SHOWN = 8
 
 
 def measure(adapter: Path | None, count: int) -> dict[str, float]:
@@ -149,37 +152,68 @@ def _summary(figures: dict[str, float], name: str) -> str:
 
 def draw_picture(adapter_file: Path | None, path: Path) -> None:
     """Rows: one image each; columns: what it is told."""
-    from imprompt import ImagePrompt, generate, load_adapter, load_base
-    from imprompt.checkpoints.shipped import shipped_instruct_adapter
-    from imprompt.core.images import image_grid, pixels_to_images
+    from imprompt.core.images import pixels_to_images
     from imprompt.data.instructions import filled
     from imprompt.diorama import render
     from imprompt.evaluation.measure import unseen_scenes
 
-    base = load_base("diorama")
-    adapter = load_adapter(adapter_file or shipped_instruct_adapter())
+    draw = drawer(adapter_file)
     scenes = [unseen_scenes(1 + number, first=40_000)[number] for number in SEEDS_SHOWN]
     cells, labels = [], []
     for scene, picture in zip(scenes, pixels_to_images(render(scenes).pixels), strict=True):
         cells.append(picture)
         labels.append("image prompt")
         for instruction, text in PROMPTS:
-            told = filled(instruction, scene.kind)
-            prompt = ImagePrompt(picture, adapter=adapter, instruction=told)
-            asked = text.replace("{kind}", scene.kind)
-            cells += generate(
-                base,
-                asked,
-                image_prompts=prompt,
-                steps=SAMPLING["steps"],
-                sampler=SAMPLING["sampler"],
-                guidance_scale=SAMPLING["guidance_scale"],
-                seed=1,
-            )
+            told, asked = filled(instruction, scene.kind), text.replace("{kind}", scene.kind)
+            cells.append(draw(picture, told, asked))
             about = told.removeprefix("use ").removeprefix("the ")
             labels.append(f"{about}: {asked or 'no text'}")
-    enlarged = [cell.resize((256, 256), 0) for cell in cells]
-    image_grid(enlarged, 1 + len(PROMPTS), labels).save(path)
+    save_grid(cells, 1 + len(PROMPTS), labels, path)
+
+
+def draw_faces(adapter_file: Path | None, path: Path) -> None:
+    """Above, persons whom no training saw; below, what is drawn when their face shall be taken."""
+    from imprompt.core.images import pixels_to_images
+    from imprompt.diorama import render
+    from imprompt.evaluation.instruct import unseen_lessons
+
+    draw = drawer(adapter_file)
+    lessons = unseen_lessons("face", FACES_SHOWN)
+    pictures = pixels_to_images(render([lesson.condition for lesson in lessons]).pixels)
+    drawn = [
+        draw(picture, lesson.instruction, lesson.prompt)
+        for picture, lesson in zip(pictures, lessons, strict=True)
+    ]
+    labels = [f"face: {lesson.prompt.removeprefix('a person in ')}" for lesson in lessons]
+    save_grid(pictures + drawn, FACES_SHOWN, ["image prompt"] * FACES_SHOWN + labels, path)
+
+
+def drawer(adapter_file: Path | None) -> Callable[[Image, str, str], Image]:
+    """Draws a picture of an image prompt, an instruction and a text."""
+    from imprompt import ImagePrompt, generate, load_adapter, load_base
+    from imprompt.checkpoints.shipped import shipped_instruct_adapter
+
+    base = load_base("diorama")
+    adapter = load_adapter(adapter_file or shipped_instruct_adapter())
+
+    def draw(picture: Image, told: str, asked: str) -> Image:
+        return generate(
+            base,
+            asked,
+            image_prompts=ImagePrompt(picture, adapter=adapter, instruction=told),
+            steps=SAMPLING["steps"],
+            sampler=SAMPLING["sampler"],
+            guidance_scale=SAMPLING["guidance_scale"],
+            seed=1,
+        )[0]
+
+    return draw
+
+
+def save_grid(cells: list[Image], columns: int, labels: list[str], path: Path) -> None:
+    from imprompt.core.images import image_grid
+
+    image_grid([cell.resize((256, 256), 0) for cell in cells], columns, labels).save(path)
 
 
 def main() -> None:
@@ -196,6 +230,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.what == "picture":
         draw_picture(arguments.adapter, DOCS / "images" / "instruct.png")
+        draw_faces(arguments.adapter, DOCS / "images" / "instruct-faces.png")
         return
     figures = json.loads(FIGURES.read_text(encoding="utf-8")) if FIGURES.is_file() else {}
     if arguments.what == "measure":

@@ -10,7 +10,9 @@ import torch
 from pair_files import captions, listed, pairs_of
 from PIL import Image
 from safetensors.torch import save_file
+from tiny_base import write_tiny_base
 
+from imprompt.bases import load_base
 from imprompt.core.errors import ImpromptError
 from imprompt.data import batch
 from imprompt.data.dataset import Columns
@@ -204,6 +206,34 @@ def test_photos_are_read_by_insightface_and_those_without_a_face_are_left_out(
     assert live.meta["face_encoder"] == known
     embeds = live.rows([1, 2], ["id_embeds"])["id_embeds"]
     assert embeds.shape == (2, 512) and live.unusable[1]["kind"] == "face missing"
+
+
+def test_only_lessons_of_faces_need_a_face(photos, tmp_path, detector):
+    write_tiny_base(tmp_path / "base", image_encoder=True)
+    told = [("a", "face"), ("b", "face"), ("b", "style"), ("c", "object"), ("c", "")]
+    lines = [
+        {
+            "image_file": f"{photos}/{name}.png",
+            "text": f"{name} {task}",
+            "condition_image": f"{photos}/d.png",
+            "instruction": f"use {task or 'it'}",
+            "task": task,
+        }
+        for name, task in told
+    ]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    output = prepare(
+        str(tmp_path / "pairs.jsonl"),
+        tmp_path / "data",
+        load_base(tmp_path / "base"),
+        variant="instruct-faces",
+        face_encoder="insightface:buffalo_l",
+    )
+    data = Columns.open(output)
+    rows = data.rows(range(len(data)), ("task_ids", "id_embeds"))
+    assert rows["task_ids"].tolist() == [4, 1, 2, -1]
+    assert rows["id_embeds"].any(1).tolist() == [True, False, False, True]
+    assert detector.looks == 3
 
 
 def test_a_row_whose_picture_has_no_face_is_named(base, photos, tmp_path, detector):
