@@ -71,7 +71,9 @@ def build(options: InstructFacesOptions, base: Base, columns: Rows) -> InstructF
     check_same_base(columns, base)
     columns.require(LIKENESS_COLUMNS)
     adapter, before = instruct_adapter(options, base), instruct_adapter(options, base)
-    some = columns.rows(range(min(NUM_ROWS_FOR_SCALE, len(columns))), InstructFacesSystem.columns)
+    # Here and there, for a folder of faces may come first.
+    numbers = range(0, len(columns), max(1, len(columns) // NUM_ROWS_FOR_SCALE))
+    some = columns.rows(numbers, InstructFacesSystem.columns)
     return InstructFacesSystem(base, adapter, before, options, some)
 
 
@@ -97,7 +99,8 @@ class InstructFacesSystem:
         self._before = before
         self._empty_ids = base.tokenize([""]).to(base.device)
         with torch.no_grad():
-            said = self._before.tokens(*self._read(some)).float()
+            there = {name: values.to(base.device) for name, values in some.items()}
+            said = self._before.tokens(*self._read(there)).float()
             self._deviation = said.std((0, 1)).clamp(min=SMALLEST_DEVIATION)
         self._reader = nn.Linear(said.shape[-1], some["id_embeds"].shape[-1]).to(base.device)
         self.module: nn.Module = nn.ModuleList([adapter.image_proj, self._reader])
