@@ -75,7 +75,7 @@ def main() -> None:
     faces = Columns.open(prepare(portraits, out / "portraits", base, columns=seen, batch_size=104))
 
     def preset(name: str) -> dict[str, Any]:
-        return read_toml(preset_path(f"diorama-{name}"))
+        return read_toml(preset_path(f"diorama-{name}", name))
 
     def config(name: str) -> TrainConfig:
         settings = build(TrainConfig, preset(name)["train"])
@@ -138,7 +138,7 @@ def main() -> None:
     pairs = prepare(
         f"diorama:{arguments.num_pairs}:4000000", out / "pairs", load_base(shipped, device=device)
     )
-    steps = read_toml(preset_path("diorama-shipped"))["train"]["steps"]
+    steps = read_toml(preset_path("diorama-shipped", "image-prompt"))["train"]["steps"]
     adapter = run_training(
         "image-prompt",
         data=pairs,

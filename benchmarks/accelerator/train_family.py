@@ -40,7 +40,7 @@ def trained(
     *settings: str,
 ) -> Path:
     """The file or folder that a run of the product's own command exports."""
-    steps = read_toml(preset_path(preset))["train"]["steps"]
+    steps = read_toml(preset_path(preset, system))["train"]["steps"]
     return run_training(
         system,
         data=data,
