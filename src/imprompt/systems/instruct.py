@@ -38,8 +38,9 @@ from imprompt.systems.denoising import (
 from imprompt.systems.likeness import Likeness, likeness_for
 
 NEARLY_NOTHING = 1e-4
+SMALLEST_DEVIATION = 1e-3  # of what tokens say, where their errors are counted in units of it
 FACE = TASKS.index("face")
-LIKENESS_COLUMNS = ("task_ids", "id_embeds")
+FACE_COLUMNS = ("task_ids", "id_embeds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +92,7 @@ def build(options: InstructOptions, base: Base, columns: Rows) -> InstructSystem
     """
     check_same_base(columns, base)
     if options.likeness:
-        columns.require(LIKENESS_COLUMNS)
+        columns.require(FACE_COLUMNS)
     likeness = likeness_for(columns, base, options.likeness)
     return InstructSystem(base, instruct_adapter(options, base), options, likeness)
 
@@ -233,7 +234,7 @@ class InstructSystem:
             "condition_states",
             "instruction_ids",
             "text_ids",
-            *(LIKENESS_COLUMNS if likeness else ()),
+            *(FACE_COLUMNS if likeness else ()),
         )
         self._likeness = likeness
         self.rows_at_once: int | None = None

@@ -29,14 +29,14 @@ from imprompt.data.rows import Rows
 from imprompt.systems.denoising import check_same_base, made_for, mean_in_parts, replace_rows
 from imprompt.systems.instruct import (
     FACE,
-    LIKENESS_COLUMNS,
+    FACE_COLUMNS,
+    SMALLEST_DEVIATION,
     InstructOptions,
     instruct_adapter,
     what_is_read,
 )
 
 NUM_ROWS_FOR_SCALE = 512
-SMALLEST_DEVIATION = 1e-3
 HOLD_OF_FACES = 0.3  # their tokens must change, and still be understood
 
 
@@ -69,7 +69,7 @@ def build(options: InstructFacesOptions, base: Base, columns: Rows) -> InstructF
             "instruct-faces goes on from an Instruct adapter: name it in system.start_from."
         )
     check_same_base(columns, base)
-    columns.require(LIKENESS_COLUMNS)
+    columns.require(FACE_COLUMNS)
     adapter, before = instruct_adapter(options, base), instruct_adapter(options, base)
     # Here and there, for a folder of faces may come first.
     numbers = range(0, len(columns), max(1, len(columns) // NUM_ROWS_FOR_SCALE))
@@ -80,7 +80,7 @@ def build(options: InstructFacesOptions, base: Base, columns: Rows) -> InstructF
 class InstructFacesSystem:
     """Trains the resampler of an Instruct adapter to say who is seen; K' and V' stay as they are."""
 
-    columns = ("condition_states", "instruction_ids", "text_ids", *LIKENESS_COLUMNS)
+    columns = ("condition_states", "instruction_ids", "text_ids", *FACE_COLUMNS)
 
     def __init__(
         self,

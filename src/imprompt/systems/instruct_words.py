@@ -31,10 +31,15 @@ from imprompt.core.randomness import Randomness
 from imprompt.data.instructions import TASKS
 from imprompt.data.rows import Rows
 from imprompt.systems.denoising import check_same_base, made_for, mean_in_parts, replace_rows
-from imprompt.systems.instruct import InstructOptions, instruct_adapter, new_like, what_is_read
+from imprompt.systems.instruct import (
+    SMALLEST_DEVIATION,
+    InstructOptions,
+    instruct_adapter,
+    new_like,
+    what_is_read,
+)
 
 NUM_ROWS_FOR_SCALE = 2048
-SMALLEST_DEVIATION = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
