@@ -58,7 +58,8 @@ def prepared(source: str, folder: str, arguments: argparse.Namespace, **wanted) 
 
 
 def instruct(arguments: argparse.Namespace, weights: Path) -> None:
-    """Layouts, all words, the denoiser; then who is seen, and the denoiser again; shipped in half precision."""
+    """Layouts, all words, the denoiser; then who is seen, and the denoiser again, last with what it draws by
+    itself; shipped in half precision."""
     count = arguments.num_lessons
     columns = (*default_columns("instruct-words"), "id_embeds")
     data = prepared(f"diorama-instruct:{count}", "lessons", arguments, columns=columns)
@@ -67,14 +68,16 @@ def instruct(arguments: argparse.Namespace, weights: Path) -> None:
     )
     some = rows_of_task(Columns.open(data), "composition", arguments.output / "compositions")
     made = trained("instruct-words", "diorama-instruct-layouts", some, arguments, "layouts")
-    for system, more, name, settings in (
-        ("instruct-words", data, "words", ()),
-        ("instruct", data, "joint", ()),
-        ("instruct-faces", (faces, faces, data), "faces", ()),
-        ("instruct", (faces, data), "all", ("system.lora_rank=32", "system.likeness=0.8")),
+    lora = ("system.lora_rank=32", "system.likeness=0.8")
+    for system, preset, more, name, settings in (
+        ("instruct-words", "diorama-instruct-words", data, "words", ()),
+        ("instruct", "diorama-instruct", data, "joint", ()),
+        ("instruct-faces", "diorama-instruct-faces", (faces, faces, data), "faces", ()),
+        ("instruct", "diorama-instruct", (faces, data), "all", lora),
+        ("instruct", "diorama-instruct-drawn", (faces, data), "drawn", ()),
     ):
         start = f'system.start_from="{made}"'
-        made = trained(system, f"diorama-{system}", more, arguments, name, start, *settings)
+        made = trained(system, preset, more, arguments, name, start, *settings)
     adapter = load_adapter(made)
     file = weights / "diorama-ip-adapter-instruct.safetensors"
     save_adapter(adapter, file, adapter.metadata, dtype=torch.float16)

@@ -101,6 +101,7 @@ def test_presets_fit_their_systems(preset):
         "shipped": "image-prompt",
         "contrastive-persons": "contrastive",
         "instruct-layouts": "instruct-words",
+        "instruct-drawn": "instruct",
     }
     _, options = trainable(others.get(name, name)).load()
     build(options, tables.get("system", {}), "system.")

@@ -12,7 +12,7 @@ Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3" (Philo
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -90,6 +90,10 @@ class Randomness:
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    def of(self, rows: Iterable[int]) -> Randomness:
+        """The randomness of some samples of the batch."""
+        return Randomness(self.seed, [self.samples[row] for row in rows], self.device)
 
     def normal(self, purpose: str, shape: tuple[int, ...]) -> Tensor:
         """Standard normal numbers, float32, (batch, *shape)."""

@@ -116,8 +116,9 @@ class Denoising:
 
     def __init__(self, scheduler: Any, device: torch.device) -> None:
         """`scheduler` is one of diffusers', of which the configuration is read."""
-        self._alphas = alphas_cumprod_of(scheduler.config).to(device)
-        self._prediction_type = str(scheduler.config["prediction_type"])
+        self.alphas = alphas_cumprod_of(scheduler.config).to(device)
+        """ᾱ_t of each timestep, (timesteps,)."""
+        self.prediction_type = str(scheduler.config["prediction_type"])
 
     def draw_timesteps(
         self, randomness: Randomness, *, early: bool = False
@@ -127,12 +128,12 @@ class Denoising:
         time = randomness.uniform("timestep")
         if early:
             time = 1 - time**3
-        return (time * len(self._alphas)).long().clamp(max=len(self._alphas) - 1)
+        return (time * len(self.alphas)).long().clamp(max=len(self.alphas) - 1)
 
     def spread_timesteps(self, count: int) -> Int[Tensor, " count"]:
         """Timesteps over the whole range, evenly, for validation."""
-        position = (torch.arange(count, device=self._alphas.device) + 0.5) / count
-        return (position * len(self._alphas)).long()
+        position = (torch.arange(count, device=self.alphas.device) + 0.5) / count
+        return (position * len(self.alphas)).long()
 
     def errors(
         self,
@@ -156,19 +157,19 @@ class Denoising:
         Source: Ho et al. 2020 (2006.11239), equation 14; Salimans & Ho (2202.00512) for v.
         """
         noise = randomness.normal("noise", tuple(latents.shape[1:]))
-        alphas = self._alphas[timesteps]
+        alphas = self.alphas[timesteps]
         noisy = add_noise(latents, noise, alphas).contiguous(memory_format=torch.channels_last)
         prediction = predict(noisy)
-        target = prediction_target(self._prediction_type, latents, noise, alphas)
+        target = prediction_target(self.prediction_type, latents, noise, alphas)
         errors = functional.mse_loss(prediction.float(), target.float(), reduction="none")
         errors = errors.mean(dim=(1, 2, 3))
-        return Attempt(errors, noisy, prediction, self._prediction_type, alphas)
+        return Attempt(errors, noisy, prediction, self.prediction_type, alphas)
 
     def weights(self, timesteps: Int[Tensor, " batch"], snr_gamma: float) -> Tensor:
         """How much each sample's error counts: min-SNR weighting (2303.09556), or 1 where γ is 0."""
         if not snr_gamma:
-            return torch.ones(len(timesteps), device=self._alphas.device)
-        return min_snr_weights(self._prediction_type, self._alphas[timesteps], snr_gamma)
+            return torch.ones(len(timesteps), device=self.alphas.device)
+        return min_snr_weights(self.prediction_type, self.alphas[timesteps], snr_gamma)
 
 
 def mean_in_parts(
@@ -191,7 +192,7 @@ def mean_in_parts(
         found.append(
             errors(
                 {name: values[some] for name, values in batch.items()},
-                Randomness(randomness.seed, randomness.samples[some], randomness.device),
+                randomness.of(range(count)[some]),
                 *(values[some] for values in others),
             )
         )

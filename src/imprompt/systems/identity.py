@@ -40,7 +40,7 @@ from imprompt.systems.denoising import (
     sample_posterior,
     text_states_of,
 )
-from imprompt.systems.likeness import Likeness, likeness_for
+from imprompt.systems.likeness import MIN_SIGNAL, Likeness, likeness_for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +155,8 @@ class IdentitySystem:
         loss = attempt.errors.mean()
         if self._likeness is None:
             return loss, {}
-        return self._likeness.beside(loss, attempt, faces, ~nothing)
+        seen = (attempt.signal > MIN_SIGNAL) & ~nothing
+        return self._likeness.beside(loss, attempt.clean[seen], faces[seen], len(faces))
 
     def _attempt(
         self,

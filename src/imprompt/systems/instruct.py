@@ -23,6 +23,7 @@ from imprompt.core.errors import ImpromptError
 from imprompt.core.randomness import Randomness
 from imprompt.data.instructions import TASKS
 from imprompt.data.rows import Rows
+from imprompt.diffusion.guidance import guide
 from imprompt.encoders.instruction import EMBEDDINGS, METADATA_KEY, instruction_states
 from imprompt.systems.denoising import (
     Attempt,
@@ -35,7 +36,8 @@ from imprompt.systems.denoising import (
     sample_posterior,
     text_states_of,
 )
-from imprompt.systems.likeness import Likeness, likeness_for
+from imprompt.systems.drawn import drawn_clean
+from imprompt.systems.likeness import MIN_SIGNAL, Likeness, likeness_for
 
 NEARLY_NOTHING = 1e-4
 SMALLEST_DEVIATION = 1e-3  # of what tokens say, where their errors are counted in units of it
@@ -74,13 +76,18 @@ class InstructOptions:
     likeness: float = 0.0
     """Weight of a second loss in lessons of faces, that the face encoder knows the person in what is
     predicted. Not of the paper. Such data have the columns id_embeds, of what shall be drawn, and task_ids."""
+    likeness_steps: int = 0
+    """In how many steps a portrait is drawn from noise for it, each as far as one of them, guided as the base
+    is; what is predicted there is looked at. 0 looks at what is predicted for the noisy target."""
     start_from: str = ""
     """An Instruct adapter to go on from, or a Plus adapter to begin as; empty starts anew."""
 
     def __post_init__(self) -> None:
         check_shares(self, ("drop_image", "drop_text", "drop_instruction", "drop_all"))
         check_range(self, ("num_tokens", "depth"), 1)
-        check_range(self, ("resampler_dim", "snr_gamma", "lora_rank", "likeness"), 0)
+        check_range(
+            self, ("resampler_dim", "snr_gamma", "lora_rank", "likeness", "likeness_steps"), 0
+        )
 
 
 def build(options: InstructOptions, base: Base, columns: Rows) -> InstructSystem:
@@ -256,8 +263,45 @@ class InstructSystem:
         loss = (weights * attempt.errors).mean()
         if self._likeness is None:
             return loss, {}
-        has_face = (batch["task_ids"] == FACE) & ~no_image & ~no_instruction
-        return self._likeness.beside(loss, attempt, batch["id_embeds"].float(), has_face)
+        seen = (batch["task_ids"] == FACE) & ~no_image & ~no_instruction
+        if self.options.likeness_steps:
+            clean = self._drawn(batch, randomness, seen.nonzero()[:, 0].tolist())
+        else:
+            seen &= attempt.signal > MIN_SIGNAL
+            clean = attempt.clean[seen]
+        id_embeds = batch["id_embeds"][seen].float()
+        return self._likeness.beside(loss, clean, id_embeds, len(seen))
+
+    def _drawn(self, batch: dict[str, Tensor], randomness: Randomness, rows: list[int]) -> Tensor:
+        """What these rows ask for, drawn from noise as generation does, x0 of one step with gradients."""
+        shape = tuple(batch["latent_mean"].shape[1:])
+        if not rows:
+            return batch["latent_mean"].new_zeros(0, *shape)
+        batch = {name: values[rows] for name, values in batch.items()}
+        text_states = text_states_of(self.base, batch["text_ids"], batch)
+        tokens = self.tokens(batch, text_states)
+        nothing = self.nothing(batch)
+        with torch.no_grad():
+            no_text_states = text_states_of(self.base, nothing["text_ids"], nothing)
+            no_tokens = self.tokens(nothing, no_text_states)
+
+        def predict(noisy: Tensor, timesteps: Tensor, some: list[int]) -> Tensor:
+            # What nothing is asked of must not learn to be unlike.
+            with torch.no_grad():
+                without = self._handle.condition(no_tokens[some])
+                unasked = self.base.denoise(noisy, timesteps, no_text_states[some], without)
+            condition = self._handle.condition(tokens[some])
+            asked = self.base.denoise(noisy, timesteps, text_states[some], condition)
+            return guide(unasked.float(), asked.float(), self.base.guidance_scale)
+
+        return drawn_clean(
+            predict,
+            self._denoising,
+            randomness.of(rows),
+            shape,
+            num_steps=self.options.likeness_steps,
+            min_signal=MIN_SIGNAL,
+        )
 
     def _errors(
         self, batch: dict[str, Tensor], randomness: Randomness, timesteps: Tensor

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as functional
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from imprompt.bases import Base
@@ -18,10 +18,10 @@ from imprompt.bases.latent_space import decode
 from imprompt.core.errors import ImpromptError
 from imprompt.data.rows import Rows
 from imprompt.encoders.face import DioramaFaceEncoder, face_encoder_with
-from imprompt.systems.denoising import Attempt
 from imprompt.systems.protocol import Figures
 
-MIN_SIGNAL = 0.02  # ᾱ_t; in what is predicted from less nobody is to be known
+MIN_SIGNAL = 0.02
+"""ᾱ_t; in what is predicted from less nobody is to be known."""
 
 
 class Likeness:
@@ -49,19 +49,18 @@ class Likeness:
     def beside(
         self,
         loss: Tensor,
-        attempt: Attempt,
-        id_embeds: Float[Tensor, "batch dim"],
-        has_face: Bool[Tensor, " batch"],
+        clean: Float[Tensor, "faces channels h w"],
+        id_embeds: Float[Tensor, "faces dim"],
+        num_rows: int,
     ) -> tuple[Tensor, Figures]:
         """The loss with this one beside it, by its weight, and figures of both.
 
-        It is the distances' sum over the rows that have a face, and enough signal to show it, divided by the
-        number of all rows, so that a batch may be cut into parts.
+        It is the distances' sum over the latents where a face is to be seen, of which there may be none,
+        divided by the number of all the batch's rows, so that a batch may be cut into parts.
         """
-        seen = ((attempt.signal > MIN_SIGNAL) & has_face).nonzero()[:, 0]
         unlike = torch.zeros_like(loss)
-        if len(seen):
-            unlike = self.distance(attempt.clean[seen], id_embeds[seen]).sum() / len(has_face)
+        if len(clean):
+            unlike = self.distance(clean, id_embeds).sum() / num_rows
         figures: Figures = {"loss_of_noise": loss.detach(), "loss_of_likeness": unlike.detach()}
         return loss + self.weight * unlike, figures
 

@@ -46,6 +46,12 @@ def columns(folder):
     return Columns.open(folder / "data")
 
 
+def prepared_with_faces(base, tmp_path):
+    """Two lessons of each task."""
+    prepare("diorama-instruct:10", tmp_path / "data", base, variant="instruct-faces")
+    return Columns.open(tmp_path / "data")
+
+
 def test_drops_come_at_their_rates():
     image, text, instruction = drops(Randomness(0, range(40_000)), InstructOptions())
     everything = image & text & instruction
@@ -106,11 +112,9 @@ def test_likeness_is_of_lessons_of_faces_that_are_told_and_shown(folder, base, c
     options = replace(KEEP_ALL, likeness=0.5)
     with pytest.raises(ImpromptError, match="id_embeds"):
         instruct.build(options, base, columns)
-    named = (*instruct.build(KEEP_ALL, base, columns).columns, "task_ids", "id_embeds")
-    prepare("diorama-instruct:10", tmp_path / "data", base, columns=named)
-    columns = Columns.open(tmp_path / "data")
+    columns = prepared_with_faces(base, tmp_path)
     system = instruct.build(options, base, columns)
-    assert set(system.columns) == set(named)
+    assert {"task_ids", "id_embeds"} <= set(system.columns)
     batch = columns.rows(range(10), system.columns)
     randomness = Randomness(0, range(10))
     loss, figures = system.loss(batch, randomness)
@@ -133,6 +137,54 @@ def test_likeness_is_of_lessons_of_faces_that_are_told_and_shown(folder, base, c
     for name in ("drop_image", "drop_instruction", "drop_all"):
         assert likeness(batch, **{name: 1.0}) == 0
     assert likeness(batch, drop_text=1.0) > 0
+
+
+def test_likeness_can_be_of_what_is_drawn_from_noise(base, tmp_path):
+    columns = prepared_with_faces(base, tmp_path)
+    options = replace(KEEP_ALL, likeness=0.5, likeness_steps=4)
+    system = instruct.build(options, base, columns)
+    batch = columns.rows(range(10), system.columns)
+    is_face = batch["task_ids"] == TASKS.index("face")
+
+    def figures(given, rows=range(10), **changed):
+        of = instruct.build(replace(options, **changed), base, columns)
+        some = {name: values[list(rows)] for name, values in given.items()}
+        return of.loss(some, Randomness(0, rows))[1]
+
+    drawn = figures(batch)["loss_of_likeness"]
+    assert drawn > 0 and drawn != figures(batch, likeness_steps=0)["loss_of_likeness"]
+    # The target is not looked at; only who shall be seen, and what the adapter is told.
+    elsewhere = {**batch, "latent_mean": batch["latent_mean"].roll(1, 0)}
+    assert figures(elsewhere)["loss_of_likeness"] == drawn
+    for name in ("condition_states", "instruction_ids", "text_ids", "id_embeds"):
+        other = torch.where(
+            is_face.reshape(-1, *[1] * (batch[name].ndim - 1)), batch[name].flip(0), batch[name]
+        )
+        assert figures({**batch, name: other})["loss_of_likeness"] != drawn
+    parts = [figures(batch, range(5)), figures(batch, range(5, 10))]
+    assert sum(part["loss_of_likeness"] for part in parts) / 2 == pytest.approx(drawn.item())
+    for name in ("drop_image", "drop_instruction", "drop_all"):
+        assert figures(batch, **{name: 1.0})["loss_of_likeness"] == 0
+
+
+def test_drawing_is_guided_away_from_nothing_which_does_not_learn(base, tmp_path, monkeypatch):
+    columns = prepared_with_faces(base, tmp_path)
+    system = instruct.build(replace(KEEP_ALL, likeness=1.0, likeness_steps=3), base, columns)
+    batch = columns.rows(range(10), system.columns)
+    rows = (batch["task_ids"] == TASKS.index("face")).nonzero()[:, 0].tolist()
+    learning = []
+    denoise = base.denoise
+
+    def watched(noisy, timesteps, text_states, condition):
+        learning.append((torch.is_grad_enabled(), text_states.sequence))
+        return denoise(noisy, timesteps, text_states, condition)
+
+    monkeypatch.setattr(base, "denoise", watched)
+    system._drawn(batch, Randomness(0, range(10)), rows)
+    empty = base.encode_text([""]).sequence
+    for number, (learns, read) in enumerate(learning):
+        assert learns == (number == len(learning) - 1)
+        assert torch.equal(read, empty.expand_as(read)) == (number % 2 == 0)
 
 
 def test_dropped_conditions_are_what_generation_brings_for_none(base, columns):
