@@ -80,7 +80,7 @@ def main() -> None:
     batch = columns.rows(range(len(columns)), COLUMNS)
     vectors = functional.normalize(batch["id_embeds"].float(), dim=1)
     lessons = unseen_lessons("face", NUM_PERSONS)
-    known = templates(faces, [lesson.target.character for lesson in lessons])
+    known = templates(faces, [x.target.character for x in lessons if x.target.character])
     pixels = render([lesson.condition for lesson in lessons], base.image_size_px).pixels
     with torch.no_grad():
         unseen = {

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from imprompt.adapters import ImagePromptAdapter, add_lora, create_adapter
 from imprompt.bases import Base, TextStates, image_encoder_of
@@ -37,9 +37,9 @@ from imprompt.systems.denoising import (
     text_states_of,
 )
 from imprompt.systems.drawn import drawn_clean
+from imprompt.systems.instruct_growth import begun_as_plus, text_width, with_positions
 from imprompt.systems.likeness import MIN_SIGNAL, Likeness, likeness_for
 
-NEARLY_NOTHING = 1e-4
 SMALLEST_DEVIATION = 1e-3  # of what tokens say, where their errors are counted in units of it
 FACE = TASKS.index("face")
 FACE_COLUMNS = ("task_ids", "id_embeds")
@@ -155,71 +155,6 @@ def instruct_adapter(options: InstructOptions, base: Base) -> ImagePromptAdapter
         adapter = add_lora(adapter, base.unet, options.lora_rank)
     adapter.metadata[METADATA_KEY] = options.instruction_embedding
     return adapter.to(base.device)
-
-
-def text_width(base: Base) -> int:
-    """Width of the states of texts and instructions that an Instruct adapter for this base reads."""
-    return base.text_encoder.config.hidden_size
-
-
-def new_like(
-    adapter: ImagePromptAdapter,
-    base: Base,
-    *,
-    more_tokens: int = 0,
-    more_layers: int = 0,
-    num_positions: int = 0,
-) -> ImagePromptAdapter:
-    """A new Instruct adapter of the shape of this Plus or Instruct adapter, or larger by what is told.
-
-    It has as many tokens and layers more, and the positions if the adapter has none of its own. A LoRA is
-    of the same rank.
-    """
-    _, num_tokens, dim = adapter.state_dict()["image_proj.latents"].shape
-    hidden_states = adapter.projection.features[0]
-    new = create_adapter(
-        base.unet,
-        "instruct",
-        feature_dim=hidden_states.dim,
-        num_tokens=num_tokens + more_tokens,
-        resampler_dim=dim,
-        depth=len(adapter.image_proj.get_submodule("layers")._modules) + more_layers,
-        num_positions=hidden_states.length or num_positions,
-        text_dim=text_width(base),
-    )
-    return add_lora(new, base.unet, adapter.lora_rank) if adapter.lora_rank else new
-
-
-def with_positions(
-    adapter: ImagePromptAdapter, base: Base, num_positions: int
-) -> ImagePromptAdapter:
-    """The same Instruct adapter with positions to learn, which disturb its tokens a little at first."""
-    grown = new_like(adapter, base, num_positions=num_positions)
-    grown.load_state_dict({**grown.state_dict(), **adapter.state_dict()})
-    grown.metadata.update(adapter.metadata)
-    return grown
-
-
-@torch.no_grad()
-def begun_as_plus(plus: ImagePromptAdapter, base: Base) -> ImagePromptAdapter:
-    """An Instruct adapter whose tokens are at first, but for nearly nothing, those of a Plus adapter."""
-    weights = plus.state_dict()
-    query = weights["image_proj.layers.0.0.to_q.weight"]
-    adapter = new_like(plus, base)
-    own = adapter.state_dict()
-    if query.shape != own["image_proj.layers.0.0.to_q.weight"].shape:
-        raise ImpromptError(
-            "This Plus adapter has other heads than its width has, so it cannot grow."
-        )
-    adapter.load_state_dict({**own, **weights})
-    generator = torch.Generator().manual_seed(0)
-    for name in ("prompt_layers", "new_input_layers"):
-        for layer in adapter.image_proj.get_submodule(name).children():
-            leaving = layer.get_submodule("0.to_out")
-            assert isinstance(leaving, nn.Linear)
-            noise = torch.randn(leaving.weight.shape, generator=generator)
-            leaving.weight.copy_(NEARLY_NOTHING * noise)
-    return adapter
 
 
 class InstructSystem:

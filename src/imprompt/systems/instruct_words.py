@@ -35,9 +35,9 @@ from imprompt.systems.instruct import (
     SMALLEST_DEVIATION,
     InstructOptions,
     instruct_adapter,
-    new_like,
     what_is_read,
 )
+from imprompt.systems.instruct_growth import with_more_layers, with_more_tokens
 
 NUM_ROWS_FOR_SCALE = 2048
 
@@ -104,32 +104,6 @@ def build(options: InstructWordsOptions, base: Base, columns: Rows) -> InstructW
         adapter = with_more_layers(adapter, base, options.added_layers)
     rows = columns.rows(range(min(NUM_ROWS_FOR_SCALE, len(columns))), ["kept_ids"])
     return InstructWordsSystem(base, adapter, options, rows["kept_ids"], before)
-
-
-@torch.no_grad()
-def with_more_tokens(adapter: ImagePromptAdapter, base: Base, count: int) -> ImagePromptAdapter:
-    """The same Instruct adapter with `count` tokens more, new ones, after its own."""
-    weights = adapter.state_dict()
-    latents = weights["image_proj.latents"]
-    grown = new_like(adapter, base, more_tokens=count)
-    new = grown.state_dict()["image_proj.latents"][:, -count:].to(latents)
-    grown.load_state_dict({**weights, "image_proj.latents": torch.cat([latents, new], dim=1)})
-    grown.metadata.update(adapter.metadata)
-    return grown.to(latents.device)
-
-
-@torch.no_grad()
-def with_more_layers(adapter: ImagePromptAdapter, base: Base, count: int) -> ImagePromptAdapter:
-    """The same Instruct adapter with `count` layers more, new ones after its own that change nothing yet."""
-    weights = adapter.state_dict()
-    grown = new_like(adapter, base, more_layers=count)
-    grown.load_state_dict({**grown.state_dict(), **weights})
-    for name, weight in grown.named_parameters():
-        # What a layer adds to the latents: the last map of its attention, and of its feed-forward.
-        if name not in weights and name.endswith(("to_out.weight", "1.3.weight")):
-            nn.init.zeros_(weight)
-    grown.metadata.update(adapter.metadata)
-    return grown.to(weights["image_proj.latents"].device)
 
 
 class InstructWordsSystem:

@@ -18,6 +18,7 @@ from imprompt.encoders.instruction import instruction_states
 from imprompt.generation.instructed import published_guidance, words_of
 from imprompt.systems import instruct, instruct_words
 from imprompt.systems.instruct import InstructOptions
+from imprompt.systems.instruct_growth import with_more_tokens
 from imprompt.systems.instruct_words import InstructWordsOptions
 
 SMALL = InstructOptions(num_tokens=3, resampler_dim=64, depth=1, drop_text=0.0, drop_all=0.0)
@@ -77,7 +78,7 @@ def test_words_are_what_the_denoiser_reads(base, columns):
     loss.backward()
     assert torch.isfinite(loss)
     assert all(p.grad is not None for p in system.module.parameters())
-    more = instruct_words.with_more_tokens(system.adapter, base, 2)
+    more = with_more_tokens(system.adapter, base, 2)
     assert more.num_tokens == 5
 
 
