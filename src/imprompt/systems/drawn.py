@@ -6,7 +6,7 @@ noise, up to a step of its own; what is predicted there can be judged, and gradi
 prediction.
 
 Source: ReFL (2304.05977), algorithm 1, here at any step that shows something; for persons, ID-Aligner
-(2404.15449), section 3.2.
+(2404.15449).
 """
 
 from __future__ import annotations
