@@ -140,6 +140,8 @@ def test_likeness_is_of_lessons_of_faces_that_are_told_and_shown(folder, base, c
 
 
 def test_likeness_can_be_of_what_is_drawn_from_noise(base, tmp_path):
+    with pytest.raises(ImpromptError, match="likeness_steps is about likeness"):
+        InstructOptions(likeness_steps=4)
     columns = prepared_with_faces(base, tmp_path)
     options = replace(KEEP_ALL, likeness=0.5, likeness_steps=4)
     system = instruct.build(options, base, columns)
