@@ -89,7 +89,7 @@ class InstructOptions:
             self, ("resampler_dim", "snr_gamma", "lora_rank", "likeness", "likeness_steps"), 0
         )
         if self.likeness_steps and not self.likeness:
-            raise ImpromptError("likeness_steps is about likeness, whose weight is 0: set both.")
+            raise ImpromptError("likeness_steps is about likeness, whose weight is 0.")
 
 
 def build(options: InstructOptions, base: Base, columns: Rows) -> InstructSystem:

@@ -3,7 +3,8 @@
 The noise's error is spread over the whole picture, and who is seen is decided by few pixels of it. So the
 picture that a prediction implies is decoded and shown to the face encoder, and what it says is compared.
 
-Source: the ID loss of PuLID (2404.16022), section 3.3, here on the one-step prediction of x0.
+Source: the ID loss of PuLID (2404.16022), section 3.3, here on one prediction of x0: for noise on the target, or
+where a drawing from noise stops (`systems.drawn`).
 """
 
 from __future__ import annotations
