@@ -9,7 +9,7 @@ Source: IP-Adapter-Instruct (2408.03209), section 3. No training code was publis
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -39,6 +39,7 @@ from imprompt.systems.denoising import (
 from imprompt.systems.drawn import drawn_clean
 from imprompt.systems.instruct_growth import begun_as_plus, text_width, with_positions
 from imprompt.systems.likeness import MIN_SIGNAL, Likeness, likeness_for
+from imprompt.systems.protocol import Figures
 
 SMALLEST_DEVIATION = 1e-3  # of what tokens say, where their errors are counted in units of it
 FACE = TASKS.index("face")
@@ -79,6 +80,11 @@ class InstructOptions:
     likeness_steps: int = 0
     """In how many steps a portrait is drawn from noise for it, each as far as one of them, guided as the base
     is; what is predicted there is looked at. 0 looks at what is predicted for the noisy target."""
+    hold: float = 0.0
+    """Weight of a third loss, that what is predicted in lessons other than faces moves away from what the
+    adapter in `hold_to` predicts there: what likeness asks for would cost them. Such data have task_ids."""
+    hold_to: str = ""
+    """The Instruct adapter that these are held to; empty is that in `start_from`."""
     start_from: str = ""
     """An Instruct adapter to go on from, or a Plus adapter to begin as; empty starts anew."""
 
@@ -90,6 +96,8 @@ class InstructOptions:
         )
         if self.likeness_steps and not self.likeness:
             raise ImpromptError("likeness_steps is about likeness, whose weight is 0.")
+        if self.hold and not (self.hold_to or self.start_from):
+            raise ImpromptError("hold is about the adapter in hold_to or start_from; name one.")
 
 
 def build(options: InstructOptions, base: Base, columns: Rows) -> InstructSystem:
@@ -103,7 +111,12 @@ def build(options: InstructOptions, base: Base, columns: Rows) -> InstructSystem
     if options.likeness:
         columns.require(FACE_COLUMNS)
     likeness = likeness_for(columns, base, options.likeness)
-    return InstructSystem(base, instruct_adapter(options, base), options, likeness)
+    before = None
+    if options.hold:
+        columns.require(("task_ids",))
+        held = replace(options, start_from=options.hold_to or options.start_from)
+        before = InstructSystem(base, instruct_adapter(held, base), held)
+    return InstructSystem(base, instruct_adapter(options, base), options, likeness, before)
 
 
 def instruct_adapter(options: InstructOptions, base: Base) -> ImagePromptAdapter:
@@ -168,7 +181,9 @@ class InstructSystem:
         adapter: ImagePromptAdapter,
         options: InstructOptions,
         likeness: Likeness | None = None,
+        before: InstructSystem | None = None,
     ) -> None:
+        """before: that of the adapter that predictions are held to, where `options.hold` is not 0."""
         self.base = base
         self.module = adapter
         self.options = options
@@ -178,9 +193,11 @@ class InstructSystem:
             "condition_states",
             "instruction_ids",
             "text_ids",
-            *(FACE_COLUMNS if likeness else ()),
+            *(("task_ids",) if likeness or before else ()),
+            *(("id_embeds",) if likeness else ()),
         )
         self._likeness = likeness
+        self._before = before
         self.rows_at_once: int | None = None
         """How many rows are validated together; set by the loop, None is all."""
         self._handle = adapter.install(base.unet)
@@ -188,9 +205,7 @@ class InstructSystem:
         self._empty_ids = base.tokenize([""]).to(base.device)
         self._denoising = Denoising(base.scheduler, base.device)
 
-    def loss(
-        self, batch: dict[str, Tensor], randomness: Randomness
-    ) -> tuple[Tensor, dict[str, float | Tensor]]:
+    def loss(self, batch: dict[str, Tensor], randomness: Randomness) -> tuple[Tensor, Figures]:
         """The squared error of the prediction, with conditions dropped per sample."""
         no_image, no_text, no_instruction = drops(randomness, self.options)
         batch = without(batch, no_image, no_text, no_instruction, self._no_image, self._empty_ids)
@@ -198,16 +213,34 @@ class InstructSystem:
         attempt = self._attempt(batch, randomness, timesteps)
         weights = self._denoising.weights(timesteps, self.options.snr_gamma)
         loss = (weights * attempt.errors).mean()
-        if self._likeness is None:
-            return loss, {}
-        seen = (batch["task_ids"] == FACE) & ~no_image & ~no_instruction
-        if self.options.likeness_steps:
-            clean = self._drawn(batch, randomness, seen.nonzero()[:, 0].tolist())
-        else:
-            seen &= attempt.signal > MIN_SIGNAL
-            clean = attempt.clean[seen]
-        id_embeds = batch["id_embeds"][seen].float()
-        return self._likeness.beside(loss, clean, id_embeds, len(seen))
+        figures: Figures = {}
+        if self._likeness is not None:
+            seen = (batch["task_ids"] == FACE) & ~no_image & ~no_instruction
+            if self.options.likeness_steps:
+                clean = self._drawn(batch, randomness, seen.nonzero()[:, 0].tolist())
+            else:
+                seen &= attempt.signal > MIN_SIGNAL
+                clean = attempt.clean[seen]
+            id_embeds = batch["id_embeds"][seen].float()
+            loss, figures = self._likeness.beside(loss, clean, id_embeds, len(seen))
+        if self._before is not None:
+            moved = self._moved(self._before, batch, attempt, timesteps)
+            loss, figures = loss + self.options.hold * moved, {**figures, "moved": moved.detach()}
+        return loss, figures
+
+    def _moved(
+        self, before: InstructSystem, batch: dict[str, Tensor], attempt: Attempt, timesteps: Tensor
+    ) -> Tensor:
+        """How far predictions are from what they were, squared, in lessons of no face: the sum over these,
+        of which there may be none, divided by the number of all."""
+        rows = (batch["task_ids"] != FACE).nonzero()[:, 0]
+        if not len(rows):
+            return attempt.errors.new_zeros(())
+        batch = {name: values[rows] for name, values in batch.items()}
+        with torch.no_grad():
+            was = before._predict(batch, attempt.noisy[rows], timesteps[rows]).float()
+        moved = (attempt.prediction[rows].float() - was).square().mean((1, 2, 3))
+        return moved.sum() / len(timesteps)
 
     def _drawn(self, batch: dict[str, Tensor], randomness: Randomness, rows: list[int]) -> Tensor:
         """What these rows ask for, drawn from noise as generation does, x0 of one step with gradients."""
@@ -249,14 +282,18 @@ class InstructSystem:
     def _attempt(
         self, batch: dict[str, Tensor], randomness: Randomness, timesteps: Tensor
     ) -> Attempt:
-        text_states = text_states_of(self.base, batch["text_ids"], batch)
-        condition = self._handle.condition(self.tokens(batch, text_states))
         return self._denoising.attempt(
-            lambda noisy: self.base.denoise(noisy, timesteps, text_states, condition),
+            lambda noisy: self._predict(batch, noisy, timesteps),
             sample_posterior(batch, randomness, self.base),
             randomness,
             timesteps,
         )
+
+    def _predict(self, batch: dict[str, Tensor], noisy: Tensor, timesteps: Tensor) -> Tensor:
+        """What the base predicts of noisy latents, shown and told what the batch says."""
+        text_states = text_states_of(self.base, batch["text_ids"], batch)
+        condition = self._handle.condition(self.tokens(batch, text_states))
+        return self.base.denoise(noisy, timesteps, text_states, condition)
 
     def tokens(self, batch: dict[str, Tensor], text_states: TextStates) -> Tensor:
         """What the adapter makes of images, instructions and these texts, (batch, tokens, dim)."""

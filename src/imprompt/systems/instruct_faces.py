@@ -53,7 +53,15 @@ class InstructFacesOptions(InstructOptions):
         check_range(self, ("identity_weight",), 0)
         check_left_alone(
             self,
-            ("drop_image", "drop_instruction", "drop_all", "snr_gamma", "lora_rank", "likeness"),
+            (
+                "drop_image",
+                "drop_instruction",
+                "drop_all",
+                "snr_gamma",
+                "lora_rank",
+                "likeness",
+                "hold",
+            ),
             "faces are learnt without the denoiser, with image and instruction always there",
         )
 

@@ -65,7 +65,15 @@ class InstructWordsOptions(InstructOptions):
         check_range(self, ("added_tokens", "added_layers", "layout_weight"), 0)
         check_left_alone(
             self,
-            ("drop_image", "drop_instruction", "drop_all", "snr_gamma", "lora_rank", "likeness"),
+            (
+                "drop_image",
+                "drop_instruction",
+                "drop_all",
+                "snr_gamma",
+                "lora_rank",
+                "likeness",
+                "hold",
+            ),
             "words are learnt without the denoiser, with image and instruction always there",
         )
         for name in ("added_tokens", "added_layers", "learn"):

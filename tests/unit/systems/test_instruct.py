@@ -189,6 +189,46 @@ def test_drawing_is_guided_away_from_nothing_which_does_not_learn(base, tmp_path
         assert torch.equal(read, empty.expand_as(read)) == (number % 2 == 0)
 
 
+def test_lessons_of_no_face_are_held_to_what_another_adapter_predicts(base, tmp_path):
+    with pytest.raises(ImpromptError, match="hold is about the adapter in hold_to or start_from"):
+        InstructOptions(hold=1.0)
+    columns = prepared_with_faces(base, tmp_path)
+    for seed in (0, 1):
+        adapter = create_adapter(
+            base.unet,
+            "instruct",
+            feature_dim=24,
+            num_tokens=3,
+            resampler_dim=64,
+            depth=1,
+            seed=seed,
+        )
+        save_adapter(adapter, tmp_path / f"{seed}.safetensors", {})
+    here, there = (str(tmp_path / f"{seed}.safetensors") for seed in (0, 1))
+    options = replace(KEEP_ALL, start_from=here, hold=2.0)
+    batch = columns.rows(range(10), instruct.build(options, base, columns).columns)
+
+    def loss(given, rows=range(10), **changed):
+        of = instruct.build(replace(options, **changed), base, columns)
+        some = {name: values[list(rows)] for name, values in given.items()}
+        return of, *of.loss(some, Randomness(0, rows))
+
+    assert loss(batch)[2]["moved"] == 0
+    system, held, figures = loss(batch, hold_to=there)
+    assert figures["moved"] > 0
+    assert held.item() == pytest.approx((loss(batch, hold=0.0)[1] + 2 * figures["moved"]).item())
+    held.backward()
+    assert all(weight.grad is not None for weight in system.module.parameters())
+    # Who is asked for in a face may change without being held; anything else may not.
+    is_face = batch["task_ids"] == TASKS.index("face")
+    for where, same in ((is_face, True), (~is_face, False)):
+        told = torch.where(where[:, None], batch["text_ids"].flip(0), batch["text_ids"])
+        moved = loss({**batch, "text_ids": told}, hold_to=there)[2]["moved"]
+        assert (moved == figures["moved"]) == same
+    parts = [loss(batch, rows, hold_to=there)[2]["moved"] for rows in (range(5), range(5, 10))]
+    assert sum(parts) / 2 == pytest.approx(figures["moved"].item())
+
+
 def test_dropped_conditions_are_what_generation_brings_for_none(base, columns):
     dropped = replace(KEEP_ALL, drop_all=1.0)
     system = instruct.build(dropped, base, columns)
