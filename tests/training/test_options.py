@@ -11,7 +11,7 @@ from imprompt.core.errors import ImpromptError
 from imprompt.systems.denoising import mean_in_parts
 from imprompt.systems.face_encoder import FaceEncoderOptions
 from imprompt.systems.image_prompt import ImagePromptOptions
-from imprompt.systems.instruct import InstructOptions
+from imprompt.systems.instruct_options import InstructOptions
 from imprompt.systems.text_to_image import TextToImageOptions
 from imprompt.training import log
 from imprompt.training.batches import batches, rows_of_samples

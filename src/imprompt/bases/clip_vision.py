@@ -84,10 +84,7 @@ class ClipImageEncoder(nn.Module):
         self, pixels: Float[Tensor, "batch 3 height width"]
     ) -> Float[Tensor, "batch 3 size size"]:
         """The model's input for pixels in [-1, 1] of any size."""
-        pixels = self.resized(pixels)
-        mean = pixels.new_tensor(self.mean)[:, None, None]
-        standard_deviation = pixels.new_tensor(self.standard_deviation)[:, None, None]
-        return (((pixels + 1) / 2 - mean) / standard_deviation).to(self.dtype)
+        return self._normalized(self.resized(pixels))
 
     @torch.no_grad()
     def embeds(self, pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
@@ -100,6 +97,14 @@ class ClipImageEncoder(nn.Module):
     ) -> Float[Tensor, "batch length dim"]:
         """The penultimate layer's states: class token first, then the patches row by row."""
         return self._penultimate(self.normalized(pixels))
+
+    def read(
+        self, pixels: Float[Tensor, "batch 3 height width"]
+    ) -> Float[Tensor, "batch length dim"]:
+        """`hidden_states`, through which gradients pass, of pixels that may leave [-1, 1]."""
+        pixels = pixels.to(device=self.device, dtype=torch.float32).clamp(-1, 1)
+        square = _resize_and_center_crop(pixels, self.image_size_px)
+        return self._penultimate(self._normalized(square))
 
     def zero_hidden_states(self) -> Float[Tensor, "1 length dim"]:
         """What stands for "no image": the states of an all-zero, already normalised image."""
@@ -116,6 +121,11 @@ class ClipImageEncoder(nn.Module):
         # Even if first asked for in inference mode, it must be of use to training afterwards.
         with torch.inference_mode(False), torch.no_grad():
             return self._penultimate(zeros)
+
+    def _normalized(self, pixels: Tensor) -> Tensor:
+        mean = pixels.new_tensor(self.mean)[:, None, None]
+        standard_deviation = pixels.new_tensor(self.standard_deviation)[:, None, None]
+        return (((pixels + 1) / 2 - mean) / standard_deviation).to(self.dtype)
 
     def _penultimate(self, normalized: Tensor) -> Tensor:
         """What goes into the last layer.

@@ -41,6 +41,7 @@ from imprompt.systems.denoising import (
     text_states_of,
 )
 from imprompt.systems.likeness import MIN_SIGNAL, Likeness, likeness_for
+from imprompt.systems.protocol import Figures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,9 +140,7 @@ class IdentitySystem:
         self._empty_ids = base.tokenize([""]).to(base.device)
         self._denoising = Denoising(base.scheduler, base.device)
 
-    def loss(
-        self, batch: dict[str, Tensor], randomness: Randomness
-    ) -> tuple[Tensor, dict[str, float | Tensor]]:
+    def loss(self, batch: dict[str, Tensor], randomness: Randomness) -> tuple[Tensor, Figures]:
         """The base's own loss, given the text, the face and the landmarks."""
         nothing = randomness.uniform("drop") < self._drop_all
         faces = batch["id_embeds"].float()
@@ -156,7 +155,9 @@ class IdentitySystem:
         if self._likeness is None:
             return loss, {}
         seen = (attempt.signal > MIN_SIGNAL) & ~nothing
-        return self._likeness.beside(loss, attempt.clean[seen], faces[seen], len(faces))
+        unlike = self._likeness.share(attempt.clean[seen], faces[seen], len(faces))
+        figures: Figures = {"loss_of_noise": loss.detach(), "loss_of_likeness": unlike.detach()}
+        return loss + self._likeness.weight * unlike, figures
 
     def _attempt(
         self,

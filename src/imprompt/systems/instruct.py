@@ -9,22 +9,22 @@ Source: IP-Adapter-Instruct (2408.03209), section 3. No training code was publis
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from imprompt.adapters import ImagePromptAdapter, add_lora, create_adapter
+from imprompt.adapters import ImagePromptAdapter
 from imprompt.bases import Base, TextStates, image_encoder_of
-from imprompt.checkpoints import load_adapter, save_adapter
-from imprompt.core.config import check_range, check_shares
+from imprompt.checkpoints import save_adapter
 from imprompt.core.errors import ImpromptError
 from imprompt.core.randomness import Randomness
 from imprompt.data.instructions import TASKS
 from imprompt.data.rows import Rows
 from imprompt.diffusion.guidance import guide
-from imprompt.encoders.instruction import EMBEDDINGS, METADATA_KEY, instruction_states
+from imprompt.encoders.instruction import instruction_states
 from imprompt.systems.denoising import (
     Attempt,
     Denoising,
@@ -37,67 +37,15 @@ from imprompt.systems.denoising import (
     text_states_of,
 )
 from imprompt.systems.drawn import drawn_clean
-from imprompt.systems.instruct_growth import begun_as_plus, text_width, with_positions
+from imprompt.systems.instruct_growth import instruct_adapter
+from imprompt.systems.instruct_options import InstructOptions
 from imprompt.systems.likeness import MIN_SIGNAL, Likeness, likeness_for
 from imprompt.systems.protocol import Figures
+from imprompt.systems.resemblance import resemblance_for
 
 SMALLEST_DEVIATION = 1e-3  # of what tokens say, where their errors are counted in units of it
-FACE = TASKS.index("face")
+EVERYTHING, FACE = TASKS.index("everything"), TASKS.index("face")
 FACE_COLUMNS = ("task_ids", "id_embeds")
-
-
-@dataclass(frozen=True, kw_only=True)
-class InstructOptions:
-    """What is trained. The defaults are the paper's where it tells them."""
-
-    num_tokens: int = 16
-    """Tokens per image. This and the next two are of a new adapter: one in `start_from` has its own."""
-    resampler_dim: int = 0
-    """Inner width of the resampler, a multiple of 64; 0 takes the text's width."""
-    depth: int = 4
-    """Layers of the resampler."""
-    positions: bool = False
-    """Whether the resampler learns where in the picture each state of the image encoder stands. Not of the
-    paper: CLIP ViT-H's states tell it, those of a small encoder may not."""
-    instruction_embedding: str = "tokens"
-    """`tokens` (a state for each token, as published) or `pooled` (one for the whole instruction)."""
-    drop_image: float = 0.05
-    """Share of samples that do not see the image."""
-    drop_text: float = 0.05
-    """Share of samples that see no text."""
-    drop_instruction: float = 0.05
-    """Share of samples that are not told what to take from the image."""
-    drop_all: float = 0.05
-    """Share of samples that see nothing, for classifier-free guidance."""
-    snr_gamma: float = 0.0
-    """γ of min-SNR weighting (2303.09556); 0 weighs all timesteps alike."""
-    lora_rank: int = 0
-    """Of low-rank additions at every attention layer, as face-id adapters have them. Not of the paper. 0 is
-    none, or that of `start_from`."""
-    likeness: float = 0.0
-    """Weight of a second loss in lessons of faces, that the face encoder knows the person in what is
-    predicted. Not of the paper. Such data have the columns id_embeds, of what shall be drawn, and task_ids."""
-    likeness_steps: int = 0
-    """In how many steps a portrait is drawn from noise for it, each as far as one of them, guided as the base
-    is; what is predicted there is looked at. 0 looks at what is predicted for the noisy target."""
-    hold: float = 0.0
-    """Weight of a third loss, that what is predicted in lessons other than faces moves away from what the
-    adapter in `hold_to` predicts there: what likeness asks for would cost them. Such data have task_ids."""
-    hold_to: str = ""
-    """The Instruct adapter that these are held to; empty is that in `start_from`."""
-    start_from: str = ""
-    """An Instruct adapter to go on from, or a Plus adapter to begin as; empty starts anew."""
-
-    def __post_init__(self) -> None:
-        check_shares(self, ("drop_image", "drop_text", "drop_instruction", "drop_all"))
-        check_range(self, ("num_tokens", "depth"), 1)
-        check_range(
-            self, ("resampler_dim", "snr_gamma", "lora_rank", "likeness", "likeness_steps"), 0
-        )
-        if self.likeness_steps and not self.likeness:
-            raise ImpromptError("likeness_steps is about likeness, whose weight is 0.")
-        if self.hold and not (self.hold_to or self.start_from):
-            raise ImpromptError("hold is about the adapter in hold_to or start_from; name one.")
 
 
 def build(options: InstructOptions, base: Base, columns: Rows) -> InstructSystem:
@@ -105,71 +53,62 @@ def build(options: InstructOptions, base: Base, columns: Rows) -> InstructSystem
 
     Raises:
         ImpromptError: data of another base, a base without image encoder, a file of another variant; data
-            without what `likeness` reads.
+            without what `likeness`, `resemblance` or `hold` read, or no adapter to hold to.
     """
     check_same_base(columns, base)
     if options.likeness:
         columns.require(FACE_COLUMNS)
-    likeness = likeness_for(columns, base, options.likeness)
+    if options.resemblance or options.hold:
+        columns.require(("task_ids",))
     before = None
     if options.hold:
-        columns.require(("task_ids",))
+        if not (options.hold_to or options.start_from):
+            raise ImpromptError(
+                "system.hold is about an adapter: name it in system.hold_to or system.start_from."
+            )
         held = replace(options, start_from=options.hold_to or options.start_from)
         before = InstructSystem(base, instruct_adapter(held, base), held)
-    return InstructSystem(base, instruct_adapter(options, base), options, likeness, before)
+    adapter, looks = instruct_adapter(options, base), looks_for(columns, base, options)
+    return InstructSystem(base, adapter, options, looks=looks, before=before)
 
 
-def instruct_adapter(options: InstructOptions, base: Base) -> ImagePromptAdapter:
-    """The adapter that the options ask for: new, read from a file, or begun as a Plus adapter.
+@dataclass(frozen=True)
+class Look:
+    """Lessons of one task, in which an encoder looks at what is predicted."""
 
-    Raises:
-        ImpromptError: a base without image encoder, or a file that does not fit.
-    """
-    if options.instruction_embedding not in EMBEDDINGS:
-        raise ImpromptError(
-            f"instruction_embedding is {options.instruction_embedding!r}; choose "
-            f"{' or '.join(EMBEDDINGS)}."
+    figure: str
+    task: int
+    likeness: Likeness
+    wanted: Callable[[dict[str, Tensor]], Tensor]
+    """Of a batch what should be seen, (batch, dim)."""
+    has_text: bool
+    """Whether it is drawn with the text, or the image has to say all."""
+
+
+def looks_for(columns: Rows, base: Base, options: InstructOptions) -> list[Look]:
+    """What is looked at, as the options say: persons by the face encoder, all else by the image encoder."""
+    looks = []
+    if likeness := likeness_for(columns, base, options.likeness):
+        looks.append(
+            Look(
+                figure="loss_of_likeness",
+                task=FACE,
+                likeness=likeness,
+                wanted=lambda batch: batch["id_embeds"],
+                has_text=True,
+            )
         )
-    encoder = image_encoder_of(base)
-    num_positions = encoder.zero_hidden_states().shape[1] if options.positions else 0
-    if options.start_from:
-        adapter = load_adapter(options.start_from)
-        if adapter.variant == "plus":
-            adapter = begun_as_plus(adapter, base)
-        elif adapter.variant != "instruct":
-            raise ImpromptError(
-                f"{options.start_from} is a {adapter.variant} adapter; Instruct goes on from "
-                "instruct or begins as plus."
+    if resemblance := resemblance_for(columns, base, options.resemblance):
+        looks.append(
+            Look(
+                figure="loss_of_resemblance",
+                task=EVERYTHING,
+                likeness=resemblance.likeness,
+                wanted=lambda batch: resemblance.varying(batch["condition_states"]),
+                has_text=False,
             )
-        width = adapter.projection.features[1].dim
-        if width != text_width(base):
-            raise ImpromptError(
-                f"{options.start_from} reads texts in states of {width} numbers, and the first text "
-                f"encoder of {base.name} gives {text_width(base)}: it was made for another base."
-            )
-        told = adapter.metadata.get(METADATA_KEY, options.instruction_embedding)
-        if told != options.instruction_embedding:
-            raise ImpromptError(
-                f"{options.start_from} reads instructions as {told}; set "
-                f"system.instruction_embedding={told}."
-            )
-        if num_positions and adapter.projection.features[0].length is None:
-            adapter = with_positions(adapter, base, num_positions)
-    else:
-        adapter = create_adapter(
-            base.unet,
-            "instruct",
-            feature_dim=encoder.hidden_dim,
-            num_tokens=options.num_tokens,
-            resampler_dim=options.resampler_dim or None,
-            depth=options.depth,
-            num_positions=num_positions,
-            text_dim=text_width(base),
         )
-    if options.lora_rank and options.lora_rank != adapter.lora_rank:
-        adapter = add_lora(adapter, base.unet, options.lora_rank)
-    adapter.metadata[METADATA_KEY] = options.instruction_embedding
-    return adapter.to(base.device)
+    return looks
 
 
 class InstructSystem:
@@ -180,10 +119,12 @@ class InstructSystem:
         base: Base,
         adapter: ImagePromptAdapter,
         options: InstructOptions,
-        likeness: Likeness | None = None,
+        *,
+        looks: Sequence[Look] = (),
         before: InstructSystem | None = None,
     ) -> None:
-        """before: that of the adapter that predictions are held to, where `options.hold` is not 0."""
+        """looks: what is learnt beside the noise. before: the system of the adapter that predictions are held
+        to, but for those of faces."""
         self.base = base
         self.module = adapter
         self.options = options
@@ -193,10 +134,10 @@ class InstructSystem:
             "condition_states",
             "instruction_ids",
             "text_ids",
-            *(("task_ids",) if likeness or before else ()),
-            *(("id_embeds",) if likeness else ()),
+            *(("task_ids",) if looks or before else ()),
+            *(("id_embeds",) if options.likeness else ()),
         )
-        self._likeness = likeness
+        self._looks = looks
         self._before = before
         self.rows_at_once: int | None = None
         """How many rows are validated together; set by the loop, None is all."""
@@ -212,27 +153,52 @@ class InstructSystem:
         timesteps = self._denoising.draw_timesteps(randomness)
         attempt = self._attempt(batch, randomness, timesteps)
         weights = self._denoising.weights(timesteps, self.options.snr_gamma)
-        loss = (weights * attempt.errors).mean()
-        figures: Figures = {}
-        if self._likeness is not None:
-            seen = (batch["task_ids"] == FACE) & ~no_image & ~no_instruction
-            if self.options.likeness_steps:
-                clean = self._drawn(batch, randomness, seen.nonzero()[:, 0].tolist())
-            else:
-                seen &= attempt.signal > MIN_SIGNAL
-                clean = attempt.clean[seen]
-            id_embeds = batch["id_embeds"][seen].float()
-            loss, figures = self._likeness.beside(loss, clean, id_embeds, len(seen))
+        of_noise = (weights * attempt.errors).mean()
+        beside = self._looked_at(batch, randomness, attempt, ~no_image & ~no_instruction)
         if self._before is not None:
             moved = self._moved(self._before, batch, attempt, timesteps)
-            loss, figures = loss + self.options.hold * moved, {**figures, "moved": moved.detach()}
-        return loss, figures
+            beside["loss_of_hold"] = (self.options.hold, moved)
+        if not beside:
+            return of_noise, {}
+        loss = of_noise + sum(weight * part for weight, part in beside.values())
+        figures: Figures = {name: part.detach() for name, (_, part) in beside.items()}
+        return loss, {"loss_of_noise": of_noise.detach(), **figures}
+
+    def _looked_at(
+        self, batch: dict[str, Tensor], randomness: Randomness, attempt: Attempt, told: Tensor
+    ) -> dict[str, tuple[float, Tensor]]:
+        """Of each look its weight, and how unlike its lessons are to what they should be, by its figure's name.
+
+        `told` marks the samples that have their image and instruction.
+        """
+        if not self._looks:
+            return {}
+        lessons = [told & (batch["task_ids"] == look.task) for look in self._looks]
+        rows = torch.stack(lessons).any(0)
+        if self.options.drawn_steps:
+            clean = self._drawn(self._as_drawn(batch), randomness, rows.nonzero()[:, 0].tolist())
+        else:
+            rows = rows & (attempt.signal > MIN_SIGNAL)
+            clean = attempt.clean[rows]
+        unlike = {}
+        for look, of_look in zip(self._looks, lessons, strict=True):
+            wanted = look.wanted({name: values[rows & of_look] for name, values in batch.items()})
+            share = look.likeness.share(clean[of_look[rows]], wanted, len(rows))
+            unlike[look.figure] = (look.likeness.weight, share)
+        return unlike
+
+    def _as_drawn(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The batch as it is drawn to be looked at, with text where the look is one with text."""
+        no_text = torch.zeros_like(batch["task_ids"], dtype=torch.bool)
+        for look in self._looks:
+            no_text |= (batch["task_ids"] == look.task) & (not look.has_text)
+        return {**batch, "text_ids": replace_rows(batch["text_ids"], self._empty_ids, no_text)}
 
     def _moved(
         self, before: InstructSystem, batch: dict[str, Tensor], attempt: Attempt, timesteps: Tensor
     ) -> Tensor:
-        """How far predictions are from what they were, squared, in lessons of no face: the sum over these,
-        of which there may be none, divided by the number of all."""
+        """How far predictions are from what they were, squared, in lessons of no face: the sum over these, of
+        which there may be none, divided by the number of all."""
         rows = (batch["task_ids"] != FACE).nonzero()[:, 0]
         if not len(rows):
             return attempt.errors.new_zeros(())
@@ -269,7 +235,7 @@ class InstructSystem:
             self._denoising,
             randomness.of(rows),
             shape,
-            num_steps=self.options.likeness_steps,
+            num_steps=self.options.drawn_steps,
             min_signal=MIN_SIGNAL,
         )
 

@@ -27,14 +27,9 @@ from imprompt.core.errors import ImpromptError
 from imprompt.core.randomness import Randomness
 from imprompt.data.rows import Rows
 from imprompt.systems.denoising import check_same_base, made_for, mean_in_parts, replace_rows
-from imprompt.systems.instruct import (
-    FACE,
-    FACE_COLUMNS,
-    SMALLEST_DEVIATION,
-    InstructOptions,
-    instruct_adapter,
-    what_is_read,
-)
+from imprompt.systems.instruct import FACE, FACE_COLUMNS, SMALLEST_DEVIATION, what_is_read
+from imprompt.systems.instruct_growth import instruct_adapter
+from imprompt.systems.instruct_options import OF_THE_DENOISER, InstructOptions
 
 NUM_ROWS_FOR_SCALE = 512
 HOLD_OF_FACES = 0.3  # their tokens must change, and still be understood
@@ -53,15 +48,7 @@ class InstructFacesOptions(InstructOptions):
         check_range(self, ("identity_weight",), 0)
         check_left_alone(
             self,
-            (
-                "drop_image",
-                "drop_instruction",
-                "drop_all",
-                "snr_gamma",
-                "lora_rank",
-                "likeness",
-                "hold",
-            ),
+            OF_THE_DENOISER,
             "faces are learnt without the denoiser, with image and instruction always there",
         )
 

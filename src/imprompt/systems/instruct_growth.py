@@ -1,6 +1,6 @@
-"""An Instruct adapter that is made out of another one: of a Plus adapter, or larger than it was.
+"""What an Instruct adapter begins as: new, as a file has it, as a Plus adapter, or larger than it was.
 
-It begins with what it has of the other; what is new in it learns then.
+Made out of another one it begins with what it has of that; what is new in it learns then.
 """
 
 from __future__ import annotations
@@ -9,10 +9,66 @@ import torch
 from torch import nn
 
 from imprompt.adapters import ImagePromptAdapter, add_lora, create_adapter
-from imprompt.bases import Base
+from imprompt.bases import Base, image_encoder_of
+from imprompt.checkpoints import load_adapter
 from imprompt.core.errors import ImpromptError
+from imprompt.encoders.instruction import EMBEDDINGS, METADATA_KEY
+from imprompt.systems.instruct_options import InstructOptions
 
 NEARLY_NOTHING = 1e-4
+
+
+def instruct_adapter(options: InstructOptions, base: Base) -> ImagePromptAdapter:
+    """The adapter that the options ask for: new, read from a file, or begun as a Plus adapter.
+
+    Raises:
+        ImpromptError: a base without image encoder, or a file that does not fit.
+    """
+    if options.instruction_embedding not in EMBEDDINGS:
+        raise ImpromptError(
+            f"instruction_embedding is {options.instruction_embedding!r}; choose "
+            f"{' or '.join(EMBEDDINGS)}."
+        )
+    encoder = image_encoder_of(base)
+    num_positions = encoder.zero_hidden_states().shape[1] if options.positions else 0
+    if options.start_from:
+        adapter = load_adapter(options.start_from)
+        if adapter.variant == "plus":
+            adapter = begun_as_plus(adapter, base)
+        elif adapter.variant != "instruct":
+            raise ImpromptError(
+                f"{options.start_from} is a {adapter.variant} adapter; Instruct goes on from "
+                "instruct or begins as plus."
+            )
+        width = adapter.projection.features[1].dim
+        if width != text_width(base):
+            raise ImpromptError(
+                f"{options.start_from} reads texts in states of {width} numbers, and the first text "
+                f"encoder of {base.name} gives {text_width(base)}: it was made for another base."
+            )
+        told = adapter.metadata.get(METADATA_KEY, options.instruction_embedding)
+        if told != options.instruction_embedding:
+            raise ImpromptError(
+                f"{options.start_from} reads instructions as {told}; set "
+                f"system.instruction_embedding={told}."
+            )
+        if num_positions and adapter.projection.features[0].length is None:
+            adapter = with_positions(adapter, base, num_positions)
+    else:
+        adapter = create_adapter(
+            base.unet,
+            "instruct",
+            feature_dim=encoder.hidden_dim,
+            num_tokens=options.num_tokens,
+            resampler_dim=options.resampler_dim or None,
+            depth=options.depth,
+            num_positions=num_positions,
+            text_dim=text_width(base),
+        )
+    if options.lora_rank and options.lora_rank != adapter.lora_rank:
+        adapter = add_lora(adapter, base.unet, options.lora_rank)
+    adapter.metadata[METADATA_KEY] = options.instruction_embedding
+    return adapter.to(base.device)
 
 
 def text_width(base: Base) -> int:

@@ -31,13 +31,9 @@ from imprompt.core.randomness import Randomness
 from imprompt.data.instructions import TASKS
 from imprompt.data.rows import Rows
 from imprompt.systems.denoising import check_same_base, made_for, mean_in_parts, replace_rows
-from imprompt.systems.instruct import (
-    SMALLEST_DEVIATION,
-    InstructOptions,
-    instruct_adapter,
-    what_is_read,
-)
-from imprompt.systems.instruct_growth import with_more_layers, with_more_tokens
+from imprompt.systems.instruct import SMALLEST_DEVIATION, what_is_read
+from imprompt.systems.instruct_growth import instruct_adapter, with_more_layers, with_more_tokens
+from imprompt.systems.instruct_options import OF_THE_DENOISER, InstructOptions
 
 NUM_ROWS_FOR_SCALE = 2048
 
@@ -65,15 +61,7 @@ class InstructWordsOptions(InstructOptions):
         check_range(self, ("added_tokens", "added_layers", "layout_weight"), 0)
         check_left_alone(
             self,
-            (
-                "drop_image",
-                "drop_instruction",
-                "drop_all",
-                "snr_gamma",
-                "lora_rank",
-                "likeness",
-                "hold",
-            ),
+            OF_THE_DENOISER,
             "words are learnt without the denoiser, with image and instruction always there",
         )
         for name in ("added_tokens", "added_layers", "learn"):

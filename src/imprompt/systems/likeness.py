@@ -1,7 +1,8 @@
-"""Is the person of a picture that is being learnt the one who was asked for? A loss, beside the noise's.
+"""Does a picture that is being learnt look like what was asked for? A loss, beside the noise's.
 
 The noise's error is spread over the whole picture, and who is seen is decided by few pixels of it. So the
-picture that a prediction implies is decoded and shown to the face encoder, and what it says is compared.
+picture that a prediction implies is decoded and shown to an encoder, and what this says is compared: a face
+encoder of persons, the image encoder of whole pictures (`systems.resemblance`).
 
 Source: the ID loss of PuLID (2404.16022), section 3.3, here on one prediction of x0: for noise on the target, or
 where a drawing from noise stops (`systems.drawn`).
@@ -9,7 +10,8 @@ where a drawing from noise stops (`systems.drawn`).
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable
+
 import torch.nn.functional as functional
 from jaxtyping import Float
 from torch import Tensor
@@ -19,51 +21,46 @@ from imprompt.bases.latent_space import decode
 from imprompt.core.errors import ImpromptError
 from imprompt.data.rows import Rows
 from imprompt.encoders.face import DioramaFaceEncoder, face_encoder_with
-from imprompt.systems.protocol import Figures
 
 MIN_SIGNAL = 0.02
 """ᾱ_t; in what is predicted from less nobody is to be known."""
 
+See = Callable[[Tensor], Tensor]
+"""Of pixels (batch, 3, h, w), in about [-1, 1], the vectors (batch, dim); gradients pass through."""
+
 
 class Likeness:
-    """Compares predicted latents with identity vectors, so that gradients reach the prediction."""
+    """Compares predicted latents with vectors, so that gradients reach the prediction."""
 
-    def __init__(self, base: Base, faces: DioramaFaceEncoder, weight: float = 1.0) -> None:
-        """`faces` is frozen, as the base is, and moved to the base's device."""
+    def __init__(self, base: Base, see: See, weight: float = 1.0) -> None:
+        """`see` gives the vectors of pictures; its encoder is frozen, as the base is, and on its device."""
         self.weight = weight
         self._base = base
-        self.faces = faces
-        faces.network.to(base.device)
+        self._see = see
 
     def distance(
-        self, latents: Float[Tensor, "batch channels h w"], id_embeds: Float[Tensor, "batch dim"]
+        self, latents: Float[Tensor, "batch channels h w"], vectors: Float[Tensor, "batch dim"]
     ) -> Float[Tensor, " batch"]:
-        """1 - cos of the two faces' vectors, in [0, 2].
+        """1 - cos of what is seen and what should be, in [0, 2].
 
         Args:
-            latents: predicted x0 in the denoiser's scale, of portraits.
-            id_embeds: who should be seen; of any length.
+            latents: predicted x0 in the denoiser's scale.
+            vectors: of what should be seen; of any length.
         """
-        seen, _ = self.faces.read(decode(self._base.vae, latents, self._base.device))
-        return 1 - functional.cosine_similarity(seen.float(), id_embeds.float())
+        seen = self._see(decode(self._base.vae, latents, self._base.device))
+        return 1 - functional.cosine_similarity(seen.float(), vectors.float())
 
-    def beside(
+    def share(
         self,
-        loss: Tensor,
-        clean: Float[Tensor, "faces channels h w"],
-        id_embeds: Float[Tensor, "faces dim"],
+        clean: Float[Tensor, "some channels h w"],
+        vectors: Float[Tensor, "some dim"],
         num_rows: int,
-    ) -> tuple[Tensor, Figures]:
-        """The loss with this one beside it, by its weight, and figures of both.
-
-        It is the distances' sum over the latents where a face is to be seen, of which there may be none,
-        divided by the number of all the batch's rows, so that a batch may be cut into parts.
-        """
-        unlike = torch.zeros_like(loss)
-        if len(clean):
-            unlike = self.distance(clean, id_embeds).sum() / num_rows
-        figures: Figures = {"loss_of_noise": loss.detach(), "loss_of_likeness": unlike.detach()}
-        return loss + self.weight * unlike, figures
+    ) -> Tensor:
+        """The distances' sum over these latents, of which there may be none, divided by the number of all
+        the batch's rows, so that a batch may be cut into parts."""
+        if not len(clean):
+            return clean.new_zeros(())
+        return self.distance(clean, vectors).sum() / num_rows
 
 
 def likeness_for(columns: Rows, base: Base, weight: float) -> Likeness | None:
@@ -83,4 +80,5 @@ def likeness_for(columns: Rows, base: Base, weight: float) -> Likeness | None:
             f"No gradients pass through the face encoder of {columns.path} ({name}), and likeness needs "
             "them: set system.likeness=0."
         )
-    return Likeness(base, faces, weight)
+    faces.network.to(base.device)
+    return Likeness(base, lambda pixels: faces.read(pixels)[0], weight)

@@ -16,7 +16,7 @@ from slow import needs_slow_tests
 
 from imprompt.checkpoints import inspect
 from imprompt.systems import instruct
-from imprompt.systems.instruct import InstructOptions
+from imprompt.systems.instruct_options import InstructOptions
 
 
 def random_base(device, is_xl=False):

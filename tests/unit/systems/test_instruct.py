@@ -17,7 +17,8 @@ from imprompt.data.instructions import TASKS
 from imprompt.data.prepare import prepare
 from imprompt.encoders.instruction import instruction_states
 from imprompt.systems import instruct, instruct_words
-from imprompt.systems.instruct import InstructOptions, InstructSystem, drops
+from imprompt.systems.instruct import InstructSystem, drops
+from imprompt.systems.instruct_options import InstructOptions
 from imprompt.systems.instruct_words import InstructWordsOptions
 from imprompt.training.run import run_training
 
@@ -140,10 +141,10 @@ def test_likeness_is_of_lessons_of_faces_that_are_told_and_shown(folder, base, c
 
 
 def test_likeness_can_be_of_what_is_drawn_from_noise(base, tmp_path):
-    with pytest.raises(ImpromptError, match="likeness_steps is about likeness"):
-        InstructOptions(likeness_steps=4)
+    with pytest.raises(ImpromptError, match="drawn_steps is about likeness"):
+        InstructOptions(drawn_steps=4)
     columns = prepared_with_faces(base, tmp_path)
-    options = replace(KEEP_ALL, likeness=0.5, likeness_steps=4)
+    options = replace(KEEP_ALL, likeness=0.5, drawn_steps=4)
     system = instruct.build(options, base, columns)
     batch = columns.rows(range(10), system.columns)
     is_face = batch["task_ids"] == TASKS.index("face")
@@ -154,7 +155,7 @@ def test_likeness_can_be_of_what_is_drawn_from_noise(base, tmp_path):
         return of.loss(some, Randomness(0, rows))[1]
 
     drawn = figures(batch)["loss_of_likeness"]
-    assert drawn > 0 and drawn != figures(batch, likeness_steps=0)["loss_of_likeness"]
+    assert drawn > 0 and drawn != figures(batch, drawn_steps=0)["loss_of_likeness"]
     # The target is not looked at; only who shall be seen, and what the adapter is told.
     elsewhere = {**batch, "latent_mean": batch["latent_mean"].roll(1, 0)}
     assert figures(elsewhere)["loss_of_likeness"] == drawn
@@ -171,7 +172,7 @@ def test_likeness_can_be_of_what_is_drawn_from_noise(base, tmp_path):
 
 def test_drawing_is_guided_away_from_nothing_which_does_not_learn(base, tmp_path, monkeypatch):
     columns = prepared_with_faces(base, tmp_path)
-    system = instruct.build(replace(KEEP_ALL, likeness=1.0, likeness_steps=3), base, columns)
+    system = instruct.build(replace(KEEP_ALL, likeness=1.0, drawn_steps=3), base, columns)
     batch = columns.rows(range(10), system.columns)
     rows = (batch["task_ids"] == TASKS.index("face")).nonzero()[:, 0].tolist()
     learning = []
@@ -190,9 +191,9 @@ def test_drawing_is_guided_away_from_nothing_which_does_not_learn(base, tmp_path
 
 
 def test_lessons_of_no_face_are_held_to_what_another_adapter_predicts(base, tmp_path):
-    with pytest.raises(ImpromptError, match="hold is about the adapter in hold_to or start_from"):
-        InstructOptions(hold=1.0)
     columns = prepared_with_faces(base, tmp_path)
+    with pytest.raises(ImpromptError, match="hold is about an adapter"):
+        instruct.build(replace(KEEP_ALL, hold=1.0), base, columns)
     for seed in (0, 1):
         adapter = create_adapter(
             base.unet,
@@ -213,20 +214,24 @@ def test_lessons_of_no_face_are_held_to_what_another_adapter_predicts(base, tmp_
         some = {name: values[list(rows)] for name, values in given.items()}
         return of, *of.loss(some, Randomness(0, rows))
 
-    assert loss(batch)[2]["moved"] == 0
+    assert loss(batch)[2]["loss_of_hold"] == 0
     system, held, figures = loss(batch, hold_to=there)
-    assert figures["moved"] > 0
-    assert held.item() == pytest.approx((loss(batch, hold=0.0)[1] + 2 * figures["moved"]).item())
+    assert figures["loss_of_hold"] > 0
+    assert held.item() == pytest.approx(
+        (loss(batch, hold=0.0)[1] + 2 * figures["loss_of_hold"]).item()
+    )
     held.backward()
     assert all(weight.grad is not None for weight in system.module.parameters())
-    # Who is asked for in a face may change without being held; anything else may not.
+    # What is told of a face may change without being held; of anything else it may not.
     is_face = batch["task_ids"] == TASKS.index("face")
     for where, same in ((is_face, True), (~is_face, False)):
         told = torch.where(where[:, None], batch["text_ids"].flip(0), batch["text_ids"])
-        moved = loss({**batch, "text_ids": told}, hold_to=there)[2]["moved"]
-        assert (moved == figures["moved"]) == same
-    parts = [loss(batch, rows, hold_to=there)[2]["moved"] for rows in (range(5), range(5, 10))]
-    assert sum(parts) / 2 == pytest.approx(figures["moved"].item())
+        moved = loss({**batch, "text_ids": told}, hold_to=there)[2]["loss_of_hold"]
+        assert (moved == figures["loss_of_hold"]) == same
+    parts = [
+        loss(batch, rows, hold_to=there)[2]["loss_of_hold"] for rows in (range(5), range(5, 10))
+    ]
+    assert sum(parts) / 2 == pytest.approx(figures["loss_of_hold"].item())
 
 
 def test_dropped_conditions_are_what_generation_brings_for_none(base, columns):

@@ -17,8 +17,8 @@ from imprompt.data.prepare import prepare
 from imprompt.encoders.instruction import instruction_states
 from imprompt.generation.instructed import published_guidance, words_of
 from imprompt.systems import instruct, instruct_words
-from imprompt.systems.instruct import InstructOptions
 from imprompt.systems.instruct_growth import with_more_tokens
+from imprompt.systems.instruct_options import InstructOptions
 from imprompt.systems.instruct_words import InstructWordsOptions
 
 SMALL = InstructOptions(num_tokens=3, resampler_dim=64, depth=1, drop_text=0.0, drop_all=0.0)
