@@ -64,7 +64,7 @@ def instruct(arguments: argparse.Namespace, weights: Path) -> None:
     columns = (*default_columns("instruct-words"), "id_embeds")
     data = prepared(f"diorama-instruct:{count}", "lessons", arguments, columns=columns)
     faces = prepared(
-        f"diorama-instruct/face:{count // 4}:{count}", "faces", arguments, columns=columns
+        f"diorama-instruct/face:{count // 4}:{count}", "face-lessons", arguments, columns=columns
     )
     some = rows_of_task(Columns.open(data), "composition", arguments.output / "compositions")
     made = trained("instruct-words", "diorama-instruct-layouts", some, arguments, "layouts")
