@@ -314,7 +314,11 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[s
         free_bytes = shutil.disk_usage(path.parent).free
         if free_bytes < size_bytes:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        # safetensors writes files that nobody but their owner may read; others shall, as of any new file.
+        temporary.touch()
+        permissions = temporary.stat().st_mode
         save_file(dict(tensors), temporary, metadata=dict(metadata))
+        temporary.chmod(permissions)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -271,6 +271,13 @@ def test_full_disk(base_adapter, tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
 
 
+def test_others_may_read_it_as_any_new_file(base_adapter, tmp_path):
+    (tmp_path / "any").touch()
+    save_adapter(base_adapter, tmp_path / "a.safetensors")
+    of_any, of_ours = ((tmp_path / name).stat().st_mode for name in ("any", "a.safetensors"))
+    assert of_ours == of_any
+
+
 def test_a_place_that_cannot_be(base_adapter, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ImpromptError, match="was not written"):
