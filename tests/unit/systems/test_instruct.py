@@ -214,7 +214,7 @@ def test_lessons_of_no_face_are_held_to_what_another_adapter_predicts(base, tmp_
         some = {name: values[list(rows)] for name, values in given.items()}
         return of, *of.loss(some, Randomness(0, rows))
 
-    assert loss(batch)[2]["loss_of_hold"] == 0
+    assert loss(batch)[2]["loss_of_hold"] < 1e-9
     system, held, figures = loss(batch, hold_to=there)
     assert figures["loss_of_hold"] > 0
     assert held.item() == pytest.approx(
@@ -227,7 +227,7 @@ def test_lessons_of_no_face_are_held_to_what_another_adapter_predicts(base, tmp_
     for where, same in ((is_face, True), (~is_face, False)):
         told = torch.where(where[:, None], batch["text_ids"].flip(0), batch["text_ids"])
         moved = loss({**batch, "text_ids": told}, hold_to=there)[2]["loss_of_hold"]
-        assert (moved == figures["loss_of_hold"]) == same
+        assert (moved.item() == pytest.approx(figures["loss_of_hold"].item(), rel=1e-5)) == same
     parts = [
         loss(batch, rows, hold_to=there)[2]["loss_of_hold"] for rows in (range(5), range(5, 10))
     ]
