@@ -103,30 +103,31 @@ def main() -> None:
         base.to(device)
         return encoder
 
-    base.vae = vae
+    base.vae = vae.requires_grad_(False)
     base.text_encoder = CLIPTextModel.from_pretrained(clip_folder / "text_encoder")
     see_with(clip_folder)
     both = JoinedColumns([faces, columns])
     options = build(contrastive.ContrastiveOptions, preset("contrastive-persons")["system"])
     persons = contrastive.build(options, base, both)
     image_encoder = see_with(fit(persons, "contrastive-persons", both))
-    read = ("latents", "phrasing_ids")
+    read = ("latents", "phrasing_ids", "labels")
     scenes = Columns.open(prepare(source, out / "latents", base, columns=read))
     people = Columns.open(prepare(portraits, out / "people", base, columns=read))
 
-    denoiser = text_to_image.TextToImageSystem(
-        base.unet.requires_grad_(True),
-        base.text_encoder,
-        base.tokenize([""])[0],
-        base.scheduler,
-    )
     # Faces are small and few among scenes, and drawn last: their portraits come twice as often.
-    unet_folder = fit(denoiser, "text-to-image", JoinedColumns([people, people, scenes]))
+    drawn = JoinedColumns([people, people, scenes])
+    for name in ("text-to-image", "text-to-image-portraits"):
+        options = {**preset(name).get("system", {}), "start": "base"}
+        denoiser = text_to_image.system_beside(
+            base, build(text_to_image.TextToImageOptions, options)
+        )
+        unet_folder = fit(denoiser, name, drawn)
+        base.unet = UNet2DConditionModel.from_pretrained(unet_folder / "unet").to(device)
 
     weights = out / "weights"
     write_base(
         weights / "diorama-base",
-        unet=UNet2DConditionModel.from_pretrained(unet_folder / "unet"),
+        unet=base.unet,
         vae=vae,
         text_encoder=base.text_encoder,
         tokenizer=tokenizer,

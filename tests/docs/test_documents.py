@@ -102,6 +102,7 @@ def test_presets_fit_their_systems(preset):
         "contrastive-persons": "contrastive",
         "instruct-layouts": "instruct-words",
         "instruct-drawn": "instruct",
+        "text-to-image-portraits": "text-to-image",
     }
     _, options = trainable(others.get(name, name)).load()
     build(options, tables.get("system", {}), "system.")

@@ -25,7 +25,11 @@ from imprompt.bases.clip_vision import fingerprint_of
 from imprompt.core.errors import ImpromptError
 from imprompt.core.images import bytes_of_pixels
 from imprompt.core.shipped import shipped
-from imprompt.encoders.face_network import SIZE_PX, FaceNetwork, load_face_network
+from imprompt.encoders.face_network import (
+    FaceNetwork,
+    as_the_network_reads,
+    load_face_network,
+)
 
 INSIGHTFACE = "insightface"
 DEFAULT_PACK = "antelopev2"  # InstantID's
@@ -186,11 +190,7 @@ class DioramaFaceEncoder:
         self, pixels: Float[Tensor, "batch 3 height width"]
     ) -> tuple[Float[Tensor, "batch dim"], Float[Tensor, "batch 5 2"]]:
         """Identity vectors as they come, and landmarks; gradients pass through."""
-        pixels = pixels.to(next(self.network.parameters())).clamp(-1, 1)
-        if pixels.shape[-2:] != (SIZE_PX, SIZE_PX):
-            pixels = functional.interpolate(
-                pixels, size=(SIZE_PX, SIZE_PX), mode="bicubic", antialias=True
-            ).clamp(-1, 1)
+        pixels = as_the_network_reads(pixels.to(next(self.network.parameters())))
         parts = [self.network(part) for part in pixels.split(128)]
         return torch.cat([embeds for embeds, _ in parts]), torch.cat([found for _, found in parts])
 

@@ -50,13 +50,21 @@ class FaceNetwork(nn.Module):
         self, pixels: Float[Tensor, "batch 3 64 64"]
     ) -> tuple[Float[Tensor, "batch dim"], Float[Tensor, "batch 5 2"]]:
         """The identity vector, not yet normalised, and landmarks as fractions of width and height."""
+        fine, coarse, _, identity = self.layers(pixels)
+        spread = functional.interpolate(coarse, size=fine.shape[-2:], mode="bilinear")
+        heat = self.heat_maps(torch.cat([fine, spread], 1)).float()
+        return identity.float(), _mean_position(heat)
+
+    def layers(
+        self, pixels: Float[Tensor, "batch 3 64 64"]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """All it makes of pixels on the way to who it is: three maps (batch, channels, side, side), of sides
+        16, 8 and 4, and the identity vector (batch, dim), not yet normalised."""
         fine = self.fine(pixels)
         coarse = self.coarse(fine)
         whole = self.whole(coarse)
         pooled = torch.cat([whole.mean(dim=(2, 3)), whole.amax(dim=(2, 3))], 1)
-        spread = functional.interpolate(coarse, size=fine.shape[-2:], mode="bilinear")
-        heat = self.heat_maps(torch.cat([fine, spread], 1)).float()
-        return self.norm(self.embed(pooled)).float(), _mean_position(heat)
+        return fine, coarse, whole, self.norm(self.embed(pooled))
 
 
 def _mean_position(heat: Float[Tensor, "batch points h w"]) -> Float[Tensor, "batch points 2"]:
@@ -65,6 +73,19 @@ def _mean_position(heat: Float[Tensor, "batch points h w"]) -> Float[Tensor, "ba
     x = (torch.arange(width, device=heat.device) + 0.5) / width
     y = (torch.arange(height, device=heat.device) + 0.5) / height
     return torch.stack([(share.sum(2) * x).sum(2), (share.sum(3) * y).sum(2)], 2)
+
+
+def as_the_network_reads(
+    pixels: Float[Tensor, "batch 3 height width"],
+) -> Float[Tensor, "batch 3 64 64"]:
+    """Pixels of any size, in about [-1, 1], as `FaceNetwork` reads them; gradients pass through."""
+    pixels = pixels.clamp(-1, 1)
+    if pixels.shape[-2:] == (SIZE_PX, SIZE_PX):
+        return pixels
+    resized = functional.interpolate(
+        pixels, size=(SIZE_PX, SIZE_PX), mode="bicubic", antialias=True
+    )
+    return resized.clamp(-1, 1)
 
 
 def load_face_network(path: Path) -> FaceNetwork:

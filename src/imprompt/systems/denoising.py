@@ -97,6 +97,8 @@ class Attempt(NamedTuple):
 
     errors: Float[Tensor, " batch"]
     """The squared error."""
+    latents: Float[Tensor, "batch channels h w"]
+    """What the noise was laid on."""
     noisy: Float[Tensor, "batch channels h w"]
     prediction: Float[Tensor, "batch channels h w"]
     prediction_type: str
@@ -109,6 +111,25 @@ class Attempt(NamedTuple):
         return predicted_clean(
             self.prediction_type, self.prediction.float(), self.noisy, self.signal
         )
+
+
+def share_moved(
+    attempt: Attempt, held: Tensor, predict_before: Callable[[Tensor], Tensor]
+) -> Float[Tensor, ""]:
+    """How far predictions moved from what another denoiser says, squared: the sum over the samples that are held
+    to it, of which there may be none, divided by the number of all, so that a batch may be cut into parts.
+
+    Args:
+        held: which samples are, (batch,).
+        predict_before: of the numbers of these what the other denoiser predicts, for the same noisy latents.
+    """
+    rows = held.nonzero()[:, 0]
+    if not len(rows):
+        return attempt.errors.new_zeros(())
+    with torch.no_grad():
+        before = predict_before(rows).float()
+    moved = (attempt.prediction[rows].float() - before).square().mean((1, 2, 3))
+    return moved.sum() / len(held)
 
 
 class Denoising:
@@ -163,7 +184,7 @@ class Denoising:
         target = prediction_target(self.prediction_type, latents, noise, alphas)
         errors = functional.mse_loss(prediction.float(), target.float(), reduction="none")
         errors = errors.mean(dim=(1, 2, 3))
-        return Attempt(errors, noisy, prediction, self.prediction_type, alphas)
+        return Attempt(errors, latents, noisy, prediction, self.prediction_type, alphas)
 
     def weights(self, timesteps: Int[Tensor, " batch"], snr_gamma: float) -> Tensor:
         """How much each sample's error counts: min-SNR weighting (2303.09556), or 1 where γ is 0."""

@@ -34,12 +34,14 @@ from imprompt.systems.denoising import (
     mean_in_parts,
     replace_rows,
     sample_posterior,
+    share_moved,
     text_states_of,
 )
 from imprompt.systems.drawn import drawn_clean
 from imprompt.systems.instruct_growth import instruct_adapter
 from imprompt.systems.instruct_options import InstructOptions
 from imprompt.systems.likeness import MIN_SIGNAL, Likeness, likeness_for
+from imprompt.systems.perceptual import PortraitLook, portrait_look
 from imprompt.systems.protocol import Figures
 from imprompt.systems.resemblance import resemblance_for
 
@@ -53,12 +55,12 @@ def build(options: InstructOptions, base: Base, columns: Rows) -> InstructSystem
 
     Raises:
         ImpromptError: data of another base, a base without image encoder, a file of another variant; data
-            without what `likeness`, `resemblance` or `hold` read, or no adapter to hold to.
+            without what `likeness`, `resemblance`, `perceptual` or `hold` read, or no adapter to hold to.
     """
     check_same_base(columns, base)
     if options.likeness:
         columns.require(FACE_COLUMNS)
-    if options.resemblance or options.hold:
+    if options.resemblance or options.perceptual or options.hold:
         columns.require(("task_ids",))
     before = None
     if options.hold:
@@ -69,7 +71,8 @@ def build(options: InstructOptions, base: Base, columns: Rows) -> InstructSystem
         held = replace(options, start_from=options.hold_to or options.start_from)
         before = InstructSystem(base, instruct_adapter(held, base), held)
     adapter, looks = instruct_adapter(options, base), looks_for(columns, base, options)
-    return InstructSystem(base, adapter, options, looks=looks, before=before)
+    portraits = portrait_look(base) if options.perceptual else None
+    return InstructSystem(base, adapter, options, looks=looks, portraits=portraits, before=before)
 
 
 @dataclass(frozen=True)
@@ -121,10 +124,15 @@ class InstructSystem:
         options: InstructOptions,
         *,
         looks: Sequence[Look] = (),
+        portraits: PortraitLook | None = None,
         before: InstructSystem | None = None,
     ) -> None:
-        """looks: what is learnt beside the noise. before: the system of the adapter that predictions are held
-        to, but for those of faces."""
+        """
+        Args:
+            looks: what is learnt beside the noise.
+            portraits: what is learnt of faces beside the noise, of what is predicted for the noisy target.
+            before: the system of the adapter that predictions are held to, but for those of faces.
+        """
         self.base = base
         self.module = adapter
         self.options = options
@@ -134,10 +142,11 @@ class InstructSystem:
             "condition_states",
             "instruction_ids",
             "text_ids",
-            *(("task_ids",) if looks or before else ()),
+            *(("task_ids",) if looks or portraits or before else ()),
             *(("id_embeds",) if options.likeness else ()),
         )
         self._looks = looks
+        self._portraits = portraits
         self._before = before
         self.rows_at_once: int | None = None
         """How many rows are validated together; set by the loop, None is all."""
@@ -154,7 +163,11 @@ class InstructSystem:
         attempt = self._attempt(batch, randomness, timesteps)
         weights = self._denoising.weights(timesteps, self.options.snr_gamma)
         of_noise = (weights * attempt.errors).mean()
-        beside = self._looked_at(batch, randomness, attempt, ~no_image & ~no_instruction)
+        told = ~no_image & ~no_instruction
+        beside = self._looked_at(batch, randomness, attempt, told)
+        if self._portraits is not None:
+            unlike = self._portraits.share(attempt, told & (batch["task_ids"] == FACE))
+            beside["loss_of_portraits"] = (self.options.perceptual, unlike)
         if self._before is not None:
             moved = self._moved(self._before, batch, attempt, timesteps)
             beside["loss_of_hold"] = (self.options.hold, moved)
@@ -197,16 +210,13 @@ class InstructSystem:
     def _moved(
         self, before: InstructSystem, batch: dict[str, Tensor], attempt: Attempt, timesteps: Tensor
     ) -> Tensor:
-        """How far predictions are from what they were, squared, in lessons of no face: the sum over these, of
-        which there may be none, divided by the number of all."""
-        rows = (batch["task_ids"] != FACE).nonzero()[:, 0]
-        if not len(rows):
-            return attempt.errors.new_zeros(())
-        batch = {name: values[rows] for name, values in batch.items()}
-        with torch.no_grad():
-            was = before._predict(batch, attempt.noisy[rows], timesteps[rows]).float()
-        moved = (attempt.prediction[rows].float() - was).square().mean((1, 2, 3))
-        return moved.sum() / len(timesteps)
+        """How far predictions are from what they were, in lessons of no face."""
+
+        def predict_before(rows: Tensor) -> Tensor:
+            some = {name: values[rows] for name, values in batch.items()}
+            return before._predict(some, attempt.noisy[rows], timesteps[rows])
+
+        return share_moved(attempt, batch["task_ids"] != FACE, predict_before)
 
     def _drawn(self, batch: dict[str, Tensor], randomness: Randomness, rows: list[int]) -> Tensor:
         """What these rows ask for, drawn from noise as generation does, x0 of one step with gradients."""

@@ -9,7 +9,7 @@ from imprompt.core.errors import ImpromptError
 
 OF_THE_DENOISER = (
     *("drop_image", "drop_instruction", "drop_all", "snr_gamma", "lora_rank"),
-    *("likeness", "resemblance", "hold"),
+    *("likeness", "resemblance", "perceptual", "hold"),
 )
 """What stages that learn without the denoiser leave alone."""
 
@@ -44,13 +44,16 @@ class InstructOptions:
     none, or that of `start_from`."""
     likeness: float = 0.0
     """Weight of a loss in lessons of faces, beside the noise's: that the face encoder knows the person in what
-    is predicted. Not of the paper, nor are the next four. Such data have the columns id_embeds, of what shall
+    is predicted. Not of the paper, nor are the next five. Such data have the columns id_embeds, of what shall
     be drawn, and task_ids."""
     resemblance: float = 0.0
     """Weight of a loss in lessons of *everything*: that to the image encoder what is predicted looks as the
     condition image does. Such data have the column task_ids."""
+    perceptual: float = 0.0
+    """Weight of a loss in lessons of faces: that to the embedded world's face encoder what is predicted for the
+    noisy target looks unlike the target (`systems.perceptual`). Such data have the column task_ids."""
     drawn_steps: int = 0
-    """In how many steps a picture is drawn from noise for these two, each as far as one of them, guided as the
+    """In how many steps a picture is drawn from noise for likeness and resemblance, each as far as one of them, guided as the
     base is, and for resemblance without text; what is predicted there is looked at. 0 looks at what is
     predicted for the noisy target."""
     hold: float = 0.0
@@ -65,7 +68,7 @@ class InstructOptions:
         check_shares(self, ("drop_image", "drop_text", "drop_instruction", "drop_all"))
         check_range(self, ("num_tokens", "depth"), 1)
         check_range(self, ("resampler_dim", "snr_gamma", "lora_rank"), 0)
-        check_range(self, ("likeness", "resemblance", "drawn_steps", "hold"), 0)
+        check_range(self, ("likeness", "resemblance", "perceptual", "drawn_steps", "hold"), 0)
         if self.drawn_steps and not (self.likeness or self.resemblance):
             raise ImpromptError(
                 "drawn_steps is about likeness and resemblance, and the weights of both are 0."

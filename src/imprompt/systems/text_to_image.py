@@ -6,6 +6,7 @@ captions are dropped for classifier-free guidance (Ho & Salimans, 2207.12598).
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,21 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 
 from imprompt.bases import Base
-from imprompt.core.config import check_shares
+from imprompt.core.config import check_range, check_shares
+from imprompt.core.errors import ImpromptError
 from imprompt.core.randomness import Randomness
 from imprompt.data.rows import Rows
-from imprompt.systems.denoising import Denoising, check_same_base, mean_in_parts
-from imprompt.systems.protocol import starts_from_base
+from imprompt.diorama import KINDS
+from imprompt.diorama.vocabulary import PERSON
+from imprompt.systems.denoising import (
+    Attempt,
+    Denoising,
+    check_same_base,
+    mean_in_parts,
+    share_moved,
+)
+from imprompt.systems.perceptual import PortraitLook, portrait_look
+from imprompt.systems.protocol import Figures, starts_from_base
 
 
 def create_unet(latent_channels: int = 8, text_width: int = 128) -> Any:
@@ -72,28 +83,52 @@ class TextToImageOptions:
     """`new` for a UNet of random weights, `base` to go on with the base's."""
     drop_caption: float = 0.1
     """Share of samples that see no caption, for classifier-free guidance."""
+    hold: float = 0.0
+    """Weight of a loss where no person is shown: that what is predicted moves away from what the base predicts,
+    so that adapters made for it keep their footing while portraits are learnt. Needs start="base" and the
+    column labels, which tells persons from objects."""
+    perceptual: float = 0.0
+    """Weight of a loss in portraits: that to the face encoder what is predicted looks unlike the true one
+    (`systems.perceptual`). Needs the column labels."""
 
     def __post_init__(self) -> None:
         check_shares(self, ("drop_caption",))
+        check_range(self, ("hold", "perceptual"), 0)
+        if self.hold and not starts_from_base(self.start):
+            raise ImpromptError('hold keeps what the base predicts; it needs start="base".')
 
 
 def build(options: TextToImageOptions, base: Base, columns: Rows) -> TextToImageSystem:
     """The system for columns of latents and token ids, encoded by the base.
 
     Raises:
-        ImpromptError: data of another base, or a start that is none.
+        ImpromptError: data of another base, or without the labels that the options need; a start that is none.
     """
     check_same_base(columns, base)
-    if starts_from_base(options.start):
-        unet = base.unet.requires_grad_(True)
-    else:
-        unet = create_unet(base.vae.config.latent_channels, base.text_encoder.config.hidden_size)
+    if options.hold or options.perceptual:
+        columns.require(("labels",))
+    return system_beside(base, options)
+
+
+def system_beside(base: Base, options: TextToImageOptions) -> TextToImageSystem:
+    """The system with a base's encoders, and its denoiser or a new one."""
+    from_base = starts_from_base(options.start)
+    before = None
+    if options.hold:
+        before = copy.deepcopy(base.unet).to(base.device).eval().requires_grad_(False)
+    unet = (
+        base.unet.requires_grad_(True)
+        if from_base
+        else create_unet(base.vae.config.latent_channels, base.text_encoder.config.hidden_size)
+    )
     return TextToImageSystem(
         unet.to(base.device, memory_format=torch.channels_last),
         base.text_encoder,
         base.tokenize([""])[0],
-        base.scheduler if starts_from_base(options.start) else create_scheduler(),
-        options.drop_caption,
+        base.scheduler if from_base else create_scheduler(),
+        options,
+        before=before,
+        look=portrait_look(base) if options.perceptual else None,
     )
 
 
@@ -102,10 +137,10 @@ class TextToImageSystem:
 
     These are `phrasing_ids` (rows, phrasings, tokens), of which one is drawn at a time.
 
-    `text_encoder` is frozen; `empty_ids` (tokens,) stand for a dropped caption.
+    `text_encoder` is frozen; `empty_ids` (tokens,) stand for a dropped caption. `before` is the denoiser that
+    predictions for objects are held to, and `look` compares portraits, told apart by `labels` (rows, 4); where
+    `options` say so.
     """
-
-    columns = ("latents", "phrasing_ids")
 
     def __init__(
         self,
@@ -113,27 +148,71 @@ class TextToImageSystem:
         text_encoder: Any,
         empty_ids: Tensor,
         scheduler: DDIMScheduler,
-        drop_caption: float = 0.1,
+        options: TextToImageOptions | None = None,
+        *,
+        before: Any = None,
+        look: PortraitLook | None = None,
     ):
         self.module = module
         self.text_encoder = text_encoder.eval().requires_grad_(False)
         self.scheduler = scheduler
-        self.drop_caption = drop_caption
+        self.options = TextToImageOptions() if options is None else options
+        told_apart = self.options.hold or self.options.perceptual
+        self.columns = ("latents", "phrasing_ids", *(("labels",) if told_apart else ()))
+        self._before = before
+        self._look = look
         self.rows_at_once: int | None = None
         """How many rows are validated together; set by the loop, None is all."""
         device = next(module.parameters()).device
         self._denoising = Denoising(scheduler, device)
         self.empty_ids = empty_ids.to(device)
 
-    def loss(
-        self, batch: dict[str, Tensor], randomness: Randomness
-    ) -> tuple[Tensor, dict[str, float | Tensor]]:
+    def loss(self, batch: dict[str, Tensor], randomness: Randomness) -> tuple[Tensor, Figures]:
         phrasing = randomness.integers("phrasing", batch["phrasing_ids"].shape[1])
         text_ids = batch["phrasing_ids"][torch.arange(len(phrasing)), phrasing]
-        dropped = randomness.uniform("drop caption") < self.drop_caption
+        dropped = randomness.uniform("drop caption") < self.options.drop_caption
         text_ids = torch.where(dropped[:, None], self.empty_ids, text_ids)
         timesteps = self._denoising.draw_timesteps(randomness)
-        return self._errors(batch, randomness, timesteps, text_ids).mean(), {}
+        states = self._states(text_ids)
+        attempt = self._attempt(batch, randomness, timesteps, states)
+        loss = attempt.errors.mean()
+        if "labels" not in self.columns:
+            return loss, {}
+        figures: Figures = {"loss_of_noise": loss.detach()}
+        is_person = batch["labels"][:, 0] == KINDS.index(PERSON)
+        if self._before is not None:
+            moved = share_moved(
+                attempt,
+                ~is_person,
+                lambda rows: (
+                    self._before(attempt.noisy[rows], timesteps[rows], states[rows]).sample
+                ),
+            )
+            loss = loss + self.options.hold * moved
+            figures["loss_of_hold"] = moved.detach()
+        if self._look is not None:
+            unlike = self._look.share(attempt, is_person)
+            loss = loss + self.options.perceptual * unlike
+            figures["loss_of_portraits"] = unlike.detach()
+        return loss, figures
+
+    @torch.no_grad()
+    def _states(self, text_ids: Tensor) -> Tensor:
+        return self.text_encoder(input_ids=text_ids).last_hidden_state.float()
+
+    def _attempt(
+        self,
+        batch: dict[str, Tensor],
+        randomness: Randomness,
+        timesteps: Tensor,
+        states: Tensor,
+    ) -> Attempt:
+        return self._denoising.attempt(
+            lambda noisy: self.module(noisy, timesteps, states).sample,
+            batch["latents"].float(),
+            randomness,
+            timesteps,
+        )
 
     def _errors(
         self,
@@ -143,14 +222,7 @@ class TextToImageSystem:
         text_ids: Tensor,
     ) -> Tensor:
         """Squared error of the prediction per sample, (batch,)."""
-        with torch.no_grad():
-            states = self.text_encoder(input_ids=text_ids).last_hidden_state
-        return self._denoising.errors(
-            lambda noisy: self.module(noisy, timesteps, states.float()).sample,
-            batch["latents"].float(),
-            randomness,
-            timesteps,
-        )
+        return self._attempt(batch, randomness, timesteps, self._states(text_ids)).errors
 
     @torch.no_grad()
     def validate(self, batch: dict[str, Tensor], randomness: Randomness) -> dict[str, float]:

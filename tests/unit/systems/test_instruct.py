@@ -234,6 +234,31 @@ def test_lessons_of_no_face_are_held_to_what_another_adapter_predicts(base, tmp_
     assert sum(parts) / 2 == pytest.approx(figures["loss_of_hold"].item())
 
 
+def test_a_face_network_looks_at_lessons_of_faces(base, tmp_path):
+    columns = prepared_with_faces(base, tmp_path)
+    system = instruct.build(replace(KEEP_ALL, perceptual=0.5), base, columns)
+    batch = columns.rows(range(10), system.columns)
+    samples = range(200, 210)  # whose timesteps leave something of a face to be seen
+
+    def figures(given, **changed):
+        of = instruct.build(replace(KEEP_ALL, perceptual=0.5, **changed), base, columns)
+        loss, told = of.loss(given, Randomness(0, samples))
+        assert loss.item() == pytest.approx(
+            (told["loss_of_noise"] + 0.5 * told["loss_of_portraits"]).item()
+        )
+        return told["loss_of_portraits"]
+
+    unlike = figures(batch)
+    assert unlike > 0
+    is_face = batch["task_ids"] == TASKS.index("face")
+    for where, same in ((is_face, False), (~is_face, True)):
+        name = "latent_mean"
+        other = torch.where(where[:, None, None, None], batch[name].flip(0), batch[name])
+        assert (figures({**batch, name: other}).item() == pytest.approx(unlike.item())) == same
+    for name in ("drop_image", "drop_instruction", "drop_all"):
+        assert figures(batch, **{name: 1.0}) == 0
+
+
 def test_dropped_conditions_are_what_generation_brings_for_none(base, columns):
     dropped = replace(KEEP_ALL, drop_all=1.0)
     system = instruct.build(dropped, base, columns)
