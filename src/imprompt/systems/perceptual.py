@@ -39,8 +39,8 @@ class PortraitLook:
     def distance(
         self, clean: Float[Tensor, "batch channels h w"], true: Float[Tensor, "batch channels h w"]
     ) -> Float[Tensor, " batch"]:
-        """How differently they look: the maps' squared difference, in units of their variance, and of the
-        identity vectors 1 - cos; 0 and more.
+        """How differently they look: the maps' squared difference, in units of the variance in all these portraits, and
+        of the identity vectors 1 - cos; 0 and more.
 
         Args:
             clean: predicted x0 in the denoiser's scale.
@@ -53,14 +53,13 @@ class PortraitLook:
         distance = SHARE_OF_PERSON * unlike
         for found, wanted in zip(maps, true_maps, strict=True):
             deviation = wanted.std((0, 2, 3), keepdim=True).clamp(min=SMALLEST_DEVIATION)
-            distance = distance + ((found - wanted) / deviation).square().mean((1, 2, 3)) / len(
-                maps
-            )
+            of_map = ((found - wanted) / deviation).square().mean((1, 2, 3))
+            distance = distance + of_map / len(maps)
         return distance
 
     def share(self, attempt: Attempt, is_portrait: Tensor) -> Tensor:
-        """The distances' sum over a batch's portraits, (batch,) marks them, of enough signal; there may be none.
-        Divided by the number of all samples, so that a batch may be cut into parts."""
+        """The distances' sum over a batch's portraits of enough signal, of which there may be none, divided by
+        the number of all samples. `is_portrait` (batch,) marks them."""
         rows = (is_portrait & (attempt.signal > MIN_SIGNAL)).nonzero()[:, 0]
         if not len(rows):
             return attempt.errors.new_zeros(())
