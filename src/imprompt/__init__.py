@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from imprompt.bases import load_base
     from imprompt.checkpoints import load_adapter, load_control, load_identity, save_adapter
     from imprompt.core.errors import ImpromptError
-    from imprompt.generation import Control, IdentityPrompt, ImagePrompt, generate
+    from imprompt.generation import Control, IdentityPrompt, ImagePrompt, InitImage, generate
 
 __version__ = "0.1.0"
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "ImagePrompt",
     "ImagePromptAdapter",
     "ImpromptError",
+    "InitImage",
     "create_adapter",
     "generate",
     "load_adapter",
@@ -37,6 +38,7 @@ _HOMES = {
     "ImagePrompt": "imprompt.generation",
     "ImagePromptAdapter": "imprompt.adapters",
     "ImpromptError": "imprompt.core.errors",
+    "InitImage": "imprompt.generation",
     "create_adapter": "imprompt.adapters",
     "generate": "imprompt.generation",
     "load_adapter": "imprompt.checkpoints",

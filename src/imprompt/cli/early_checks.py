@@ -12,6 +12,7 @@ from imprompt.cli.image_options import (
     ABOUT_CONTROLS,
     ABOUT_EITHER,
     ABOUT_IMAGES,
+    ABOUT_INIT_IMAGE,
     ABOUT_PERSONS,
     given,
 )
@@ -33,6 +34,11 @@ def check_is_used(arguments: argparse.Namespace) -> None:
         (ABOUT_IMAGES, has_image, "images, but no --image was given"),
         (ABOUT_PERSONS, has_person, "a person, but no --identity was given"),
         (ABOUT_CONTROLS, bool(arguments.control), "controls, but no --control was given"),
+        (
+            ABOUT_INIT_IMAGE,
+            arguments.init_image is not None,
+            "a picture to begin from, but no --init-image was given",
+        ),
         (ABOUT_EITHER, has_image or has_person, "images, but no --image (or --identity) was given"),
     ):
         unread = {} if is_read else given(arguments, *names)
@@ -66,6 +72,7 @@ def check_files(arguments: argparse.Namespace) -> None:
         name_and_value(text, "--control-model", "KIND=FOLDER") for text in arguments.control_model
     ]
     images = [*arguments.image, arguments.negative_image, arguments.mask, *arguments.identity]
+    images += [arguments.init_image, arguments.init_mask]
     check_exist("image file", [*images, *(file_and_weight(value)[0] for _, value in controls)])
     check_exist("adapter", [arguments.adapter], ADAPTERS)
     check_exist("identity model", [arguments.identity_model], IDENTITIES)

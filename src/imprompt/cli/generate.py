@@ -11,6 +11,7 @@ from imprompt.cli.image_options import (
     adapter_path,
     add_identity_arguments,
     add_image_arguments,
+    add_init_image_arguments,
     given,
 )
 from imprompt.cli.outputs import new_pictures, save_pictures, scales_of
@@ -43,6 +44,7 @@ def add_parser(verbs: Any) -> None:
         "      --control-model edges=runs/edges/control\n"
         '  imprompt generate "a blue castle" --image photo.png --instruction "use the style"\n'
         '  imprompt generate "a person in the snow" --identity face.png --landmarks pose.json\n'
+        '  imprompt generate "a red car" --init-image photo.png --init-mask where.png --strength 1\n'
         '  imprompt generate "a cat" --image art.png --site-preset style --base FOLDER --adapter FILE',
     )
     parser.add_argument("prompt", nargs="?", default="", help="the text; empty: the images decide")
@@ -98,6 +100,7 @@ def add_parser(verbs: Any) -> None:
         help="a word that the prompt uses (the file's name, if it says none); may be repeated",
     )
     add_identity_arguments(parser.add_argument_group("a person who shall be drawn"))
+    add_init_image_arguments(parser.add_argument_group("a picture to begin from"))
     add_image_arguments(parser.add_argument_group("how images are read"))
     parser.add_argument("--negative-prompt", help="what to get away from")
     parser.add_argument("--num-images", type=at_least(1), default=4, help="how many images (4)")
@@ -156,6 +159,7 @@ def run(arguments: argparse.Namespace) -> None:
     published = _published_guidance(arguments, base)
     controls = _controls(arguments)
     identities = _identities(arguments)
+    init_image = _init_image(arguments)
     guidance = _guidance(arguments, published)
     images: list[Any] = []
     explanation = Explanation() if arguments.explain is not None else None
@@ -174,6 +178,7 @@ def run(arguments: argparse.Namespace) -> None:
             explanation=explanation,
             controls=controls,
             identities=identities,
+            init_image=init_image,
         )
     save_pictures(arguments, images, base, guidance["guidance_scale"], output, separate)
     print(f"{len(images)} image{'s' if len(images) > 1 else ''} in {output}")
@@ -333,6 +338,17 @@ def _identities(arguments: argparse.Namespace) -> list[Any]:
         IdentityPrompt(open_image(picture), identity, landmarks=landmarks, **options)
         for picture, landmarks in zip(arguments.identity, places, strict=True)
     ]
+
+
+def _init_image(arguments: argparse.Namespace) -> Any:
+    """What `generate` begins from; None is noise."""
+    from imprompt.core.images import open_image
+    from imprompt.generation import InitImage
+
+    if arguments.init_image is None:
+        return None
+    options = given(arguments, "strength", mask="init_mask")
+    return InitImage(image=open_image(arguments.init_image), **options)
 
 
 def _size(arguments: argparse.Namespace) -> int | tuple[int, int] | None:

@@ -29,6 +29,7 @@ ABOUT_IMAGES = (
 )
 ABOUT_PERSONS = ("landmarks", "identity_model", "identity_scale", "identity_net")
 ABOUT_CONTROLS = ("control_start", "control_end")
+ABOUT_INIT_IMAGE = ("init_mask", "strength")
 ABOUT_EITHER = ("explain", "image_encoder", "image_guidance_scale", "face_encoder")
 
 
@@ -63,6 +64,25 @@ def add_identity_arguments(group: Any) -> None:
     )
     group.add_argument(
         "--face-encoder", help="diorama, insightface or a file (default: the adapter's own)"
+    )
+
+
+def add_init_image_arguments(group: Any) -> None:
+    group.add_argument(
+        "--init-image", type=Path, action=Once, metavar="FILE",
+        help="begin from this picture instead of noise (its middle, in the shape of what is drawn)",
+    )  # fmt: skip
+    group.add_argument(
+        "--strength",
+        type=number,
+        help="how much of it may change: share of the steps that are drawn (0.8)",
+    )
+    group.add_argument(
+        "--init-mask",
+        type=Path,
+        action=Once,
+        metavar="FILE",
+        help="a picture: where it is white, the other is drawn anew; where it is black, it stays",
     )
 
 

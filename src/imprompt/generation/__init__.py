@@ -5,6 +5,7 @@ from imprompt.generation.controls import Control, MapControl
 from imprompt.generation.explanation import Explanation
 from imprompt.generation.features import ImageFeatures, encode_images
 from imprompt.generation.identity import IdentityPrompt
+from imprompt.generation.init_image import InitImage
 from imprompt.generation.instructed import Guidance, published_guidance
 from imprompt.generation.pipeline import generate, latents_to_images
 from imprompt.generation.prompts import ImagePrompt
@@ -17,6 +18,7 @@ __all__ = [
     "IdentityPrompt",
     "ImageFeatures",
     "ImagePrompt",
+    "InitImage",
     "MapControl",
     "TokenPrompt",
     "encode_images",

@@ -20,6 +20,7 @@ from imprompt.generation.conditions import check_finite
 from imprompt.generation.controls import Control, map_control, placed
 from imprompt.generation.explanation import Explanation
 from imprompt.generation.identity import IdentityPrompt, read_person
+from imprompt.generation.init_image import InitImage, start_of
 from imprompt.generation.instructed import words_of
 from imprompt.generation.prompts import ImagePrompt, installed, token_prompt
 from imprompt.generation.sampler import default_batch_size, sample_latents
@@ -46,6 +47,7 @@ def generate(
     explanation: Explanation | None = None,
     controls: Sequence[Control] | Control = (),
     identities: Sequence[IdentityPrompt] | IdentityPrompt = (),
+    init_image: InitImage | None = None,
 ) -> list[Image.Image]:
     """Draws images that follow a text, image prompts, or both.
 
@@ -76,6 +78,7 @@ def generate(
         explanation: is filled with where each image prompt acted.
         controls: any number of maps that the images shall obey, each with its network and weight.
         identities: persons who shall be drawn.
+        init_image: a picture to begin from, and with a mask, of which to draw a part anew.
 
     Raises:
         ImpromptError: something given cannot be used; the message says what could.
@@ -104,6 +107,10 @@ def generate(
     guidance_scale = base.guidance_scale if guidance_scale is None else guidance_scale
     if explanation is not None:
         explanation.num_image_prompts = len(image_prompts)
+    start = None
+    if init_image is not None:
+        [init_image] = _listed(init_image, InitImage, "init_image")
+        start = start_of(init_image, base, size_px)
     map_controls = [map_control(control, base, size_px) for control in controls]
     effective = {n: prompt for n, prompt in enumerate(image_prompts) if prompt.is_effective}
     encoder = base.image_encoder if image_encoder is None else image_encoder
@@ -161,8 +168,10 @@ def generate(
             show_progress=progress,
             explanation=explanation,
             controls=map_controls,
+            start=start,
         )
-    return latents_to_images(base, latents, batch_size)
+    images = latents_to_images(base, latents, batch_size)
+    return images if start is None else start.completed(images)
 
 
 @torch.inference_mode()

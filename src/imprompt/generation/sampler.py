@@ -12,11 +12,13 @@ from imprompt.bases import Base, TextStates
 from imprompt.core.errors import ImpromptError
 from imprompt.core.progress import progress
 from imprompt.core.randomness import Randomness, generator
+from imprompt.diffusion.late_start import last_timesteps, noise_level
 from imprompt.diffusion.samplers import create_sampler, uses_noise
 from imprompt.generation.branches import Guidance, stacked_text
 from imprompt.generation.conditions import TokenPrompt, conditions_by_step
 from imprompt.generation.controls import ControlRun, MapControl
 from imprompt.generation.explanation import Explanation
+from imprompt.generation.init_image import Start
 
 # So many pixels are denoised at once by default. Beyond, a CPU's caches overflow and a small GPU's
 # memory may.
@@ -44,6 +46,7 @@ def sample_latents(
     show_progress: bool = False,
     explanation: Explanation | None = None,
     controls: Sequence[MapControl] = (),
+    start: Start | None = None,
 ) -> Float[Tensor, "images channels h w"]:
     """Latents of one image for each of `text_states`, ready for `base.decode_image`.
 
@@ -54,7 +57,8 @@ def sample_latents(
     for all images or one for each) are needed. `image_guidance_scale` guides towards the image
     prompts by another strength than towards the text, at the cost of a third branch, and
     `instruction_guidance_scale` towards what they are told, at the cost of a fourth. `explanation` is
-    filled with where each prompt acted. `controls` add what they make of their maps.
+    filled with where each prompt acted. `controls` add what they make of their maps. From a `start` only
+    the last steps are gone, and these are all: spans of time are shares of them.
 
     Raises:
         ImpromptError: shapes do not fit each other, or sampler, steps or size are not possible.
@@ -69,7 +73,8 @@ def sample_latents(
     if batch_size < 1:
         raise ImpromptError(f"batch_size is {batch_size}, but must be at least 1.")
     # Made once before any work, for a mistake is told here, and pndm takes a step more than asked.
-    num_steps = len(create_sampler(sampler, base.scheduler.config, steps).timesteps)
+    share = 1.0 if start is None else start.strength
+    num_steps = len(last_timesteps(create_sampler(sampler, base.scheduler.config, steps), share))
     # Prompts that were told something may all be silent, as in a sweep of their weight.
     if not any(prompt.uninstructed_tokens is not None for prompt in prompts):
         instruction_guidance_scale = None
@@ -103,8 +108,8 @@ def sample_latents(
         else nullcontext()
     )
     with bar as shown:
-        for start in range(0, num_images, batch_size):
-            rows = slice(start, min(start + batch_size, num_images))
+        for first in range(0, num_images, batch_size):
+            rows = slice(first, min(first + batch_size, num_images))
             text = stacked_text(text_states, negative_text_states, branches, rows)
             text = text.to(base.device, base.dtype)
             conditions = conditions_by_step(
@@ -119,18 +124,26 @@ def sample_latents(
             )
             control_run = ControlRun(controls, base, branches, rows, num_images, num_steps, text)
             scheduler = create_sampler(sampler, base.scheduler.config, steps)
-            latents = initial_noise(seed, indices[rows], latent_shape).to(base.device)
-            latents = latents.to(base.dtype) * scheduler.init_noise_sigma
+            timesteps = last_timesteps(scheduler, share)
+            noise = initial_noise(seed, indices[rows], latent_shape).to(base.device, base.dtype)
+            if start is None or share == 1:
+                latents = noise * scheduler.init_noise_sigma
+            else:
+                latents = start.latents_with(noise, noise_level(scheduler, timesteps[0]))
             extra = {}
             if uses_noise(sampler):
                 extra["generator"] = _step_generators(seed, indices[rows])
-            for step, timestep in enumerate(scheduler.timesteps):
+            for step, timestep in enumerate(timesteps):
                 scaled = scheduler.scale_model_input(latents, timestep)
                 stacked = torch.cat([scaled] * len(branches)) if len(branches) > 1 else scaled
                 residuals = control_run.residuals(stacked, timestep, step)
                 output = base.denoise(stacked, timestep, text, conditions[step], residuals)
                 output = guidance.of(output, branches)
                 latents = scheduler.step(output, timestep, latents, return_dict=False, **extra)[0]
+                if start is not None:
+                    is_last = step + 1 == num_steps
+                    level = (1.0, 0.0) if is_last else noise_level(scheduler, timesteps[step + 1])
+                    latents = start.kept(latents, noise, level)
                 if shown is not None:
                     shown.update(1)
             batches.append(latents)

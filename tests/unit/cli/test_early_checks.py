@@ -41,6 +41,8 @@ def refused(capsys, *arguments):
         (("--adapter", "a.bin", "--adapter", "b.bin"), "--adapter was given twice"),
         (("--control-model", "edges=nothere"), "There is no control model nothere; diorama-depth"),
         (("--control-start", "0.5"), "--control-start is about controls, but no --control"),
+        (("--strength", "0.5"), "--strength is about a picture to begin from, but no --init-image"),
+        (("--init-image", "nothere.png"), "There is no image file nothere.png."),
         (("--size-px", "8", "8", "8"), "--size-px takes one side, or height and width"),
         (("--sweep", "0", "1", "--scale", "1"), "--sweep names all weights"),
         (

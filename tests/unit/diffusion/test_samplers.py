@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from imprompt.core.errors import ImpromptError
+from imprompt.diffusion.late_start import last_timesteps, noise_level
 from imprompt.diffusion.objectives import (
     PREDICTIONS,
     alphas_cumprod_of,
@@ -47,6 +48,30 @@ def test_a_perfect_denoiser_is_followed_to_the_clean_sample(
         extra = {"generator": generator} if name == "ddpm" else {}
         latents = scheduler.step(output, timestep, latents, **extra, return_dict=False)[0]
     assert (latents - clean).abs().mean() < 0.05
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("share", [1.0, 0.6, 0.1, 0.01])
+@pytest.mark.parametrize("spacing", SPACINGS, ids=["leading", "trailing"])
+def test_from_a_late_start_a_perfect_denoiser_goes_straight_to_the_clean_sample(
+    name: str, share: float, spacing: dict[str, Any]
+) -> None:
+    config = {**CONFIG, **spacing, "prediction_type": "epsilon"}
+    scheduler = create_sampler(name, config, 20)
+    timesteps = last_timesteps(scheduler, share)
+    assert len(timesteps) == max(1, round(20 * share)) + (name == "pndm" and share > 0.05)
+    clean = torch.linspace(-1, 1, 16).reshape(1, 1, 4, 4)
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
+    extra = {"generator": torch.Generator().manual_seed(1)} if name == "ddpm" else {}
+    signal, deviation = noise_level(scheduler, timesteps[0])
+    latents = signal * clean + deviation * noise
+    for timestep in timesteps:
+        signal, deviation = noise_level(scheduler, timestep)
+        if name != "ddpm":  # it takes other noise at every step
+            torch.testing.assert_close(latents, signal * clean + deviation * noise)
+        output = (latents - signal * clean) / deviation
+        latents = scheduler.step(output, timestep, latents, **extra, return_dict=False)[0]
+    assert (latents - clean).abs().mean() < 0.1
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
