@@ -297,7 +297,7 @@ def _random_columns(folder: Path, base: Any, size_px: int) -> Path:
             "text_ids": base.tokenize([f"a picture {i}" for i in range(NUM_FILES)]),
         },
     )
-    writer.finish(NUM_FILES, {"base_fingerprint": base.fingerprint()})
+    writer.finish(NUM_FILES, {"encoders_fingerprint": base.encoders_fingerprint()})
     return folder
 
 

@@ -52,7 +52,7 @@ def write_rows(folder: Path, count: int) -> None:
                 "text_ids": ids,
             },
         )
-    writer.finish(count, {"base_fingerprint": base.fingerprint(), "base": base.name})
+    writer.finish(count, {"encoders_fingerprint": base.encoders_fingerprint(), "base": base.name})
 
 
 def resident_mb() -> float:

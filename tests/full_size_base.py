@@ -91,7 +91,8 @@ def vit_h(device: str) -> ClipImageEncoder:
 
 def untrained(monkeypatch) -> None:
     """Let bases of Stable Diffusion 1.5's kind do without a tokenizer and a fingerprint."""
-    monkeypatch.setattr(StableDiffusionBase, "fingerprint", lambda _: "random")
+    for name in ("fingerprint", "encoders_fingerprint"):
+        monkeypatch.setattr(StableDiffusionBase, name, lambda _: "random")
     monkeypatch.setattr(
         StableDiffusionBase, "tokenize", lambda _, texts: torch.ones(len(texts), 77).long()
     )
@@ -106,7 +107,7 @@ def prepared(folder: Path, **more: Tensor) -> Columns:
     writer = ColumnsWriter(folder)
     rows = {"latent_mean": latents, "latent_logvar": latents - 9, "text_ids": ids, **more}
     writer.write(0, rows)
-    writer.finish(count, {"base_fingerprint": "random"})
+    writer.finish(count, {"encoders_fingerprint": "random"})
     return Columns.open(folder)
 
 

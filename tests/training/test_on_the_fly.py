@@ -64,7 +64,7 @@ def test_rows_are_what_preparing_would_have_written(folder):
     base = load_base(folder / "base")
     live, prepared = PairsOnTheFly(str(folder / "photos"), base), Columns.open(folder / "data")
     assert len(live) == len(prepared) == 20
-    assert live.meta["base_fingerprint"] == prepared.meta["base_fingerprint"]
+    assert live.meta["encoders_fingerprint"] == prepared.meta["encoders_fingerprint"]
     one, other = (data.rows([7, 3, 7], COLUMNS) for data in (live, prepared))
     for name in COLUMNS:
         assert one[name].dtype == other[name].dtype

@@ -54,6 +54,13 @@ class Base(Protocol):
         """Tells this base from every other: 16 hexadecimal digits."""
         ...
 
+    def encoders_fingerprint(self) -> str:
+        """Tells apart what data are prepared with, autoencoder, image encoder and tokenizer: 16 hexadecimal digits.
+
+        Bases that differ in denoiser and text encoder alone, as fine-tunes of one model do, read the same data.
+        """
+        ...
+
     def latent_shape(self, size_px: int | tuple[int, int] | None = None) -> tuple[int, int, int]:
         """(channels, height, width) of the latents of one image of (height, width) pixels."""
         ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +16,10 @@ from imprompt.bases.clip_vision import fingerprint_of
 from imprompt.bases.residuals import Residuals
 from imprompt.bases.text import TextStates
 from imprompt.bases.turns import working_device
+
+ENCODERS = ("vae", "image_encoder")
+SOME_TEXT = "A photo of 3 cats, beside a house."
+"""What a tokenizer is known by, with the empty text."""
 
 
 class UNetBase(ABC):
@@ -55,6 +60,17 @@ class UNetBase(ABC):
     def fingerprint(self) -> str:
         """Tells this base from every other: 16 hexadecimal digits."""
         return fingerprint_of(self.parts())
+
+    def encoders_fingerprint(self) -> str:
+        """Tells apart what data are prepared with, autoencoder, image encoder and tokenizer: 16 hexadecimal digits.
+
+        Bases that differ in denoiser and text encoder alone, as fine-tunes of one model do, read the same data.
+        """
+        parts = self.parts()
+        digest = hashlib.sha256()
+        digest.update(fingerprint_of({n: parts[n] for n in ENCODERS if n in parts}).encode())
+        digest.update(self.tokenize(["", SOME_TEXT]).cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def latent_shape(self, size_px: int | tuple[int, int] | None = None) -> tuple[int, int, int]:
         """(channels, height, width) of the latents of one image of (height, width) pixels.

@@ -14,7 +14,7 @@ from imprompt.core.errors import ImpromptError
 from imprompt.data.dataset import Columns
 from imprompt.data.rows import Fetched
 
-_MUST_AGREE = ("base", "base_fingerprint", "size_px", "face_encoder")
+_MUST_AGREE = ("encoders_fingerprint", "size_px", "face_encoder")
 
 
 def _models(part: Columns) -> dict[str, Any]:

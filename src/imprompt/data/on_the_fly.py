@@ -94,7 +94,7 @@ class PairsOnTheFly:
             "listing": identity_of(*(part.identity for part in parts)),
             "count": len(self),
             "base": base.name,
-            "base_fingerprint": base.fingerprint(),
+            "encoders_fingerprint": base.encoders_fingerprint(),
             "size_px": size_px,
             "filters": filters.described(),
             "reading": reading.described(),

@@ -87,7 +87,7 @@ def prepare(
     meta = {
         "source": source,
         "base": base.name,
-        "base_fingerprint": base.fingerprint(),
+        "encoders_fingerprint": base.encoders_fingerprint(),
         "size_px": size_px,
         "filters": filters.described(),
         "reading": reading.described(),

@@ -19,7 +19,7 @@ from imprompt.bases import Base, TextStates, image_encoder_of
 from imprompt.core.config import check_left_alone
 from imprompt.core.errors import ImpromptError
 from imprompt.data.rows import Rows
-from imprompt.systems.denoising import check_same_base
+from imprompt.systems.denoising import check_same_encoders
 from imprompt.systems.image_prompt import ImagePromptOptions, ImagePromptSystem
 
 
@@ -56,7 +56,7 @@ def build(options: ConcatenationOptions, base: Base, columns: Rows) -> ImageProm
     Raises:
         ImpromptError: data of another base, a base without image encoder, or fit_to_captions.
     """
-    check_same_base(columns, base)
+    check_same_encoders(columns, base)
     if options.fit_to_captions:
         raise ImpromptError(
             "Concatenated tokens cannot be fitted to captions: fit_to_captions=false."

@@ -24,7 +24,7 @@ from imprompt.data.columns import CONTROL
 from imprompt.data.rows import Rows
 from imprompt.systems.denoising import (
     Denoising,
-    check_same_base,
+    check_same_encoders,
     made_for,
     mean_in_parts,
     replace_rows,
@@ -38,7 +38,7 @@ Read = Callable[[Tensor, Tensor, TextStates, Tensor], Residuals]
 
 def check_control_data(columns: Rows, base: Base, kind: str) -> None:
     """Raise an ImpromptError unless the data are this base's and have maps of this kind."""
-    check_same_base(columns, base)
+    check_same_encoders(columns, base)
     if not kind:
         found = [
             name.removeprefix(CONTROL)

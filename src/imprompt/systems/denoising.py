@@ -26,17 +26,17 @@ from imprompt.diffusion.objectives import (
 )
 
 
-def check_same_base(columns: Rows, base: Base) -> None:
-    """Raise an ImpromptError if the data were encoded by another base than this one."""
-    prepared, name = columns.meta.get("base_fingerprint"), columns.meta.get("base")
-    if prepared == base.fingerprint():
+def check_same_encoders(columns: Rows, base: Base) -> None:
+    """Raise an ImpromptError if the data were encoded by others than this base's encoders."""
+    prepared, name = columns.meta.get("encoders_fingerprint"), columns.meta.get("base")
+    if prepared == base.encoders_fingerprint():
         return
     hint = "prepare them with this base."
     if name == base.name:
         hint = "were they prepared with another --image-encoder? Else prepare them anew."
     raise ImpromptError(
-        f"The data in {columns.path} were prepared with {name or 'another base'} ({prepared}), not with "
-        f"{base.name} ({base.fingerprint()}): {hint}"
+        f"The data in {columns.path} were prepared with {name or 'another base'} (encoders {prepared}), not with "
+        f"the encoders of {base.name} ({base.encoders_fingerprint()}): {hint}"
     )
 
 

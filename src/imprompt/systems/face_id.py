@@ -20,7 +20,7 @@ from imprompt.checkpoints import load_adapter
 from imprompt.core.config import check_left_alone, check_range
 from imprompt.core.errors import ImpromptError
 from imprompt.data.rows import Rows
-from imprompt.systems.denoising import check_same_base
+from imprompt.systems.denoising import check_same_encoders
 from imprompt.systems.image_prompt import ImagePromptOptions, ImagePromptSystem
 
 FEATURES: dict[str, tuple[str, ...]] = {
@@ -59,7 +59,7 @@ def build(options: FaceIdOptions, base: Base, columns: Rows) -> ImagePromptSyste
         )
     if options.fit_to_captions:
         raise ImpromptError("Captions do not tell who is seen: fit_to_captions=false.")
-    check_same_base(columns, base)
+    check_same_encoders(columns, base)
     names = FEATURES[options.variant]
     columns.require(names)
     if options.start_from:

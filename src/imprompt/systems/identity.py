@@ -33,7 +33,7 @@ from imprompt.systems.controlnet import check_controlnet, control_residuals, cre
 from imprompt.systems.denoising import (
     Attempt,
     Denoising,
-    check_same_base,
+    check_same_encoders,
     made_for,
     mean_in_parts,
     replace_rows,
@@ -76,7 +76,7 @@ def build(options: IdentityOptions, base: Base, columns: Rows) -> IdentitySystem
     Raises:
         ImpromptError: data of another base, or without faces; a start that does not fit.
     """
-    check_same_base(columns, base)
+    check_same_encoders(columns, base)
     columns.require(IdentitySystem.columns)
     if options.start_from:
         folder = Path(options.start_from)

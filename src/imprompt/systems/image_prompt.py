@@ -27,7 +27,7 @@ from imprompt.core.randomness import Randomness
 from imprompt.data.rows import Rows
 from imprompt.systems.denoising import (
     Denoising,
-    check_same_base,
+    check_same_encoders,
     drawn_shares,
     made_for,
     mean_in_parts,
@@ -79,7 +79,7 @@ def build(options: ImagePromptOptions, base: Base, columns: Rows) -> ImagePrompt
         raise ImpromptError(
             f"The variant {options.variant!r} is not trained here; choose {', '.join(VARIANTS)}."
         )
-    check_same_base(columns, base)
+    check_same_encoders(columns, base)
     encoder = image_encoder_of(base)
     is_global = options.variant == "base"
     if options.start_from:

@@ -28,7 +28,7 @@ from imprompt.encoders.instruction import instruction_states
 from imprompt.systems.denoising import (
     Attempt,
     Denoising,
-    check_same_base,
+    check_same_encoders,
     drawn_shares,
     made_for,
     mean_in_parts,
@@ -57,7 +57,7 @@ def build(options: InstructOptions, base: Base, columns: Rows) -> InstructSystem
         ImpromptError: data of another base, a base without image encoder, a file of another variant; data
             without what `likeness`, `resemblance`, `perceptual` or `hold` read, or no adapter to hold to.
     """
-    check_same_base(columns, base)
+    check_same_encoders(columns, base)
     if options.likeness:
         columns.require(FACE_COLUMNS)
     if options.resemblance or options.perceptual or options.hold:

@@ -26,7 +26,7 @@ from imprompt.core.config import check_left_alone, check_range
 from imprompt.core.errors import ImpromptError
 from imprompt.core.randomness import Randomness
 from imprompt.data.rows import Rows
-from imprompt.systems.denoising import check_same_base, made_for, mean_in_parts, replace_rows
+from imprompt.systems.denoising import check_same_encoders, made_for, mean_in_parts, replace_rows
 from imprompt.systems.instruct import FACE, FACE_COLUMNS, SMALLEST_DEVIATION, what_is_read
 from imprompt.systems.instruct_growth import instruct_adapter
 from imprompt.systems.instruct_options import OF_THE_DENOISER, InstructOptions
@@ -63,7 +63,7 @@ def build(options: InstructFacesOptions, base: Base, columns: Rows) -> InstructF
         raise ImpromptError(
             "instruct-faces goes on from an Instruct adapter: name it in system.start_from."
         )
-    check_same_base(columns, base)
+    check_same_encoders(columns, base)
     columns.require(FACE_COLUMNS)
     adapter, before = instruct_adapter(options, base), instruct_adapter(options, base)
     # Here and there, for a folder of faces may come first.

@@ -30,7 +30,7 @@ from imprompt.core.errors import ImpromptError
 from imprompt.core.randomness import Randomness
 from imprompt.data.instructions import TASKS
 from imprompt.data.rows import Rows
-from imprompt.systems.denoising import check_same_base, made_for, mean_in_parts, replace_rows
+from imprompt.systems.denoising import check_same_encoders, made_for, mean_in_parts, replace_rows
 from imprompt.systems.instruct import SMALLEST_DEVIATION, what_is_read
 from imprompt.systems.instruct_growth import instruct_adapter, with_more_layers, with_more_tokens
 from imprompt.systems.instruct_options import OF_THE_DENOISER, InstructOptions
@@ -88,7 +88,7 @@ def build(options: InstructWordsOptions, base: Base, columns: Rows) -> InstructW
     Raises:
         ImpromptError: as `systems.instruct.build`, or a column is missing.
     """
-    check_same_base(columns, base)
+    check_same_encoders(columns, base)
     columns.require(("kept_ids", "task_ids"))
     adapter, before = instruct_adapter(options, base), None
     if options.learn:

@@ -25,7 +25,7 @@ from imprompt.diorama.vocabulary import PERSON
 from imprompt.systems.denoising import (
     Attempt,
     Denoising,
-    check_same_base,
+    check_same_encoders,
     mean_in_parts,
     share_moved,
 )
@@ -104,7 +104,7 @@ def build(options: TextToImageOptions, base: Base, columns: Rows) -> TextToImage
     Raises:
         ImpromptError: data of another base, or without the labels that the options need; a start that is none.
     """
-    check_same_base(columns, base)
+    check_same_encoders(columns, base)
     if options.hold or options.perceptual:
         columns.require(("labels",))
     return system_beside(base, options)

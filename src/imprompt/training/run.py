@@ -207,7 +207,10 @@ def run_training(
         # The last rows are drawn, and of these no more than are held out.
         num_images = min(config.preview_images, config.validation_rows)
         preview = preview_of(system, loaded, columns, num_images)
-    identity: dict[str, Any] = {"system": {"name": system_name, **resolved["system"]}}
+    identity: dict[str, Any] = {
+        "system": {"name": system_name, **resolved["system"]},
+        "base_fingerprint": fingerprint,
+    }
     if FRAMING in system.columns:  # may have been added to data that a run was begun on without
         identity[FRAMING] = True
     try:

@@ -112,6 +112,31 @@ def test_another_base_has_another_fingerprint(folder: Path, tmp_path: Path) -> N
     assert load_base(folder).fingerprint() != load_base(bare).fingerprint()
 
 
+def test_a_fine_tune_reads_what_its_base_prepared(folder: Path) -> None:
+    """Denoiser and text encoder are another's; what encoded the data is the same."""
+    base, tuned = load_base(folder), load_base(folder)
+    known = base.encoders_fingerprint()
+    with torch.no_grad():
+        for part in (tuned.unet, tuned.text_encoder):
+            for weight in part.parameters():
+                weight.neg_()
+    assert tuned.fingerprint() != base.fingerprint()
+    assert tuned.encoders_fingerprint() == known
+    for name in ("vae", "image_encoder"):
+        other = load_base(folder)
+        with torch.no_grad():
+            for weight in other.parts()[name].parameters():
+                weight.neg_()
+        assert other.encoders_fingerprint() != known
+
+
+def test_data_of_another_tokenizer_are_told(folder: Path, monkeypatch) -> None:
+    base = load_base(folder)
+    known, tokenize = base.encoders_fingerprint(), base.tokenize
+    monkeypatch.setattr(base, "tokenize", lambda texts: tokenize(texts) + 1)
+    assert base.encoders_fingerprint() != known
+
+
 def test_any_kind_of_scheduler_is_read(copy: Path) -> None:
     """Stable Diffusion 1.5's folder names PNDM, with settings a DDIM scheduler does not know."""
     file = copy / "scheduler" / "scheduler_config.json"

@@ -117,7 +117,7 @@ def test_an_image_encoder_learns_on_without_forgetting(batch, tmp_path):
     ids = base.tokenize([subject_caption(sample_scene(seed)) for seed in range(8)])
     writer = ColumnsWriter(tmp_path)
     writer.write(0, {"pixels": batch["pixels"], "subject_ids": ids, "labels": batch["labels"]})
-    writer.finish(8, {"base_fingerprint": base.fingerprint()})
+    writer.finish(8, {"encoders_fingerprint": base.encoders_fingerprint()})
     columns = Columns.open(tmp_path)
     rows = columns.rows(range(8), columns.names)
     drawn = Randomness(0, range(8))
@@ -188,7 +188,7 @@ def test_text_to_image_refuses_latents_of_another_base(tmp_path):
     (tmp_path / "data").mkdir()
     writer = ColumnsWriter(tmp_path / "data")
     writer.write(0, {"latents": torch.zeros(1, *base.latent_shape())})
-    writer.finish(1, {"base": "that one", "base_fingerprint": "another"})
+    writer.finish(1, {"base": "that one", "encoders_fingerprint": "another"})
     with pytest.raises(ImpromptError, match="prepared with that one"):
         text_to_image.build(
             text_to_image.TextToImageOptions(start="base"), base, Columns.open(tmp_path / "data")
@@ -220,11 +220,11 @@ def test_judge_learns_and_is_saved_whole(batch, tmp_path):
 )
 def test_what_is_trained_is_where_the_base_is(name, tmp_path):
     base = load_base(write_tiny_base(tmp_path / "base"))
-    fingerprint = base.fingerprint()
+    fingerprint, encoders = base.fingerprint(), base.encoders_fingerprint()
     writer = ColumnsWriter(tmp_path)
     writer.write(0, {"character": torch.arange(4)})
-    writer.finish(4, {"base_fingerprint": fingerprint})
-    base.fingerprint = lambda: fingerprint
+    writer.finish(4, {"encoders_fingerprint": encoders})
+    base.fingerprint, base.encoders_fingerprint = lambda: fingerprint, lambda: encoders
     base.to("meta")  # for want of a GPU: another device than data and new networks are on
     columns = Columns.open(tmp_path)
     system, _, _ = prepare_run(

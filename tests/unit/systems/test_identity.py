@@ -48,7 +48,7 @@ def columns(base, tmp_path):
             "text_ids": base.tokenize(["a red house"] * COUNT),
         },
     )
-    meta = {"base_fingerprint": base.fingerprint(), "face_encoder": "abc"}
+    meta = {"encoders_fingerprint": base.encoders_fingerprint(), "face_encoder": "abc"}
     writer.finish(COUNT, meta)
     return Columns.open(tmp_path / "data")
 

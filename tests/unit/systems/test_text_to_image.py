@@ -39,7 +39,7 @@ def columns(tmp_path_factory):
                 "labels": torch.tensor([[KINDS.index(s.kind), 0, 0, 0] for s in scenes]),
             },
         )
-    writer.finish(len(scenes), {"base_fingerprint": base.fingerprint()})
+    writer.finish(len(scenes), {"encoders_fingerprint": base.encoders_fingerprint()})
     return Columns.open(folder)
 
 
@@ -97,7 +97,7 @@ def test_what_options_need_is_checked(base, tmp_path):
         TextToImageOptions(hold=1.0)
     writer = ColumnsWriter(tmp_path)
     writer.write(0, {"latents": torch.zeros(1, 8, 16, 16)})
-    writer.finish(1, {"base_fingerprint": base.fingerprint()})
+    writer.finish(1, {"encoders_fingerprint": base.encoders_fingerprint()})
     for options in ({"hold": 1.0}, {"perceptual": 1.0}):
         with pytest.raises(ImpromptError, match="labels"):
             text_to_image.build(
