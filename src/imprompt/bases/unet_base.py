@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from imprompt.bases import latent_space
@@ -36,6 +36,10 @@ class UNetBase(ABC):
     @abstractmethod
     def parts(self) -> dict[str, nn.Module]:
         """The networks by the name of their folder."""
+
+    @abstractmethod
+    def tokenize(self, texts: Sequence[str]) -> Int[Tensor, "batch length"]:
+        """Token ids, padded or cut to the text encoder's length."""
 
     @abstractmethod
     def text_arguments(

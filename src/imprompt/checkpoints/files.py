@@ -1,17 +1,12 @@
 """Adapters on disk: load, save, and say what a file is."""
 
-import errno
 import os
-import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from imprompt.adapters import Feature, ImagePromptAdapter, family_of
@@ -30,6 +25,7 @@ from imprompt.checkpoints.reading import read_content
 from imprompt.checkpoints.unet_names import check_held, to_unet, unet_site_names
 from imprompt.core.errors import ImpromptError
 from imprompt.core.shipped import ADAPTERS, file_or_shipped
+from imprompt.core.tensor_files import write_tensors
 
 FORMAT_VERSION = "1"
 # Values of "reads" in the metadata of Plus adapters that read identity vectors: those of length 1,
@@ -299,39 +295,3 @@ def facts_of(adapter: ImagePromptAdapter) -> dict[str, str]:
     if isinstance(adapter.image_proj, FacePlusProjection):
         facts["shortcut"] = str(adapter.image_proj.shortcut).lower()
     return facts
-
-
-def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    """Write safetensors beside the target, then rename: a reader sees a whole file or none.
-
-    Raises:
-        ImpromptError: disk full, no permission, or another reason why it cannot be written.
-    """
-    size_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        free_bytes = shutil.disk_usage(path.parent).free
-        if free_bytes < size_bytes:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        # safetensors writes files that nobody but their owner may read; others shall, as of any new file.
-        temporary.touch()
-        permissions = temporary.stat().st_mode
-        save_file(dict(tensors), temporary, metadata=dict(metadata))
-        temporary.chmod(permissions)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        raise ImpromptError(
-            f"{path} was not written ({size_bytes / 1e6:.3g} MB needed): {reason_of(error)}."
-        ) from None
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def reason_of(error: Exception) -> str:
-    if "No space left" in str(error):
-        return "the disk is full; free some space or choose another place"
-    return getattr(error, "strerror", None) or str(error)

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from imprompt.core.errors import ImpromptError
+from imprompt.core.tensor_files import write_tensors
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -25,11 +26,14 @@ def convolution(channels_in: int, channels_out: int, stride: int = 1) -> nn.Sequ
 
 
 def save_small_network(network: nn.Module, path: Path, model: str) -> None:
-    """Write one safetensors file in half precision, which says what `model` it is."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write one safetensors file in half precision, which says what `model` it is.
+
+    Raises:
+        ImpromptError: it cannot be written.
+    """
     weights = network.state_dict()
     half = {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
-    save_file({k: v.contiguous() for k, v in half.items()}, path, {"model": model})
+    write_tensors({k: v.contiguous() for k, v in half.items()}, path, {"model": model})
 
 
 def load_small_network(

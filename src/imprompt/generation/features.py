@@ -11,13 +11,13 @@ import torch.nn.functional as functional
 from jaxtyping import Float
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from imprompt.adapters.sites import Number
 from imprompt.bases import ClipImageEncoder
 from imprompt.core.errors import ImpromptError
 from imprompt.core.images import image_to_pixels, open_image
+from imprompt.core.tensor_files import write_tensors
 
 ImageLike = str | PathLike[str] | Image.Image | Tensor | numpy.ndarray
 
@@ -55,10 +55,7 @@ class ImageFeatures:
         tensors = {self.name: self.values.detach().cpu().contiguous()}
         if self.zero_values is not None:
             tensors[ZERO + self.name] = self.zero_values.detach().cpu().contiguous()
-        try:
-            save_file(tensors, str(path), metadata)
-        except (OSError, SafetensorError) as error:
-            raise ImpromptError(f"{path} was not written: {error}.") from error
+        write_tensors(tensors, Path(path), metadata)
 
     @staticmethod
     def load(path: str | PathLike[str]) -> "ImageFeatures":

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from imprompt.adapters import ImagePromptAdapter, create_adapter
@@ -24,6 +23,7 @@ from imprompt.checkpoints import load_adapter, save_adapter
 from imprompt.core.config import check_range, check_shares
 from imprompt.core.errors import ImpromptError
 from imprompt.core.randomness import Randomness
+from imprompt.core.tensor_files import write_tensors
 from imprompt.data.rows import Rows
 from imprompt.systems.denoising import (
     Denoising,
@@ -219,7 +219,7 @@ class ImagePromptSystem:
         if isinstance(self.module, ImagePromptAdapter):
             save_adapter(self.module, path, metadata)
         else:
-            save_file(self.module.state_dict(), path, metadata)
+            write_tensors(self.module.state_dict(), path, metadata)
 
 
 def drops(randomness: Randomness, options: ImagePromptOptions) -> tuple[Tensor, Tensor]:

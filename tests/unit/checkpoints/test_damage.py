@@ -12,7 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from imprompt.adapters.weights import LowRankLayer
-from imprompt.checkpoints import files, inspect, load_adapter, save_adapter
+from imprompt.checkpoints import inspect, load_adapter, save_adapter
+from imprompt.core import tensor_files
 from imprompt.core.errors import ImpromptError
 
 
@@ -264,7 +265,7 @@ def test_full_disk(base_adapter, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(files, "save_file", half_a_file)
+        patch.setattr(tensor_files, "save_file", half_a_file)
         with pytest.raises(ImpromptError, match="disk is full"):
             save_adapter(base_adapter, path)
     assert path.read_bytes() == whole  # the file that was there is still whole
