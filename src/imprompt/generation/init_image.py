@@ -87,7 +87,10 @@ class Start:
         """Latents of a step, the picture's where the mask keeps them."""
         if self.mask is None:
             return latents
-        return torch.lerp(self.latents_with(noise, level), latents, self.mask)
+        # A sampler may reckon in another precision than the denoiser.
+        return torch.lerp(
+            self.latents_with(noise, level).to(latents), latents, self.mask.to(latents)
+        )
 
     def completed(self, images: list[Image.Image]) -> list[Image.Image]:
         """Drawn images, the picture's own pixels where the mask keeps them."""

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from imprompt.adapters import ImagePromptAdapter
-from imprompt.bases import Base
+from imprompt.bases import Base, load_base
 from imprompt.cli.main import main
 from imprompt.core.errors import ImpromptError
 from imprompt.core.images import image_to_pixels
@@ -99,6 +99,15 @@ def test_what_the_mask_keeps_stays_to_the_pixel(
     assert difference(one.crop(left), photo.crop(left)) == 0
     assert difference(one.crop(right), photo.crop(right)) > 8
     assert difference(one, other) > 2
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpm-solver++", "euler", "pndm"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_it_works_in_half_precision(folder, photo, right_half, sampler, dtype) -> None:
+    base = load_base(folder, dtype=dtype)
+    init = InitImage(image=photo, strength=0.7, mask=right_half)
+    [image] = generate(base, "a cat", sampler=sampler, init_image=init, **OPTIONS)
+    assert difference(image, photo) > 8 and np.asarray(image)[:, 16:].std() > 1
 
 
 def test_little_strength_stays_near_the_picture(base: Base, photo: Image.Image) -> None:
