@@ -83,8 +83,6 @@ def settings_text(
     size: tuple[int, int],
 ) -> str:
     """How images of `size` (width, height) were made, in the form of A1111's "parameters"."""
-    from imprompt.generation import InitImage
-
     guidance_scale = base.guidance_scale if guidance_scale is None else guidance_scale
     settings: dict[str, Any] = {
         "Steps": arguments.steps,
@@ -99,6 +97,8 @@ def settings_text(
         settings["Adapter"] = adapter.name
         settings["Scale"] = " ".join(f"{scale:g}" for scale in scales)
     if arguments.init_image is not None:
+        from imprompt.generation import InitImage
+
         strength = InitImage.strength if arguments.strength is None else arguments.strength
         settings["Denoising strength"] = f"{strength:g}"
     lines = [arguments.prompt]

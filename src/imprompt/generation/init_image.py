@@ -78,20 +78,6 @@ class Start:
         signal, deviation = level
         return signal * self.latents + deviation * noise
 
-    def kept(
-        self,
-        latents: Float[Tensor, "images channels h w"],
-        noise: Float[Tensor, "images channels h w"],
-        level: tuple[float, float],
-    ) -> Float[Tensor, "images channels h w"]:
-        """Latents of a step, the picture's where the mask keeps them."""
-        if self.mask is None:
-            return latents
-        # A sampler may reckon in another precision than the denoiser.
-        return torch.lerp(
-            self.latents_with(noise, level).to(latents), latents, self.mask.to(latents)
-        )
-
     def completed(self, images: list[Image.Image]) -> list[Image.Image]:
         """Drawn images, the picture's own pixels where the mask keeps them."""
         if self.drawn_anew is None:

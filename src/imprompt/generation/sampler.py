@@ -140,10 +140,12 @@ def sample_latents(
                 output = base.denoise(stacked, timestep, text, conditions[step], residuals)
                 output = guidance.of(output, branches)
                 latents = scheduler.step(output, timestep, latents, return_dict=False, **extra)[0]
-                if start is not None:
+                if start is not None and start.mask is not None:
                     is_last = step + 1 == num_steps
                     level = (1.0, 0.0) if is_last else noise_level(scheduler, timesteps[step + 1])
-                    latents = start.kept(latents, noise, level)
+                    kept = start.latents_with(noise, level).to(latents)
+                    # A sampler may reckon in another precision than the denoiser.
+                    latents = torch.lerp(kept, latents, start.mask.to(latents))
                 if shown is not None:
                     shown.update(1)
             batches.append(latents)
