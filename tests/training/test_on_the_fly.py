@@ -213,6 +213,17 @@ def test_a_base_given_as_an_object_is_moved_to_where_the_run_computes(
     assert moves == [(device,)]
 
 
+def test_a_fine_tune_trains_on_the_same_data_but_does_not_go_on_with_a_run(folder, tmp_path):
+    tuned = load_base(folder / "base")
+    with torch.no_grad():
+        for weight in tuned.unet.parameters():
+            weight.neg_()
+    options = {"data": folder / "data", "settings": SETTINGS}
+    run_training("image-prompt", base=tuned, output=tmp_path / "tuned", **options)
+    with pytest.raises(ImpromptError, match="base_fingerprint was"):
+        run(folder, folder / "data", tmp_path / "tuned")
+
+
 def test_scenes_and_what_is_neither(folder, tmp_path):
     base = load_base(folder / "base")
     assert len(open_data("diorama:9", base)) == 9
