@@ -3,12 +3,15 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Threads that wait by spinning make everything many times slower where others use the cores, too.
 export GOMP_SPINCOUNT ?= 500
+# Tests run in so many processes at once; each file's stay together, with what they share.
+TEST_PROCESSES ?= 2
+PYTEST := $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile
 
 .PHONY: quickstart test test-slow check format help
 
 help:
 	@echo "make quickstart   train and use an image-prompt adapter here, and open report.html"
-	@echo "make test         run the tests"
+	@echo "make test         run the tests, in TEST_PROCESSES=2 processes"
 	@echo "make test-slow    run the tests, also those that take minutes or up to 12 GB"
 	@echo "make check        style, types, import directions"
 	@echo "make format       put the code in its style"
@@ -17,10 +20,10 @@ quickstart: .venv/installed
 	$(BIN)/imprompt quickstart
 
 test: .venv/installed-test
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 test-slow: .venv/installed-test
-	IMPROMPT_SLOW_TESTS=1 $(BIN)/python -m pytest -q
+	IMPROMPT_SLOW_TESTS=1 $(PYTEST)
 
 check: .venv/installed-dev
 	$(BIN)/ruff check src tests benchmarks

@@ -6,14 +6,15 @@ from pathlib import Path
 
 from imprompt.training import run
 
-engine, folder, settings = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
+engine, system, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+settings = json.loads(sys.argv[4])
 leave = run.leave_processes
 run.leave_processes = lambda processes: None  # the second run has the same company
-for output in sys.argv[4:]:
+for output in sys.argv[5:]:
     last = output == sys.argv[-1]
     run.leave_processes = leave if last else run.leave_processes
     run.run_training(
-        "image-prompt",
+        system,
         data=folder / "data",
         base=str(folder / "base"),
         output=Path(output),

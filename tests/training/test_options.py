@@ -60,6 +60,9 @@ def test_the_best_may_be_the_highest_and_an_unknown_figure_is_told(columns, tmp_
     assert kept["value"] == max(errors)
     with pytest.raises(ImpromptError, match="'beauty'; validation gives error"):
         run(columns, tmp_path / "other", best_by="lowest:beauty")
+    assert not (
+        tmp_path / "other/log.jsonl"
+    ).exists()  # told before the first step, not at a validation
     with pytest.raises(ImpromptError, match="write lowest:NAME"):
         TrainConfig(steps=1, best_by="beauty")
 

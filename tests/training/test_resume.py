@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,23 @@ def test_another_run_in_the_same_folder_is_refused_and_says_why(columns, tmp_pat
     other = TrainConfig(**{**CONFIG.__dict__, "learning_rate": 0.01})
     with pytest.raises(ImpromptError, match="learning_rate was 0.05, now 0.01"):
         train(SmallSystem(), columns, other, tmp_path / "run")
+
+
+def test_a_run_at_a_constant_rate_can_be_made_longer(columns, tmp_path):
+    longer = replace(CONFIG, schedule="constant")
+    straight = load_file(train(SmallSystem(), columns, longer, tmp_path / "straight"))
+    shorter = replace(longer, steps=21, checkpoint_every_steps=4, validate_every_steps=3)
+    train(SmallSystem(), columns, shorter, tmp_path / "run")
+    resumed = load_file(train(SmallSystem(), columns, longer, tmp_path / "run"))
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+    with pytest.raises(ImpromptError, match="at step 30 already"):
+        train(SmallSystem(), columns, shorter, tmp_path / "run")
+
+
+def test_a_schedule_that_ends_with_the_run_cannot(columns, tmp_path):
+    train(SmallSystem(), columns, CONFIG, tmp_path / "run")
+    with pytest.raises(ImpromptError, match="steps was 30, now 40"):
+        train(SmallSystem(), columns, replace(CONFIG, steps=40), tmp_path / "run")
 
 
 def test_a_folder_with_something_else_is_refused(columns, tmp_path):

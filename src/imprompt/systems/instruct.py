@@ -145,6 +145,7 @@ class InstructSystem:
             *(("task_ids",) if looks or portraits or before else ()),
             *(("id_embeds",) if options.likeness else ()),
         )
+        self.calls_differ = before is not None or bool(options.drawn_steps)
         self._looks = looks
         self._portraits = portraits
         self._before = before

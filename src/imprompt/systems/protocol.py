@@ -22,7 +22,8 @@ class System(Protocol):
         module: all of its parameters that require gradients train, and nothing else does.
 
     Where the loss of a batch is not the mean over its rows, the system says `rows_are_coupled = True`: into
-    how many parts a batch is cut then decides what is learned.
+    how many parts a batch is cut then decides what is learned. Where it depends on the rows how often the
+    frozen denoiser is asked, it says `calls_differ = True`.
     """
 
     columns: tuple[str, ...]

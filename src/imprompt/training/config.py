@@ -114,12 +114,15 @@ class TrainConfig:
 
 
 # What may change between a run and its continuation: it changes what is learned by rounding at most. (A
-# system whose rows are coupled keeps the number of parts: see `describe`.)
+# system whose rows are coupled keeps the number of parts: see `describe`. `steps` may change, too, where the
+# schedule does not depend on it.)
 FREE_TO_CHANGE = (
     "gradient_accumulation_steps",
     "gradient_checkpointing",
     "compile_blocks",
+    "checkpoint_every_steps",
     "keep_checkpoints",
+    "validate_every_steps",
     "preview_images",
     "read_ahead",
     "report_to",

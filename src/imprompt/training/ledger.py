@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,6 +17,33 @@ from imprompt.training.state import TrainingState
 MAX_ROWS_TOLD = 64
 
 
+@dataclass(frozen=True)
+class _Waiting:
+    """A step's figures on their way from the device."""
+
+    step: int
+    names: list[str]
+    table: Tensor
+    """(processes, values), on the CPU; not to be read before it has arrived."""
+    sent: torch.cuda.Event | None
+
+    @classmethod
+    def begun(cls, step: int, names: list[str], found: Tensor) -> _Waiting:
+        """Send for them, behind what the device has been given to do so far."""
+        if found.device.type != "cuda":
+            return cls(step, names, found.cpu(), None)
+        table = found.to("cpu", non_blocking=True)  # which puts it into pinned memory
+        sent = torch.cuda.Event()
+        sent.record()
+        return cls(step, names, table, sent)
+
+    def arrived(self) -> Tensor:
+        """The figures, once they are here. What the device was given later is not waited for."""
+        if self.sent is not None:
+            self.sent.synchronize()
+        return self.table
+
+
 class Ledger:
     """Sums figures between two lines of the log.
 
@@ -27,7 +55,7 @@ class Ledger:
         self._state = state
         self._config = config
         self._num_rows = num_rows
-        self._waiting: list[tuple[int, list[str], Tensor]] = []
+        self._waiting: list[_Waiting] = []
 
     def add(self, results: Sequence[tuple[Tensor, Figures]], norm: Tensor) -> None:
         """The losses and figures of the parts of this process's batch, at the state's step."""
@@ -44,7 +72,7 @@ class Ledger:
             names.append("gradient_norm")
         found = self._state.engine.processes.gather(values.detach())
         self.settle()
-        self._waiting.append((self._state.step, names, found))
+        self._waiting.append(_Waiting.begun(self._state.step, names, found))
 
     def settle(self) -> None:
         """Add up what is waiting.
@@ -52,13 +80,13 @@ class Ledger:
         Raises:
             ImpromptError: a loss or the gradient is not finite; the message has the rows of its batch.
         """
-        for step, names, found in self._waiting:
+        for waiting in self._waiting:
             num_parts = self._config.gradient_accumulation_steps
-            table = found.cpu().double()  # not every device has doubles
-            self._check(step, table[:, :num_parts], table[:, -1])
+            table = waiting.arrived().double()
+            self._check(waiting.step, table[:, :num_parts], table[:, -1])
             means = table.mean(0).tolist()
             loss = sum(means[:num_parts]) / num_parts
-            figures = zip(names, means[num_parts:], strict=False)
+            figures = zip(waiting.names, means[num_parts:], strict=False)
             for name, value in {"loss": loss, **dict(figures)}.items():
                 self._state.sums[name] = self._state.sums.get(name, 0.0) + value
         self._waiting.clear()

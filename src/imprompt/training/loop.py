@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from imprompt.core.errors import ImpromptError
@@ -84,6 +85,7 @@ def train(
     _go_on(state, checkpoints, config)
     ledger = Ledger(state, config, num_rows)
     validation = Validation(system, state, data, num_rows, config, output, export_name, preview)
+    validation.check_best_by()
     reports = Reports(state, config, output, ledger, validation)
     first_step = state.step
     steps = batches(
@@ -186,6 +188,16 @@ def _go_on(state: TrainingState, checkpoints: Path, config: TrainConfig) -> None
     if processes.is_main:
         for path in half_written(checkpoints):
             say(f"ignoring {path.name}: it was being written when the run was killed")
+    steps = processes.gather(torch.tensor(state.step, device=processes.device)).tolist()
+    if len(set(steps)) > 1:
+        raise ImpromptError(
+            f"The processes would go on from different steps ({', '.join(map(str, steps))}): they do not see "
+            f"the same {checkpoints}. --output must be on a disk that all machines share."
+        )
+    if state.step > config.steps:
+        raise ImpromptError(
+            f"The run is at step {state.step} already; train.steps={config.steps} would lie behind it."
+        )
     if state.step:
         say_once(processes, f"going on from step {state.step} of {config.steps}")
 

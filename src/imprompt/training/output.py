@@ -48,11 +48,11 @@ def claim_output(output: Path, identity: dict[str, Any]) -> None:
         _leave_out_what_one_does_not_know(found.get("data", {}), wanted["data"])
         if "num_parts" in wanted:
             found.setdefault("num_parts", found["config"]["gradient_accumulation_steps"])
-        for name in FREE_TO_CHANGE:
+        is_constant = found["config"].get("schedule") == "constant"
+        free = (*FREE_TO_CHANGE, "steps") if is_constant else FREE_TO_CHANGE
+        for name in free:
             found["config"].pop(name, None)
-        compared = wanted | {
-            "config": {n: v for n, v in wanted["config"].items() if n not in FREE_TO_CHANGE}
-        }
+        compared = wanted | {"config": {n: v for n, v in wanted["config"].items() if n not in free}}
         differing = sorted(_differences(found, compared))
         if differing:
             raise ImpromptError(

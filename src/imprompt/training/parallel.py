@@ -122,6 +122,13 @@ def create_engine(processes: Processes, system: System, config: TrainConfig) -> 
                 raise ImpromptError(
                     f"{name}={unfit} goes with single and ddp, not {processes.engine}."
                 )
+        if processes.engine == "fsdp2" and getattr(system, "calls_differ", False):
+            raise ImpromptError(
+                "These options ask the denoiser more often in one process than in another, which fsdp2, where "
+                "every call gathers weights from all, would wait for in vain. Train with ddp or zero2."
+            )
+        for parameter in system.module.parameters():  # what is cut into slices must lie in order
+            parameter.data = parameter.data.contiguous()
     step = Step(system, config.precision, processes.device)
     if processes.engine == "zero2":
         from imprompt.training.zero import ZeroEngine
@@ -196,7 +203,7 @@ class WholeEngine:
         parameter = self.parameters[index]
         self._optimizer.state[parameter] = {
             "step": self._step_count(step - self._num_skipped),
-            **{name: value.to(parameter.device, copy=True) for name, value in moments.items()},
+            **{name: _laid_out_as(parameter, value) for name, value in moments.items()},
         }
 
     def _step_count(self, step: int) -> Any:
@@ -252,6 +259,16 @@ def check_same_weights(processes: Processes, parameters: Sequence[Tensor]) -> No
             "After the first step the processes hold different weights: gradients are not averaged. "
             "Start with torchrun, and all with the same command."
         )
+
+
+def _laid_out_as(parameter: Tensor, value: Tensor) -> Tensor:
+    """A copy of a moment beside its parameter, and in memory in the same order, channels last for one.
+
+    A fused optimiser goes through the memory of both at once, without a look at the strides.
+    """
+    if value.shape != parameter.shape:  # of an optimiser in 8 bits: its tables
+        return value.to(parameter.device, copy=True)
+    return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
 
 
 def tensors_of(state: dict[str, Any]) -> dict[str, Tensor]:

@@ -56,18 +56,11 @@ class Validation:
 
     def run(self) -> dict[str, float]:
         """Validate the weights (their moving average, if there is one), draw, keep the best."""
-        system, config, state = self._system, self._config, self._state
-        if self._held_out is None:
-            held_out = self._data.rows(self._rows, system.columns)
-            self._held_out = {name: values.to(self._device) for name, values in held_out.items()}
-        randomness = Randomness(config.seed + 1, range(config.validation_rows), self._device)
-        # A base kept in half precision needs its inputs cast, as in training.
-        half = config.frozen_precision != "float32"
-        dtype = PRECISIONS[config.frozen_precision] if half else torch.bfloat16
+        system, state = self._system, self._state
         with state.average or nullcontext(), state.engine.whole_weights():
             system.module.eval()
-            with torch.autocast(self._device.type, dtype, enabled=half):
-                figures = system.validate(self._held_out, randomness)
+            with self._precision():
+                figures = self._figures()
                 picture = self._drawn()
             if state.engine.processes.is_main and picture is not None:
                 folder = self._output / "previews"
@@ -78,6 +71,36 @@ class Validation:
             self._keep_best(figures)
             system.module.train()
         return figures
+
+    def check_best_by(self) -> None:
+        """See at the start of a run, not after its first thousand steps, that there is such a figure.
+
+        Raises:
+            ImpromptError: `best_by` names a figure that validation does not give.
+        """
+        if not self._config.best_by or not len(self._rows) or self._state.step:
+            return
+        with self._state.engine.whole_weights():
+            self._system.module.eval()
+            with self._precision():
+                figures = self._figures()
+            self._system.module.train()
+        self._deciding(figures)
+
+    def _figures(self) -> dict[str, float]:
+        if self._held_out is None:
+            held_out = self._data.rows(self._rows, self._system.columns)
+            self._held_out = {name: values.to(self._device) for name, values in held_out.items()}
+        randomness = Randomness(
+            self._config.seed + 1, range(self._config.validation_rows), self._device
+        )
+        return self._system.validate(self._held_out, randomness)
+
+    def _precision(self) -> torch.autocast:
+        """A base kept in half precision needs its inputs cast, as in training."""
+        half = self._config.frozen_precision != "float32"
+        dtype = PRECISIONS[self._config.frozen_precision] if half else torch.bfloat16
+        return torch.autocast(self._device.type, dtype, enabled=half)
 
     def _drawn(self) -> Image.Image | None:
         """The preview; where drawing it fails this is told, and the run goes on without."""

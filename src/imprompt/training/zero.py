@@ -77,8 +77,9 @@ class ZeroEngine:
         for group in self._zero.param_groups:
             group["lr"] = learning_rate
         self._engine.step()
-        norm = torch.as_tensor(self._engine.get_global_grad_norm())
-        return norm.where(norm >= 0, float("nan"))  # DeepSpeed's -1 is a norm that is not finite
+        # A number where a gradient overflowed: infinity, or the -1 of former versions.
+        norm = torch.as_tensor(self._engine.get_global_grad_norm(), device=self.processes.device)
+        return norm.where(norm >= 0, float("nan"))
 
     def check_synchronised(self) -> None:
         check_same_weights(self.processes, self.parameters)
