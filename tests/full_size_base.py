@@ -1,6 +1,7 @@
 """Random bases of Stable Diffusion 1.5's and XL's size, and training data and steps for them."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,6 +24,9 @@ from imprompt.training.loop import train
 
 LATENT_SIDE = 16  # 128 pixels
 VIT_H_STATES = (257, 1280)
+END_OF_TEXT = SimpleNamespace(
+    eos_token_id=49407
+)  # all that a base asks of its second tokenizer, if it is given ids
 XL: dict[str, Any] = {
     "cross_attention_dim": 2048,
     "sample_size": 128,
@@ -72,7 +76,7 @@ def full_size_base(device: str, is_xl: bool = False, image_encoder: Any = None) 
         if not is_xl:
             return StableDiffusionBase(**parts)
         second = text(1280, 2, 20, CLIPTextModelWithProjection, projection_dim=1280)
-        return StableDiffusionXLBase(**parts, text_encoder_2=second, tokenizer_2=None)
+        return StableDiffusionXLBase(**parts, text_encoder_2=second, tokenizer_2=END_OF_TEXT)
 
 
 def vit_h(device: str) -> ClipImageEncoder:

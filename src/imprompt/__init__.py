@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from imprompt.bases import load_base
     from imprompt.checkpoints import load_adapter, load_control, load_identity, save_adapter
     from imprompt.core.errors import ImpromptError
+    from imprompt.diffusion.samplers import Sampler
     from imprompt.generation import Control, IdentityPrompt, ImagePrompt, InitImage, generate
 
 __version__ = "0.1.0"
@@ -23,6 +24,7 @@ __all__ = [
     "ImagePromptAdapter",
     "ImpromptError",
     "InitImage",
+    "Sampler",
     "create_adapter",
     "generate",
     "load_adapter",
@@ -39,6 +41,7 @@ _HOMES = {
     "ImagePromptAdapter": "imprompt.adapters",
     "ImpromptError": "imprompt.core.errors",
     "InitImage": "imprompt.generation",
+    "Sampler": "imprompt.diffusion.samplers",
     "create_adapter": "imprompt.adapters",
     "generate": "imprompt.generation",
     "load_adapter": "imprompt.checkpoints",

@@ -52,7 +52,12 @@ def latent_shape(
 
 
 def check_plain_latents(name: str, unet: Any, vae: Any) -> None:
-    """Raise an ImpromptError unless the denoiser reads the autoencoder's latents and nothing else."""
+    """Raise an ImpromptError unless the denoiser reads the autoencoder's latents, and no strength of guidance."""
+    if unet.config.get("time_cond_proj_dim") is not None:
+        raise ImpromptError(
+            f"{name} is distilled together with its guidance, of which its UNet reads the strength (a latent "
+            'consistency model); give the model that it was made from, with an LCM-LoRA and the sampler "lcm".'
+        )
     reads, gives = unet.config.in_channels, vae.config.latent_channels
     if reads != gives:
         raise ImpromptError(

@@ -7,15 +7,16 @@ from pathlib import Path
 import torch
 
 from imprompt.bases.diorama import GUIDANCE_SCALE, diorama_folder
-from imprompt.bases.folder import read_index
+from imprompt.bases.folder import as_ddim, read_index
 from imprompt.bases.placement import checked_device
 from imprompt.bases.protocol import Base
 from imprompt.bases.single_file import load_single_file
-from imprompt.bases.stable_diffusion import load_stable_diffusion
+from imprompt.bases.stable_diffusion import StableDiffusionBase, load_stable_diffusion
 from imprompt.bases.stable_diffusion_xl import load_stable_diffusion_xl
 from imprompt.core.errors import ImpromptError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
 FORMS = (
     '"diorama" (the embedded base), a diffusers folder, a single .safetensors file, or the id '
     '"owner/name" of a model on the hub'
@@ -28,6 +29,8 @@ def load_base(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     config: str | PathLike[str] | None = None,
+    prediction_type: str | None = None,
+    clip_skip: int = 1,
 ) -> Base:
     """A frozen text-to-image model, its weights in `dtype` whatever they are stored in.
 
@@ -37,10 +40,38 @@ def load_base(
     is the diffusers folder that tells their shapes and brings the tokenizers; without it the hub is
     asked for Stable Diffusion's.
 
+    Where a model was made otherwise than its files say: `prediction_type` is what its denoiser predicts
+    ("epsilon", "v_prediction" or "sample"), and `clip_skip` which of the text encoder's layers it reads, counted
+    from the last (2 for many fine-tunes of Stable Diffusion 1.5).
+
     Raises:
-        ImpromptError: there is no such model or device, or it is damaged or of an unknown kind.
+        ImpromptError: there is no such model, device, prediction or layer, or it is damaged or of an unknown
+            kind.
     """
     device = checked_device(device)
+    if prediction_type not in (None, *PREDICTIONS):
+        raise ImpromptError(
+            f"prediction_type is {prediction_type!r}; use one of {', '.join(PREDICTIONS)}."
+        )
+    if config is not None and Path(name_or_path).suffix != ".safetensors":
+        raise ImpromptError(
+            f"config={config} is for a single .safetensors file; {name_or_path} brings its own."
+        )
+    base = _found(name_or_path, None if config is None else Path(config), dtype, device)
+    if prediction_type is not None:
+        said = {**base.scheduler.config, "prediction_type": prediction_type}
+        base.scheduler = as_ddim(said, base.name)
+    if clip_skip != 1:
+        _read_layer(base, clip_skip)
+    return base
+
+
+def _found(
+    name_or_path: str | PathLike[str],
+    config: Path | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Base:
     text = str(name_or_path)
     if text == "diorama":
         base = _load(diorama_folder(), text, dtype, device)
@@ -55,11 +86,25 @@ def load_base(
                 f"{path} is no .safetensors file, the only kind of single file that is read as a "
                 f"base. Convert it, or give {FORMS}."
             )
-        folder = None if config is None else Path(config)
-        return load_single_file(path, folder, dtype=dtype, device=device)
+        return load_single_file(path, config, dtype=dtype, device=device)
     if isinstance(name_or_path, str) and HUB_ID.fullmatch(text) and path.suffix != ".safetensors":
         return _load(text, text, dtype, device)
     raise ImpromptError(f"There is no base {text!r}: no such file or folder. Give {FORMS}.")
+
+
+def _read_layer(base: Base, clip_skip: int) -> None:
+    if not isinstance(base, StableDiffusionBase):
+        raise ImpromptError(
+            f"{base.name} is of Stable Diffusion XL's kind, which always reads the layers before the last; "
+            "leave clip_skip out."
+        )
+    num_layers = base.text_encoder.config.num_hidden_layers
+    if not 1 <= clip_skip <= num_layers:
+        raise ImpromptError(
+            f"clip_skip is {clip_skip}; the text encoder of {base.name} has layers 1 to {num_layers}, "
+            "counted from the last."
+        )
+    base.clip_skip = clip_skip
 
 
 def _load(source: Path | str, name: str, dtype: torch.dtype, device: torch.device) -> Base:

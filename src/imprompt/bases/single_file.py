@@ -26,6 +26,10 @@ TRANSFORMER_PREFIXES = tuple(
 # noise schedule ends in noise alone.
 PREDICTS_V = "v_pred"
 ENDS_IN_NOISE = "ztsnr"
+OF_OTHER_NOISE = "edm_"  # how the names of the marks of EDM's models begin
+# In the file's header, as sai_modelspec has it, and what schedulers call it.
+PREDICTION = "modelspec.prediction_type"
+PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction"}
 
 
 def load_single_file(
@@ -37,7 +41,7 @@ def load_single_file(
         ImpromptError: the file is damaged or no Stable Diffusion, or its configuration is not to
             be had.
     """
-    names = _tensor_names(path)
+    names, header = _names_and_header(path)
     is_xl = _check_is_stable_diffusion(path, names)
     if config is not None and not (config / "model_index.json").is_file():
         raise ImpromptError(
@@ -47,6 +51,8 @@ def load_single_file(
     pipeline = _read_pipeline(path, config, is_xl, dtype)
     check_plain_latents(str(path), pipeline.unet, pipeline.vae)
     scheduler_config = dict(pipeline.scheduler.config)
+    if (said := header.get(PREDICTION)) in PREDICTIONS:
+        scheduler_config["prediction_type"] = PREDICTIONS[said]
     if PREDICTS_V in names:
         scheduler_config["prediction_type"] = "v_prediction"
     if ENDS_IN_NOISE in names:
@@ -128,12 +134,13 @@ def _check_is_complete(path: Path, base: Base) -> None:
         )
 
 
-def _tensor_names(path: Path) -> frozenset[str]:
+def _names_and_header(path: Path) -> tuple[frozenset[str], dict[str, str]]:
+    """The names of a file's tensors, and what else its header says."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
-            return frozenset(file.keys())
+            return frozenset(file.keys()), dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise ImpromptError(f"{path} is damaged: it is no safetensors file ({error}).") from error
 
@@ -154,6 +161,11 @@ def _check_is_stable_diffusion(path: Path, names: frozenset[str]) -> bool:
         raise ImpromptError(
             f"{path} is a diffusion transformer (as Stable Diffusion 3 and Flux are); bases are "
             "Stable Diffusion 1, 2 and XL."
+        )
+    if has(OF_OTHER_NOISE):
+        raise ImpromptError(
+            f"{path} was trained on noise of another kind (EDM's, as CosXL and Playground 2.5) than Stable "
+            "Diffusion 1, 2 and XL, and cannot be denoised as they are."
         )
     if not has(CONDITIONER_PREFIX):
         return False

@@ -1,5 +1,6 @@
 """Stable Diffusion 1.x and 2.x, and every model that is built the same way, of any size."""
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, final
@@ -34,6 +35,10 @@ class StableDiffusionBase(UNetBase):
 
     Source: Rombach et al. (2112.10752).
     """
+
+    clip_skip: int = 1
+    """Which of the text encoder's layers is read, counted from the last: 1 is the last, 2 the one before, which
+    many fine-tunes were made with."""
 
     def __init__(
         self,
@@ -77,9 +82,21 @@ class StableDiffusionBase(UNetBase):
 
     @torch.no_grad()
     def encode_text(self, texts: Sequence[str | None] | Int[Tensor, "batch length"]) -> TextStates:
-        """The last layer's states of texts, or of their token ids. None is the empty text."""
+        """The states of texts, or of their token ids, in the layer that is read. None is the empty text."""
         ids = texts if isinstance(texts, Tensor) else self.tokenize([text or "" for text in texts])
-        return TextStates(self.text_encoder(ids.to(self.device)).last_hidden_state)
+        if self.clip_skip == 1:
+            return TextStates(self.text_encoder(ids.to(self.device)).last_hidden_state)
+        layers = self.text_encoder(ids.to(self.device), output_hidden_states=True).hidden_states
+        # Whatever the layer, the last one's norm comes after it.
+        model = getattr(self.text_encoder, "text_model", self.text_encoder)
+        return TextStates(model.final_layer_norm(layers[-self.clip_skip]))
+
+    def fingerprint(self) -> str:
+        """Tells this base, and which layer of the text encoder it reads, from every other."""
+        weights = super().fingerprint()
+        if self.clip_skip == 1:
+            return weights
+        return hashlib.sha256(f"{weights} {self.clip_skip}".encode()).hexdigest()[:16]
 
     def instruct_states(
         self,

@@ -121,12 +121,24 @@ class StableDiffusionXLBase(UNetBase):
         first = self.text_encoder(ids[:, :length], output_hidden_states=True)
         second = self.text_encoder_2(ids[:, length:], output_hidden_states=True)
         sequence = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
-        pooled = second.text_embeds
+        pooled = self._pooled(second.last_hidden_state, ids[:, length:])
         if self.no_text_is_zero and not isinstance(texts, Tensor):
             is_text = torch.tensor([text is not None for text in texts]).to(sequence)
             sequence = sequence * is_text[:, None, None]
             pooled = pooled * is_text[:, None]
         return TextStates(sequence, pooled)
+
+    def _pooled(
+        self, states: Float[Tensor, "batch length dim"], ids: Int[Tensor, "batch length"]
+    ) -> Float[Tensor, "batch pooled_dim"]:
+        """The second encoder's state at the end of each text, projected.
+
+        The published encoder's own `text_embeds` are those of the token with the largest number, which words
+        that textual inversions bring have.
+        """
+        ends = (ids == self.tokenizer_2.eos_token_id).int().argmax(1)
+        rows = torch.arange(len(ids), device=ids.device)
+        return self.text_encoder_2.text_projection(states[rows, ends])
 
     @torch.no_grad()
     def instruct_states(

@@ -17,6 +17,7 @@ from imprompt.cli.image_options import (
 from imprompt.cli.outputs import new_pictures, save_pictures, scales_of
 from imprompt.cli.parsing import Once, at_least, number
 from imprompt.cli.verb import (
+    add_base_arguments,
     add_image_encoder_argument,
     add_place_arguments,
     add_verb,
@@ -26,7 +27,7 @@ from imprompt.cli.verb import (
     save_picture,
 )
 from imprompt.core.progress import say
-from imprompt.diffusion.samplers import SAMPLERS
+from imprompt.diffusion.samplers import SAMPLERS, SPACINGS, Sampler
 
 
 def add_parser(verbs: Any) -> None:
@@ -57,7 +58,7 @@ def add_parser(verbs: Any) -> None:
         action=Once,
         help="adapter file, diorama or diorama-instruct (default: the one that comes with the base)",
     )
-    parser.add_argument("--base", default="diorama", help="diorama, a folder, a file or a hub id")
+    add_base_arguments(parser)
     add_image_encoder_argument(parser)
     add_place_arguments(parser, "float32 on a CPU, float16 on a GPU")
     parser.add_argument("--scale", type=number, help="λ, weight of the images (1.0)")
@@ -104,6 +105,11 @@ def add_parser(verbs: Any) -> None:
     add_image_arguments(parser.add_argument_group("how images are read"))
     parser.add_argument("--negative-prompt", help="what to get away from")
     parser.add_argument("--num-images", type=at_least(1), default=4, help="how many images (4)")
+    parser.add_argument(
+        "--batch-size",
+        type=at_least(1),
+        help="how many images are drawn at once (default: by their size, for a small GPU)",
+    )
     parser.add_argument("--steps", type=at_least(1), default=50, help="sampler steps (50)")
     parser.add_argument(
         "--guidance-scale", type=number, help="guidance (as the base likes it: 7.5; diorama 3)"
@@ -124,6 +130,16 @@ def add_parser(verbs: Any) -> None:
         help="all strengths as the authors of Instruct take them for the instruction",
     )
     parser.add_argument("--sampler", default="ddim", choices=tuple(SAMPLERS), help="(ddim)")
+    parser.add_argument(
+        "--timestep-spacing",
+        choices=SPACINGS,
+        help="of the sampler's steps; models of few steps want trailing (default: as the base says)",
+    )
+    parser.add_argument(
+        "--karras-sigmas",
+        action="store_true",
+        help="Karras's levels of noise, for euler and dpm-solver++",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--size-px",
@@ -172,9 +188,14 @@ def run(arguments: argparse.Namespace) -> None:
             num_images=arguments.num_images,
             steps=arguments.steps,
             **guidance,
-            sampler=arguments.sampler,
+            sampler=Sampler(
+                name=arguments.sampler,
+                timestep_spacing=arguments.timestep_spacing,
+                karras_sigmas=arguments.karras_sigmas,
+            ),
             seed=arguments.seed,
             size_px=_size(arguments),
+            batch_size=arguments.batch_size,
             explanation=explanation,
             controls=controls,
             identities=identities,

@@ -87,6 +87,7 @@ def settings_text(
     settings: dict[str, Any] = {
         "Steps": arguments.steps,
         "Sampler": arguments.sampler,
+        **({"Schedule type": "Karras"} if arguments.karras_sigmas else {}),
         "CFG scale": f"{guidance_scale:g}",
         "Seed": arguments.seed,
         "Size": f"{size[0]}x{size[1]}",

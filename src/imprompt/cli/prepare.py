@@ -8,6 +8,7 @@ from typing import Any
 
 from imprompt.cli.parsing import at_least, number
 from imprompt.cli.verb import (
+    add_base_arguments,
     add_image_encoder_argument,
     add_place_arguments,
     add_verb,
@@ -56,7 +57,7 @@ def add_parser(verbs: Any) -> None:
         "diorama-instruct:COUNT, each with :FIRST_SEED if wanted",
     )
     parser.add_argument("output", type=Path, help="folder of the prepared data")
-    parser.add_argument("--base", default="diorama", help="diorama, a folder, a file or a hub id")
+    add_base_arguments(parser, denoises=False)
     add_image_encoder_argument(parser)
     # What is encoded once is trained on for long, so it is exact.
     add_place_arguments(parser, "float32")

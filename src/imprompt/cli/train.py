@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from imprompt.cli.parsing import at_least
-from imprompt.cli.verb import add_device_argument, add_image_encoder_argument, add_verb
+from imprompt.cli.verb import (
+    add_base_arguments,
+    add_device_argument,
+    add_image_encoder_argument,
+    add_verb,
+    base_options,
+)
 
 
 class _ShowSettings(argparse.Action):
@@ -72,7 +78,7 @@ def add_parser(verbs: Any) -> None:
         "diorama for its own portraits, insightface for photos)",
     )
     parser.add_argument("--output", type=Path, required=True, help="folder of this run")
-    parser.add_argument("--base", default="diorama", help="diorama, a folder, a file or a hub id")
+    add_base_arguments(parser)
     add_image_encoder_argument(parser)
     add_device_argument(parser, "; of several processes each takes its own")
     parser.add_argument(
@@ -105,6 +111,7 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.system,
         data=arguments.data,
         base=arguments.base,
+        base_options=base_options(arguments),
         image_encoder=arguments.image_encoder,
         output=arguments.output,
         preset=arguments.preset,

@@ -41,6 +41,42 @@ def add_device_argument(parser: Any, more: str = "") -> None:
     )
 
 
+def add_base_arguments(parser: Any, *, denoises: bool = True) -> None:
+    """Which base, and where it was made otherwise than its files say; `denoises` if texts are read and noise
+    is predicted."""
+    parser.add_argument("--base", default="diorama", help="diorama, a folder, a file or a hub id")
+    parser.add_argument(
+        "--base-config",
+        type=Path,
+        metavar="FOLDER",
+        help="of a single file: the diffusers folder with its configuration and tokenizers (default: the "
+        "hub's)",
+    )
+    if denoises:
+        parser.add_argument(
+            "--prediction-type",
+            choices=("epsilon", "v_prediction", "sample"),
+            help="what the base predicts, if its files do not say it",
+        )
+        parser.add_argument(
+            "--clip-skip",
+            type=int,
+            default=1,
+            metavar="LAYER",
+            help="which layer of the text encoder is read, counted from the last (1; 2 for many fine-tunes of "
+            "Stable Diffusion 1.5)",
+        )
+
+
+def base_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What `load_base` is told of the base that a command line names."""
+    return {
+        "config": getattr(arguments, "base_config", None),
+        "prediction_type": getattr(arguments, "prediction_type", None),
+        "clip_skip": getattr(arguments, "clip_skip", 1),
+    }
+
+
 def load_placed_base(arguments: argparse.Namespace, *, half_on_gpu: bool = True) -> Any:
     """The base that a command line names, where it says, with the image encoder that it names.
 
@@ -58,7 +94,7 @@ def load_placed_base(arguments: argparse.Namespace, *, half_on_gpu: bool = True)
     dtype = torch.float16 if half_on_gpu and str(device).startswith("cuda") else torch.float32
     if arguments.dtype is not None:
         dtype = getattr(torch, arguments.dtype)
-    base = load_base(arguments.base, dtype=dtype, device=device)
+    base = load_base(arguments.base, dtype=dtype, device=device, **base_options(arguments))
     if getattr(arguments, "image_encoder", None) is not None:
         from imprompt.encoders.clip import load_named_clip
 

@@ -15,6 +15,7 @@ from imprompt.bases.words import unread_part
 from imprompt.core.errors import ImpromptError
 from imprompt.core.images import pixels_to_images
 from imprompt.core.progress import say
+from imprompt.diffusion.samplers import Sampler
 from imprompt.generation.branches import Guidance
 from imprompt.generation.conditions import check_finite
 from imprompt.generation.controls import Control, map_control, placed
@@ -39,7 +40,7 @@ def generate(
     instruction_guidance_scale: Number | None = None,
     guidance_rescale: Number = 0.0,
     seed: int = 0,
-    sampler: str = "ddim",
+    sampler: str | Sampler = "ddim",
     size_px: int | tuple[int, int] | None = None,
     batch_size: int | None = None,
     image_encoder: ClipImageEncoder | None = None,
@@ -70,7 +71,8 @@ def generate(
         guidance_rescale: in [0, 1], against the overexposure of strong guidance.
         seed: image k is a function of it, of k and of what is asked for, not of num_images or
             batch_size.
-        sampler: "ddim", "dpm-solver++", "pndm", "euler" or "ddpm".
+        sampler: "ddim", "dpm-solver++", "pndm", "euler", "euler-ancestral", "ddpm" or "lcm"; or a `Sampler`
+            that says more than the name.
         size_px: side of the square images, or (height, width); as the base was made by default.
         batch_size: how many images are drawn at once; set it lower if memory does not suffice.
         image_encoder: by default the base's own.
@@ -105,6 +107,11 @@ def generate(
             "image prompt of one: leave it out, or give one."
         )
     guidance_scale = base.guidance_scale if guidance_scale is None else guidance_scale
+    if guidance_scale == 0:
+        _say_once(
+            "guidance_scale=0 draws what nobody asked for; models that go without guidance (Turbo, Lightning) "
+            "are drawn from with 1"
+        )
     if explanation is not None:
         explanation.num_image_prompts = len(image_prompts)
     start = None

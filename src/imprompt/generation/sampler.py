@@ -13,7 +13,7 @@ from imprompt.core.errors import ImpromptError
 from imprompt.core.progress import progress
 from imprompt.core.randomness import Randomness, generator
 from imprompt.diffusion.late_start import last_timesteps, noise_level
-from imprompt.diffusion.samplers import create_sampler, uses_noise
+from imprompt.diffusion.samplers import Sampler, create_sampler, uses_noise
 from imprompt.generation.branches import Guidance, stacked_text
 from imprompt.generation.conditions import TokenPrompt, conditions_by_step
 from imprompt.generation.controls import ControlRun, MapControl
@@ -40,7 +40,7 @@ def sample_latents(
     guidance_rescale: Number = 0.0,
     seed: int = 0,
     indices: Sequence[int] | None = None,
-    sampler: str = "ddim",
+    sampler: str | Sampler = "ddim",
     size_px: int | tuple[int, int] | None = None,
     batch_size: int | None = None,
     show_progress: bool = False,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +152,7 @@ def run_training(
     *,
     data: Path | str | Sequence[Path | str],
     base: str | Base,
+    base_options: Mapping[str, Any] | None = None,
     image_encoder: str | None = None,
     output: Path,
     preset: str | None = None,
@@ -166,7 +167,8 @@ def run_training(
 ) -> Path:
     """Train a system; the same call goes on where the last one stopped.
 
-    A base that is given as an object is moved to where the run computes.
+    A base that is given as an object is moved to where the run computes; of one that is named, `load_base` is
+    told `base_options`.
     `data` are prepared, in one folder or several, or a source of pairs, which is read as `reading` says
     and encoded at `size_px` (by default the base's) whenever a step needs it; `face_encoder` reads its
     faces, as in `prepare`.
@@ -185,7 +187,7 @@ def run_training(
     """
     processes = join_processes(engine, num_processes, device)
     if isinstance(base, str):
-        loaded = load_base(base, device=processes.device)
+        loaded = load_base(base, device=processes.device, **(base_options or {}))
     else:
         loaded = base
         if loaded.device != processes.device:

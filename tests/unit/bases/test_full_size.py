@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from full_size_base import XL
+from full_size_base import END_OF_TEXT, XL
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -95,7 +95,7 @@ def bases() -> dict[str, StableDiffusionBase | StableDiffusionXLBase]:
             unet=unets["XL"],
             text_encoder=text_encoder("CLIP-L"),
             text_encoder_2=text_encoder("OpenCLIP-bigG", CLIPTextModelWithProjection),
-            tokenizer_2=None,
+            tokenizer_2=END_OF_TEXT,
             **shared,
         )
     return bases

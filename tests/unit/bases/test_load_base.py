@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from tiny_base import IMAGE_SIZE_PX, LATENT_CHANNELS, TEXT_DIM, TEXT_LENGTH, write_tiny_base
+from transformers import CLIPTextModel
 
 from imprompt.bases import load_base
 from imprompt.bases.diorama import diorama_folder
@@ -58,6 +60,41 @@ def test_texts_become_states(folder: Path) -> None:
     assert states.pooled is None and states.framing is None
     assert torch.equal(states.sequence, base.encode_text(ids).sequence)
     assert torch.equal(states[[1]].sequence, base.encode_text([None]).sequence)
+
+
+def test_another_layer_of_the_text_encoder_may_be_read(folder: Path, tmp_path: Path) -> None:
+    base, skipping = load_base(folder), load_base(folder, clip_skip=2)
+    shorter = CLIPTextModel.from_pretrained(folder / "text_encoder", num_hidden_layers=1)
+    texts = ["red cat", "", "red " * 50]
+    states = skipping.encode_text(texts).sequence
+    assert torch.equal(states, shorter(base.tokenize(texts)).last_hidden_state)
+    assert skipping.fingerprint() != base.fingerprint()
+    assert skipping.encoders_fingerprint() == base.encoders_fingerprint()
+    for missing in (0, 3):
+        with pytest.raises(ImpromptError, match="has layers 1 to 2, counted from the last"):
+            load_base(folder, clip_skip=missing)
+
+
+def test_a_configuration_is_for_single_files(folder: Path) -> None:
+    with pytest.raises(ImpromptError, match=r"for a single \.safetensors file"):
+        load_base(folder, config=folder)
+
+
+def test_what_is_predicted_may_be_said(folder: Path) -> None:
+    said = load_base(folder, prediction_type="v_prediction").scheduler.config
+    assert said.prediction_type == "v_prediction"
+    others = dict(load_base(folder).scheduler.config)
+    assert {**said, "prediction_type": others["prediction_type"]} == others
+    with pytest.raises(ImpromptError, match="use one of epsilon, v_prediction, sample"):
+        load_base(folder, prediction_type="v")
+
+
+def test_a_model_distilled_with_its_guidance_is_refused(copy: Path) -> None:
+    unet = UNet2DConditionModel.from_pretrained(copy / "unet")
+    config = {**unet.config, "time_cond_proj_dim": 16}
+    UNet2DConditionModel.from_config(config).save_pretrained(copy / "unet")
+    with pytest.raises(ImpromptError, match='LCM-LoRA and the sampler "lcm"'):
+        load_base(copy)
 
 
 def test_images_become_latents_and_pixels_again(folder: Path) -> None:

@@ -223,6 +223,27 @@ def test_a_file_that_says_it_predicts_v_is_believed(xl_folder: Path, tmp_path: P
     assert config.rescale_betas_zero_snr and config.timestep_spacing == "trailing"
 
 
+@pytest.mark.parametrize(
+    ("said", "meant"), [("v", "v_prediction"), ("epsilon", "epsilon"), ("", "epsilon")]
+)
+def test_so_is_one_whose_header_says_what_it_predicts(
+    folder: Path, tmp_path: Path, said: str, meant: str
+) -> None:
+    file = tmp_path / "community.safetensors"
+    save_file(original_names(folder), file, {"modelspec.prediction_type": said} if said else None)
+    assert load_base(file, config=folder).scheduler.config.prediction_type == meant
+    by_hand = load_base(file, config=folder, prediction_type="v_prediction")
+    assert by_hand.scheduler.config.prediction_type == "v_prediction"
+
+
+@pytest.mark.parametrize("mark", ["edm_vpred.sigma_max", "edm_mean"])
+def test_models_of_other_noise_are_refused(xl_folder: Path, tmp_path: Path, mark: str) -> None:
+    file = tmp_path / "cosxl.safetensors"
+    save_file({**original_names(xl_folder), mark: torch.ones(1)}, file)
+    with pytest.raises(ImpromptError, match="noise of another kind"):
+        load_base(file, config=xl_folder)
+
+
 def test_xl_files_with_holes_are_refused(xl_folder: Path, tmp_path: Path) -> None:
     tensors = original_names(xl_folder)
     file = tmp_path / "community.safetensors"

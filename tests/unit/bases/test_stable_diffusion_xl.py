@@ -24,6 +24,7 @@ from torch import Tensor
 
 from imprompt import ImagePrompt, create_adapter, generate
 from imprompt.bases import Base, ClipImageEncoder, TextStates, load_base
+from imprompt.bases.extensions import add_textual_inversion
 from imprompt.bases.stable_diffusion_xl import StableDiffusionXLBase, whole_picture
 from imprompt.core.errors import ImpromptError
 from imprompt.generation import initial_noise, sample_latents
@@ -160,6 +161,22 @@ def test_both_encoders_are_read(base: Base, folder: Path) -> None:
     )
     torch.testing.assert_close(states.sequence, sequence)
     torch.testing.assert_close(states.pooled, pooled)
+
+
+def test_the_pooled_state_is_that_of_the_text_s_end_whatever_words_it_has(
+    folder: Path, copy: Path, tmp_path: Path
+) -> None:
+    """The published second encoder says that 2 ends a text; transformers then takes the largest number."""
+    config = json.loads((copy / "text_encoder_2/config.json").read_text())
+    (copy / "text_encoder_2/config.json").write_text(json.dumps({**config, "eos_token_id": 2}))
+    vectors = {"clip_l": torch.ones(1, TEXT_DIM), "clip_g": torch.ones(1, SECOND_TEXT_DIM)}
+    save_file(vectors, tmp_path / "thing.safetensors")
+    pooled = []
+    for path in (folder, copy):
+        base = load_base(path)
+        add_textual_inversion(base, tmp_path / "thing.safetensors")
+        pooled.append(base.encode_text(["a thing cat", "red cat"]).pooled)
+    torch.testing.assert_close(pooled[0], pooled[1])
 
 
 def test_framing_is_the_whole_picture_unless_given(base: Base) -> None:

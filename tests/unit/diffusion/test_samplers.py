@@ -12,7 +12,7 @@ from imprompt.diffusion.objectives import (
     alphas_cumprod_of,
     convert_prediction,
 )
-from imprompt.diffusion.samplers import SAMPLERS, create_sampler
+from imprompt.diffusion.samplers import SAMPLERS, Sampler, create_sampler, uses_noise
 
 CONFIG = {
     "beta_schedule": "scaled_linear",
@@ -33,7 +33,7 @@ SPACINGS = [
 def test_a_perfect_denoiser_is_followed_to_the_clean_sample(
     name: str, prediction: str, spacing: dict[str, Any]
 ) -> None:
-    if (name, prediction) == ("pndm", "sample"):
+    if prediction == "sample" and SAMPLERS[name].needs_noise:
         return  # refused, see below
     config = {**CONFIG, **spacing, "prediction_type": prediction}
     alphas = alphas_cumprod_of(config)
@@ -45,9 +45,29 @@ def test_a_perfect_denoiser_is_followed_to_the_clean_sample(
         noisy = scheduler.scale_model_input(latents, timestep)
         alpha = alphas[int(timestep)].reshape(1)
         output = convert_prediction(clean, noisy, alpha, given="sample", wanted=prediction)
-        extra = {"generator": generator} if name == "ddpm" else {}
+        extra = {"generator": generator} if uses_noise(name) else {}
         latents = scheduler.step(output, timestep, latents, **extra, return_dict=False)[0]
     assert (latents - clean).abs().mean() < 0.05
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpm-solver++", "euler", "euler-ancestral"])
+def test_few_steps_begin_at_the_last_timestep_where_that_is_asked_for(sampler: str) -> None:
+    """As Lightning's and Hyper's models want it, of a base whose own scheduler leads."""
+    trailing = Sampler(name=sampler, timestep_spacing="trailing")
+    timesteps = create_sampler(trailing, {**CONFIG, **SPACINGS[0]}, 4).timesteps
+    assert timesteps.tolist() == [999, 749, 499, 249]
+    assert create_sampler(sampler, {**CONFIG, **SPACINGS[0]}, 4).timesteps[0] < 999
+
+
+def test_the_steps_of_a_consistency_model_are_those_it_was_distilled_on() -> None:
+    assert create_sampler("lcm", CONFIG, 4).timesteps.tolist() == [999, 759, 499, 259]
+
+
+@pytest.mark.parametrize("sampler", ["dpm-solver++", "euler"])
+def test_karras_s_levels_of_noise_are_evenly_spaced_in_their_seventh_root(sampler: str) -> None:
+    karras = create_sampler(Sampler(name=sampler, karras_sigmas=True), CONFIG, 10)
+    roots = karras.sigmas[:10].double() ** (1 / 7)
+    torch.testing.assert_close(roots.diff(), roots.diff().mean().expand(9), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -62,12 +82,12 @@ def test_from_a_late_start_a_perfect_denoiser_goes_straight_to_the_clean_sample(
     assert len(timesteps) == max(1, round(20 * share)) + (name == "pndm" and share > 0.05)
     clean = torch.linspace(-1, 1, 16).reshape(1, 1, 4, 4)
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
-    extra = {"generator": torch.Generator().manual_seed(1)} if name == "ddpm" else {}
+    extra = {"generator": torch.Generator().manual_seed(1)} if uses_noise(name) else {}
     signal, deviation = noise_level(scheduler, timesteps[0])
     latents = signal * clean + deviation * noise
     for timestep in timesteps:
         signal, deviation = noise_level(scheduler, timestep)
-        if name != "ddpm":  # it takes other noise at every step
+        if not uses_noise(name):  # it takes other noise at every step
             torch.testing.assert_close(latents, signal * clean + deviation * noise)
         output = (latents - signal * clean) / deviation
         latents = scheduler.step(output, timestep, latents, **extra, return_dict=False)[0]
@@ -89,6 +109,14 @@ def test_mistakes_are_named() -> None:
         create_sampler("DDIM", CONFIG, 10)
     with pytest.raises(ImpromptError, match="use another"):
         create_sampler("pndm", {**CONFIG, "prediction_type": "sample"}, 10)
+    with pytest.raises(ImpromptError, match="'pndm' does not know schedules that end in noise"):
+        create_sampler("pndm", {**CONFIG, "rescale_betas_zero_snr": True}, 10)
+    with pytest.raises(ImpromptError, match="use one of leading, trailing, linspace"):
+        create_sampler(Sampler(timestep_spacing="even"), CONFIG, 10)
+    with pytest.raises(ImpromptError, match="'lcm' has a spacing of its own"):
+        create_sampler(Sampler(name="lcm", timestep_spacing="trailing"), CONFIG, 4)
+    with pytest.raises(ImpromptError, match=r"for the samplers dpm-solver\+\+, euler, not"):
+        create_sampler(Sampler(name="ddim", karras_sigmas=True), CONFIG, 4)
     for num_steps in (0, 1001):
         with pytest.raises(ImpromptError, match="allowed are 1 to 1000"):
             create_sampler("ddim", CONFIG, num_steps)
