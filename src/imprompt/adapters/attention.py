@@ -53,6 +53,8 @@ class KeyValue(NamedTuple):
     record: Callable[[Tensor, Tensor], None] | None = None  # is shown text's and image's attention
     # The mask at sites of so many positions, (mask_batch, positions), as far as computed beforehand.
     mask_at: Mapping[int, Tensor] | None = None
+    # A number by which the prompt counts more or less at some steps, which share K' and V' with the others.
+    factor: Float[Tensor, ""] | None = None
 
 
 class TextKeyValue(NamedTuple):
@@ -274,17 +276,23 @@ def lora_hooks(attn: Any, loras: Sequence[SiteLora]) -> Generator[None, None, No
 def image_attention(
     query: Float[Tensor, "batch heads length head_dim"], prompt: KeyValue
 ) -> Float[Tensor, "batch heads length head_dim"]:
-    """λ · m · Attn(Q, K', V')."""
+    """λ · m · Attn(Q, K', V'), times the factor of the step."""
     batch, _, length, _ = query.shape
     key, value = (repeat_to(x.to(query), batch) for x in (prompt.key, prompt.value))
     attended = scaled_dot_product_attention(query, key, value)
+    if prompt.factor is not None:
+        attended = times(attended, prompt.factor)
     if prompt.mask is None:
         return attended
     mask = None if prompt.mask_at is None else prompt.mask_at.get(length)
     if mask is None:
         mask = mask_at_site(prompt.mask.to(query), length)
-    mask = repeat_to(mask.to(query), batch)[:, None, :, None]
-    return attended * mask if attended.requires_grad else attended.mul_(mask)
+    return times(attended, repeat_to(mask.to(query), batch)[:, None, :, None])
+
+
+def times(attended: Tensor, factor: Tensor) -> Tensor:
+    """Their product, written over the first unless its gradient is needed."""
+    return attended * factor if attended.requires_grad else attended.mul_(factor)
 
 
 def plus(attended: Tensor, image: Tensor, *, keep: bool = False) -> Tensor:

@@ -220,10 +220,12 @@ class Handle:
             self._attach()
             sample: Tensor = args[0] if args else kwargs["sample"]
             num_parts = parts_of_batch(sample, guidance)
-            layout = (len(sample), num_parts, sample.device, sample.dtype)
+            layout = (sample.shape, num_parts, sample.device, sample.dtype)
             if layout not in known or torch.is_grad_enabled():
                 rows = rows_of_batch(len(sample), num_parts, batch)
-                known[layout] = select_rows(condition, rows, sample)
+                here = {CONDITION_KEY: select_rows(condition, rows, sample)}
+                [here] = self.prepare([here], latent_size=(sample.shape[-2], sample.shape[-1]))
+                known[layout] = here[CONDITION_KEY]
             own: dict[str, Any] = {CONDITION_KEY: known[layout]}
             given: dict[str, Any] = kwargs.get("cross_attention_kwargs") or {}
             merged = combine(given, own) if CONDITION_KEY in given else given | own

@@ -1,5 +1,6 @@
 """What the steps of a generation share beside K' and V': the text's K and V, masks at the sites."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,6 @@ from imprompt.adapters.attention import (
     SiteLora,
     TextKeyValue,
     can_be_kept,
-    grid_of,
     own_key_value,
     version_of,
 )
@@ -23,6 +23,7 @@ from imprompt.core.errors import ImpromptError
 
 # Stable Diffusion's UNets halve the latents up to three times. Another site computes its mask.
 MAX_HALVINGS = 4
+MAX_ASPECT_DEVIATION = 1.1  # of a mask: sides are rounded to what the latents allow
 
 
 def prepare(
@@ -83,9 +84,13 @@ def text_key_value(
 
 
 def masks_by_length(mask: Tensor, latent_size: tuple[int, int]) -> dict[int, Tensor]:
-    """A mask at each resolution that a UNet makes of latents of this size, by its positions."""
+    """A mask at each resolution that a UNet makes of latents of this size, by its positions.
+
+    Raises:
+        ImpromptError: it has another shape than the picture.
+    """
+    check_mask_fits(mask, latent_size)
     height, width = latent_size
-    grid_of(height * width, mask.shape[-2] / mask.shape[-1])  # raises if they do not fit
     masks: dict[int, Tensor] = {}
     for _ in range(MAX_HALVINGS + 1):
         small = (
@@ -96,3 +101,13 @@ def masks_by_length(mask: Tensor, latent_size: tuple[int, int]) -> dict[int, Ten
         masks[height * width] = small.flatten(1)
         height, width = -(-height // 2), -(-width // 2)
     return masks
+
+
+def check_mask_fits(mask: Tensor, size: tuple[int, int]) -> None:
+    """Raise an ImpromptError unless a mask (…, height, width) has the shape of a picture of (height, width)."""
+    aspect, wanted = mask.shape[-2] / mask.shape[-1], size[0] / size[1]
+    if abs(math.log(aspect / wanted)) > math.log(MAX_ASPECT_DEVIATION):
+        raise ImpromptError(
+            f"A mask of height/width {aspect:.3f} does not fit a picture of {wanted:.3f}: give the mask the "
+            "picture's aspect ratio."
+        )

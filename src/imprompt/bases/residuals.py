@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +28,19 @@ class Residuals:
             tuple(one * weight for one in self.skips),
             None if self.middle is None else self.middle * weight,
             tuple(one * weight for one in self.encoder),
+        )
+
+    def within(self, mask: Float[Tensor, "batch 1 height width"]) -> Residuals:
+        """The same where a mask in [0, 1] of the picture's shape says so, and nothing elsewhere."""
+
+        def masked(one: Tensor) -> Tensor:
+            size = (one.shape[-2], one.shape[-1])
+            return one * adaptive_avg_pool2d(mask, size).to(one)
+
+        return Residuals(
+            tuple(masked(one) for one in self.skips),
+            None if self.middle is None else masked(self.middle),
+            tuple(masked(one) for one in self.encoder),
         )
 
     def arguments(self) -> dict[str, Any]:

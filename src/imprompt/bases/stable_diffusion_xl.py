@@ -1,6 +1,7 @@
 """Stable Diffusion XL, and every model that is built the same way, of any size."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, final
 
@@ -165,7 +166,7 @@ class StableDiffusionXLBase(UNetBase):
         if framing is None:
             factor = pixels_per_latent(self.vae)
             height, width = (factor * side for side in latents.shape[-2:])
-            framing = whole_picture(height, width).to(latents.device).expand(len(latents), -1)
+            framing = _whole_picture_there(height, width, latents.device).expand(len(latents), -1)
         return {
             "encoder_hidden_states": text_states.sequence,
             "added_cond_kwargs": {"text_embeds": text_states.pooled, "time_ids": framing},
@@ -176,6 +177,15 @@ def whole_picture(height_px: int, width_px: int) -> Float[Tensor, "1 6"]:
     """The framing of a picture that is shown whole, at the size it has."""
     sizes = [height_px, width_px]
     return torch.tensor([[*sizes, 0, 0, *sizes]], dtype=torch.float32)
+
+
+@lru_cache(maxsize=64)
+def _whole_picture_there(
+    height_px: int, width_px: int, device: torch.device
+) -> Float[Tensor, "1 6"]:
+    """The same on a device, where every step of a generation reads it: brought there once."""
+    with torch.inference_mode(False):  # it may serve training later
+        return whole_picture(height_px, width_px).to(device)
 
 
 def load_stable_diffusion_xl(

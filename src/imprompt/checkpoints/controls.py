@@ -57,7 +57,6 @@ def load_control(
             str(folder),
             torch_dtype=dtype,
             local_files_only=True,
-            low_cpu_mem_usage=False,
             variant="fp16" if has_only_half_precision_files(folder) else None,
             output_loading_info=True,
         )

@@ -50,11 +50,13 @@ def check_is_used(arguments: argparse.Namespace) -> None:
         raise ImpromptError("--explain looks at one weight: give --scale instead of --sweep.")
     if arguments.size_px is not None and len(arguments.size_px) > 2:
         raise ImpromptError("--size-px takes one side, or height and width.")
-    if len(arguments.landmarks) not in (0, len(arguments.identity)):
-        raise ImpromptError(
-            f"{len(arguments.landmarks)} --landmarks were given for {len(arguments.identity)} "
-            "--identity: give one for each, or none."
-        )
+    for name in ("landmarks", "identity_mask"):
+        count = len(getattr(arguments, name))
+        if count not in (0, len(arguments.identity)):
+            raise ImpromptError(
+                f"{count} {_option(name)} were given for {len(arguments.identity)} --identity: give one for "
+                "each, or none."
+            )
     others = given(
         arguments, "guidance_scale", "image_guidance_scale", "instruction_guidance_scale"
     )
@@ -73,6 +75,7 @@ def check_files(arguments: argparse.Namespace) -> None:
     ]
     images = [*arguments.image, arguments.negative_image, arguments.mask, *arguments.identity]
     images += [arguments.init_image, arguments.init_mask]
+    images += [arguments.control_mask, *arguments.identity_mask]
     check_exist("image file", [*images, *(file_and_weight(value)[0] for _, value in controls)])
     check_exist("adapter", [arguments.adapter], ADAPTERS)
     check_exist("identity model", [arguments.identity_model], IDENTITIES)

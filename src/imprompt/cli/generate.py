@@ -86,6 +86,12 @@ def add_parser(verbs: Any) -> None:
         "--control-end", type=number, help="of all controls: fraction of the steps (1)"
     )
     parser.add_argument(
+        "--control-mask",
+        type=Path,
+        metavar="FILE",
+        help="where all controls act: white there, black elsewhere",
+    )
+    parser.add_argument(
         "--lora",
         action="append",
         default=[],
@@ -173,7 +179,7 @@ def run(arguments: argparse.Namespace) -> None:
     _extend(base, arguments)
     adapter = _adapter(arguments) if pictures else None
     published = _published_guidance(arguments, base)
-    controls = _controls(arguments)
+    controls = _controls(arguments, base)
     identities = _identities(arguments)
     init_image = _init_image(arguments)
     guidance = _guidance(arguments, published)
@@ -306,7 +312,7 @@ def _extend(base: Any, arguments: argparse.Namespace) -> None:
         add_textual_inversion(base, file)
 
 
-def _controls(arguments: argparse.Namespace) -> list[Any]:
+def _controls(arguments: argparse.Namespace, base: Any) -> list[Any]:
     from imprompt.checkpoints import load_control, shipped_controls
     from imprompt.core.errors import ImpromptError
     from imprompt.core.images import open_image
@@ -329,10 +335,10 @@ def _controls(arguments: argparse.Namespace) -> list[Any]:
                 "`imprompt train controlnet` or `imprompt train t2i-adapter` makes them."
             )
         used.add(kind)
-        model = load_control(folder)
+        model = load_control(folder, dtype=base.dtype, device=base.device)
         if model.kind not in ("", kind):
             raise ImpromptError(f"{folder} reads {model.kind} maps, not {kind} maps.")
-        span = given(arguments, start="control_start", end="control_end")
+        span = given(arguments, start="control_start", end="control_end", mask="control_mask")
         controls.append(Control(image=open_image(file), model=model, weight=weight, **span))
     if unused := set(folders) - used:
         kind = sorted(unused)[0]
@@ -355,9 +361,10 @@ def _identities(arguments: argparse.Namespace) -> list[Any]:
     identity = load_identity(arguments.identity_model or "diorama")
     options = given(arguments, "face_encoder", scale="identity_scale", net_weight="identity_net")
     places = arguments.landmarks or [None] * len(arguments.identity)
+    masks = arguments.identity_mask or [None] * len(arguments.identity)
     return [
-        IdentityPrompt(open_image(picture), identity, landmarks=landmarks, **options)
-        for picture, landmarks in zip(arguments.identity, places, strict=True)
+        IdentityPrompt(open_image(picture), identity, landmarks=landmarks, mask=mask, **options)
+        for picture, landmarks, mask in zip(arguments.identity, places, masks, strict=True)
     ]
 
 

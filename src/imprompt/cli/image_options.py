@@ -27,8 +27,8 @@ ABOUT_IMAGES = (
     "lora_scale",
     "shortcut_scale",
 )
-ABOUT_PERSONS = ("landmarks", "identity_model", "identity_scale", "identity_net")
-ABOUT_CONTROLS = ("control_start", "control_end")
+ABOUT_PERSONS = ("landmarks", "identity_mask", "identity_model", "identity_scale", "identity_net")
+ABOUT_CONTROLS = ("control_start", "control_end", "control_mask")
 ABOUT_INIT_IMAGE = ("init_mask", "strength")
 ABOUT_EITHER = ("explain", "image_encoder", "image_guidance_scale", "face_encoder")
 
@@ -50,6 +50,14 @@ def add_identity_arguments(group: Any) -> None:
         metavar="FILE",
         help="where the face shall be: JSON of five points, for each person (default: where it is in "
         "the picture)",
+    )
+    group.add_argument(
+        "--identity-mask",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="where the person acts, for each: white there, black elsewhere; keeps several apart",
     )
     group.add_argument(
         "--identity-model",

@@ -251,7 +251,7 @@ class InsightFaceEncoder:
         if None in chosen:
             raise ImpromptError(
                 f"{self.name} finds no face in picture {chosen.index(None) + 1} of {len(chosen)}: give "
-                "one that shows a face, large enough and not from behind."
+                "one that shows a face, neither very small nor from behind."
             )
         return chosen
 
@@ -264,11 +264,25 @@ class InsightFaceEncoder:
         # Outside the lock, so that threads look at the same time. The library allows it: `get` writes
         # only to the faces it makes, sessions of onnxruntime may run in many threads, and what the
         # detector keeps for itself (`center_cache`) is the same whichever thread computed it.
-        found = max(self._analysis.get(picture), key=_area, default=None)
+        found = self._looked_for(picture)
         with self._lock:
             if len(self._known) >= MAX_PICTURES_KNOWN:
                 del self._known[next(iter(self._known))]
             self._known[key] = found
+        return found
+
+    def _looked_for(self, picture: np.ndarray) -> Any | None:
+        """The largest face. The detector misses one that fills the picture: it is looked for once more in a
+        picture with as much again of black around it."""
+        found = max(self._analysis.get(picture), key=_area, default=None)
+        if found is not None:
+            return found
+        top, left = (side // 2 for side in picture.shape[:2])
+        wider = np.pad(picture, ((top, top), (left, left), (0, 0)))
+        found = max(self._analysis.get(wider), key=_area, default=None)
+        if found is not None:
+            found.kps = np.asarray(found.kps) - (left, top)
+            found.bbox = np.asarray(found.bbox) - (left, top, left, top)
         return found
 
 
@@ -327,7 +341,9 @@ def _face_analysis(pack: str) -> Any:
         ) from error
     try:
         analysis = FaceAnalysis(name=pack)
-        analysis.prepare(ctx_id=0 if torch.cuda.is_available() else -1, det_size=(640, 640))
+        # Of several processes each has a GPU of its own.
+        gpu = torch.cuda.current_device() if torch.cuda.is_available() else -1
+        analysis.prepare(ctx_id=gpu, det_size=(640, 640))
     except Exception as error:  # the library downloads, unpacks and asserts
         reason = str(error)
         if isinstance(error, AssertionError) and not reason:

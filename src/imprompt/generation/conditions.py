@@ -181,7 +181,7 @@ def weakened(condition: dict[str, Any], factor: float) -> dict[str, Any]:
         return {**condition, CONDITION_KEY: left}
     changed = {
         index: site._replace(
-            prompts=tuple(kv._replace(value=kv.value * factor) for kv in site.prompts)
+            prompts=tuple(kv._replace(factor=torch.tensor(factor)) for kv in site.prompts)
         )
         for index, site in sites.items()
     }

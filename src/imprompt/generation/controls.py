@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from imprompt.adapters.preparation import check_mask_fits
 from imprompt.adapters.sites import Number
 from imprompt.bases import Base, Residuals, TextStates
 from imprompt.bases.latent_space import height_and_width
@@ -18,6 +20,7 @@ from imprompt.checkpoints.controls import CLASSES
 from imprompt.core.errors import ImpromptError
 from imprompt.generation.conditions import Branch, check_finite, check_time_span, rows_of
 from imprompt.generation.features import ImageLike, pixels_of_image_like
+from imprompt.generation.masks import mask_to_tensor
 from imprompt.systems.controlnet import check_controlnet, control_residuals
 from imprompt.systems.t2i_adapter import adapter_residuals, check_t2i_adapter
 
@@ -33,6 +36,7 @@ class Control:
             such a network itself.
         weight: ω, how much of what the network adds is added; 0 is nothing at no cost.
         start, end: the fraction of the steps in which it acts.
+        mask: where it acts: white there, black elsewhere, of the picture's shape; see `ImagePrompt`.
 
     Raises:
         ImpromptError: start and end are no time span, the weight is not finite, or the model is no such network.
@@ -45,6 +49,7 @@ class Control:
     weight: Number = 1.0
     start: Number = 0.0
     end: Number = 1.0
+    mask: ImageLike | None = None
 
     def __post_init__(self) -> None:
         check_time_span(self.start, self.end)
@@ -78,6 +83,7 @@ class MapControl:
     end: Number = 1.0
     tokens: Float[Tensor, "images tokens dim"] | None = None
     zero_tokens: Float[Tensor, "one tokens dim"] | None = None
+    mask: Float[Tensor, "mask_height mask_width"] | None = None
 
     def is_active(self, step: int, num_steps: int) -> bool:
         """Whether it acts at this step, counted from 0."""
@@ -87,6 +93,12 @@ class MapControl:
     def is_controlnet(self) -> bool:
         """Whether it reads the noisy latents, too, and must be run at every step."""
         return hasattr(self.module, "controlnet_cond_embedding")
+
+    @property
+    def is_conditional(self) -> bool:
+        """Whether nothing of it may reach the unconditional branch. So it is with ControlNets that tell of the
+        whole picture, as the published one for shuffled pictures; guidance would undo what they say."""
+        return bool(self.module.config.get("global_pool_conditions"))
 
 
 def map_control(control: Control, base: Base, size_px: int | tuple[int, int] | None) -> MapControl:
@@ -109,16 +121,22 @@ def map_control(control: Control, base: Base, size_px: int | tuple[int, int] | N
     # The published T2I-Adapters for edges and sketches read grey; a ControlNet's are the latents.
     is_grey = control.network.config.in_channels == 1
     return MapControl(
-        module=placed(control.network, base),
+        module=placed(control.network, base, is_own=isinstance(control.model, LoadedControl)),
         maps=maps.mean(1, keepdim=True) if is_grey else maps,
         weight=control.weight,
         start=control.start,
         end=control.end,
+        mask=None if control.mask is None else mask_to_tensor(control.mask),
     )
 
 
-def placed(network: Any, base: Base) -> Any:
-    """A control's network where the base computes and in its precision."""
+def placed(network: Any, base: Base, *, is_own: bool = True) -> Any:
+    """A control's network where the base computes and in its precision, and it stays there.
+
+    One that is not our own, but the caller's, perhaps still to be trained, is rounded in a copy.
+    """
+    if not is_own and network.dtype != base.dtype:
+        network = deepcopy(network)
     # Not with diffusers' own `to`, which remarks on modules that it keeps in float32: none.
     return nn.Module.to(network, device=base.device, dtype=base.dtype)
 
@@ -162,15 +180,23 @@ class ControlRun:
             .repeat(len(branches), 1, 1, 1)
             for control in self._controls
         ]
+        self._where = [_where(control, branches, maps) for control, maps in self._with_maps()]
         self._states = [
             _states(control, branches, rows, num_images, text_states) for control in self._controls
         ]
         # What does not depend on the noise is computed here, once.
         self._constant: dict[int, Residuals] = {
-            number: adapter_residuals(control.module, maps) * control.weight
-            for number, (control, maps) in enumerate(zip(self._controls, self._maps, strict=True))
+            number: self._within(number, adapter_residuals(control.module, maps) * control.weight)
+            for number, (control, maps) in enumerate(self._with_maps())
             if not control.is_controlnet
         }
+
+    def _with_maps(self) -> list[tuple[MapControl, Tensor]]:
+        return list(zip(self._controls, self._maps, strict=True))
+
+    def _within(self, number: int, residuals: Residuals) -> Residuals:
+        where = self._where[number]
+        return residuals if where is None else residuals.within(where)
 
     def residuals(self, latents: Tensor, timestep: Tensor, step: int) -> Residuals | None:
         """What all controls that act at this step add for latents as the denoiser sees them."""
@@ -181,17 +207,33 @@ class ControlRun:
             parts.append(
                 self._constant[number]
                 if number in self._constant
-                else control_residuals(
-                    control.module,
-                    self._base,
-                    latents,
-                    timestep,
-                    self._states[number],
-                    self._maps[number],
-                    control.weight,
+                else self._within(
+                    number,
+                    control_residuals(
+                        control.module,
+                        self._base,
+                        latents,
+                        timestep,
+                        self._states[number],
+                        self._maps[number],
+                        control.weight,
+                    ),
                 )
             )
         return Residuals.sum(parts) if parts else None
+
+
+def _where(control: MapControl, branches: Sequence[Branch], maps: Tensor) -> Tensor | None:
+    """How much of what a control adds counts, (stacked rows, 1, height, width); None is all of it everywhere."""
+    if control.mask is None and not control.is_conditional:
+        return None
+    mask = torch.ones(1, 1) if control.mask is None else control.mask
+    if control.mask is not None:
+        check_mask_fits(control.mask, (maps.shape[-2], maps.shape[-1]))
+    rows_each = len(maps) // len(branches)
+    counts = [float(b != "unconditional" or not control.is_conditional) for b in branches]
+    of_rows = torch.tensor(counts).repeat_interleave(rows_each)[:, None, None, None]
+    return (of_rows * mask).to(maps)
 
 
 def _states(

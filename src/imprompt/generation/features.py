@@ -22,7 +22,7 @@ from imprompt.core.tensor_files import write_tensors
 ImageLike = str | PathLike[str] | Image.Image | Tensor | numpy.ndarray
 
 CROPS = ("center", "pad", "stretch", "tiles")
-MERGES = ("concat", "mean", "norm mean", "sum", "difference")
+MERGES = ("concat", "mean", "norm mean", "sum", "difference", "each")
 
 SQUARES_AT_ONCE = 32
 
@@ -156,7 +156,7 @@ def squares(pixels: Float[Tensor, "3 height width"], crop: str) -> list[Tensor]:
 def merge_features(
     values: Float[Tensor, "pictures *shape"], merge: str, weights: Sequence[Number] | None
 ) -> Float[Tensor, "merged *shape"]:
-    """Several pictures' features as one prompt's.
+    """Several pictures' features as one prompt's; or, with `each`, as they are, one for each image of a generation.
 
     concat: all of them, read one beside the other (`weights` multiply each, most of which a projection
     that ends in a normalisation takes back). mean, sum: of the
@@ -173,7 +173,7 @@ def merge_features(
         raise ImpromptError(f"{len(weights)} weights were given for {len(values)} images.")
     factors = values.new_tensor([1.0] * len(values) if weights is None else list(weights))
     shaped = factors.view(-1, *[1] * (values.ndim - 1))
-    if merge == "concat":
+    if merge in ("concat", "each"):
         return values * shaped
     if merge == "sum":
         return (values * shaped).sum(0, keepdim=True)

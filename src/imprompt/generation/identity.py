@@ -23,6 +23,7 @@ from imprompt.generation.conditions import TokenPrompt, check_finite, check_time
 from imprompt.generation.controls import MapControl
 from imprompt.generation.faces import face_encoder_of, face_features, face_features_of_nothing
 from imprompt.generation.features import ImageLike, pixels_of_image_like
+from imprompt.generation.masks import mask_to_tensor
 
 Landmarks = Tensor | str | PathLike[str]
 
@@ -58,6 +59,10 @@ class IdentityPrompt:
     end: Number = 1.0
     face_encoder: FaceEncoder | str | None = None
     """Who reads the face; see `ImagePrompt`."""
+
+    mask: ImageLike | None = None
+    """Where the person acts, beside the text and in IdentityNet: white there, black elsewhere. With one for each,
+    several persons in one picture stay apart."""
 
     def __post_init__(self) -> None:
         check_time_span(self.start, self.end)
@@ -112,6 +117,7 @@ def read_person(
         return Person(None, None)
     adapter = prompt.identity.adapter
     faces = face_encoder_of(adapter, prompt.face_encoder)
+    mask = None if prompt.mask is None else mask_to_tensor(prompt.mask)
     tokens = adapter.tokens(*face_features(adapter, [prompt.image], faces, encoder))
     zero_tokens = adapter.tokens(*face_features_of_nothing(adapter, encoder))
     beside, control = None, None
@@ -122,6 +128,7 @@ def read_person(
             tokens=tokens,
             zero_tokens=zero_tokens,
             scale=prompt.scale,
+            mask=None if mask is None else mask[None],
             start=prompt.start,
             end=prompt.end,
             number=number,
@@ -136,6 +143,7 @@ def read_person(
             end=prompt.end,
             tokens=tokens,
             zero_tokens=zero_tokens,
+            mask=mask,
         )
     return Person(beside, control)
 

@@ -22,7 +22,7 @@ from imprompt.bases.latent_space import height_and_width
 from imprompt.core.errors import ImpromptError
 from imprompt.core.images import pixels_to_images
 from imprompt.generation.features import ImageLike, check_image_like, pixels_of_image_like
-from imprompt.generation.prompts import mask_to_tensor
+from imprompt.generation.masks import mask_to_tensor
 
 MAX_SHAPES_DIFFER = 0.02
 """Of width through height of a picture and of its mask: sides are whole pixels."""

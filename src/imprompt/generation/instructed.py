@@ -9,6 +9,7 @@ from torch import Tensor
 from imprompt.adapters import ImagePromptAdapter
 from imprompt.adapters.sites import Number
 from imprompt.bases import Base, TextStates
+from imprompt.core.errors import ImpromptError
 from imprompt.encoders.instruction import METADATA_KEY, instruction_states
 
 EVERYTHING = "use everything"
@@ -41,7 +42,7 @@ class InstructedTokens:
     """image and text, told that everything is meant"""
     image_only: Float[Tensor, "negatives tokens dim"]
     """the image, with the negative text for text and instruction"""
-    nothing: Float[Tensor, "negatives tokens dim"] | None
+    nothing: Float[Tensor, "nothings tokens dim"] | None
     """no image and no instruction, with the negative text; None if that was not asked for"""
 
 
@@ -71,10 +72,16 @@ def instructed_tokens(
     nothing: Float[Tensor, "one length dim"] | None,
     instruction: str | None,
     words: Words,
+    *,
+    is_each: bool = False,
 ) -> InstructedTokens:
-    """Tokens of one image prompt (all its pictures side by side) for all parts of guidance.
+    """Tokens of one image prompt for all parts of guidance: of all its pictures side by side or, with
+    `is_each`, of one for each image.
 
     `nothing` is what stands for no picture; None where nothing is guided.
+
+    Raises:
+        ImpromptError: with `is_each`, there is another number of pictures than of texts.
 
     Source: IP-Adapter-Instruct (2408.03209), section 3.2, and its published pipelines.
     """
@@ -88,6 +95,9 @@ def instructed_tokens(
 
     def tokens(pictures: Tensor, told: Tensor, texts: Tensor) -> Tensor:
         count, images = len(pictures), len(texts)
+        if is_each:
+            images = max(count, images)
+            return adapter.tokens(*(_for_each(x, images) for x in (pictures, told, texts)))
         made = adapter.tokens(
             pictures.repeat(images, 1, 1),
             told.expand(images, -1, -1).repeat_interleave(count, 0),
@@ -100,7 +110,7 @@ def instructed_tokens(
 
     zero = None
     if nothing is not None:
-        zero = tokens(nothing, silent, negative).repeat(1, len(features), 1)
+        zero = tokens(nothing, silent, negative).repeat(1, 1 if is_each else len(features), 1)
     full = asked(EVERYTHING if instruction is None else instruction)
     return InstructedTokens(
         full=full,
@@ -109,6 +119,14 @@ def instructed_tokens(
         image_only=tokens(features, told_negative, negative),
         nothing=zero,
     )
+
+
+def _for_each(values: Tensor, images: int) -> Tensor:
+    if len(values) not in (1, images):
+        raise ImpromptError(
+            f"{len(values)} pictures were given with merge='each' for {images} images: give one for each."
+        )
+    return values.expand(images, *values.shape[1:])
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,8 @@ def generate(
     for adapter in adapters:
         adapter.to(base.device)
     for person in identities:
-        placed(person.identity.net, base)
+        if person.is_in_the_net:
+            placed(person.identity.net, base)
     with (
         torch.inference_mode(),
         installed(base.unet, adapters) as handles,

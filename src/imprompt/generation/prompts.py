@@ -5,10 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-import numpy
 import torch
-from jaxtyping import Float
-from PIL import Image
 from torch import Tensor, nn
 
 from imprompt.adapters import Handle, ImagePromptAdapter
@@ -17,7 +14,6 @@ from imprompt.adapters.sites import Number, Scale
 from imprompt.bases import ClipImageEncoder
 from imprompt.checkpoints.identity import reads_faces
 from imprompt.core.errors import ImpromptError
-from imprompt.core.images import open_image
 from imprompt.encoders.face import FaceEncoder
 from imprompt.generation.conditions import (
     TokenPrompt,
@@ -40,6 +36,7 @@ from imprompt.generation.features import (
     merge_features,
 )
 from imprompt.generation.instructed import Words, instructed_tokens
+from imprompt.generation.masks import mask_to_tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +80,8 @@ class ImagePrompt:
     """Factors on `scale`, spread evenly from start to end and interpolated: (1, 0) fades out."""
 
     merge: str = field(default="concat", kw_only=True)
-    """How several images become one prompt; see `imprompt.generation.features.merge_features`."""
+    """How several images become one prompt; see `imprompt.generation.features.merge_features`. With "each" they
+    do not: there are as many as a generation draws, and each reads its own."""
 
     image_weights: Sequence[Number] | None = field(default=None, kw_only=True)
     """One weight for each of several images."""
@@ -144,6 +142,8 @@ class ImagePrompt:
             raise ImpromptError("With a site_preset the scale is one number, which it spreads.")
         if self.image_weights is not None and self.crop == "tiles":
             raise ImpromptError("Images cut into tiles cannot be weighted: use another crop.")
+        if self.merge == "each" and (self.image_weights is not None or self.crop == "tiles"):
+            raise ImpromptError("With merge='each' images have neither image_weights nor tiles.")
 
     @property
     def images(self) -> tuple[ImageLike, ...]:
@@ -211,7 +211,10 @@ def token_prompt(
         if words is None:
             raise ImpromptError("An Instruct adapter reads the text too: draw with generate().")
         nothing = None if against is None else against[0]
-        made = instructed_tokens(adapter, features[0], nothing, prompt.instruction, words)
+        is_each = prompt.merge == "each"
+        made = instructed_tokens(
+            adapter, features[0], nothing, prompt.instruction, words, is_each=is_each
+        )
         tokens = {
             "tokens": made.full,
             "zero_tokens": made.nothing,
@@ -222,14 +225,13 @@ def token_prompt(
         options: dict[str, float] = {}
         if adapter.variant == "faceid-plus":
             options["shortcut_scale"] = float(prompt.shortcut_scale)
-        # Several images are one prompt: the attention reads the tokens of all of them.
-        zero_tokens = None
-        if against is not None:
-            zero_tokens = adapter.tokens(*against, **options).repeat(1, len(features[0]), 1)
-        tokens = {
-            "tokens": adapter.tokens(*features, **options).flatten(0, 1)[None],
-            "zero_tokens": zero_tokens,
-        }
+        made = adapter.tokens(*features, **options)
+        nothing = None if against is None else adapter.tokens(*against, **options)
+        if prompt.merge != "each":
+            # Several images are one prompt: the attention reads the tokens of all of them.
+            nothing = None if nothing is None else nothing.repeat(1, len(made), 1)
+            made = made.flatten(0, 1)[None]
+        tokens = {"tokens": made, "zero_tokens": nothing}
     return TokenPrompt(
         handle=handle,
         number=number,
@@ -263,7 +265,7 @@ def _read_faces(
     prompt: ImagePrompt, encoder: ClipImageEncoder | None, is_guided: bool
 ) -> tuple[list[Tensor], list[Tensor] | None]:
     """The same of an adapter that reads identity vectors."""
-    if prompt.merge != "concat" and prompt.adapter.variant == "faceid-plus":
+    if prompt.merge not in ("concat", "each") and prompt.adapter.variant == "faceid-plus":
         raise ImpromptError("Faces for faceid-plus are merged by concat only.")
     faces = face_encoder_of(prompt.adapter, prompt.face_encoder)
     if isinstance(prompt.image, ImageFeatures) or isinstance(prompt.negative, ImageFeatures):
@@ -353,20 +355,3 @@ def _features_of_nothing(
             "generate() the image encoder they came from, or encode the images again."
         )
     return _encoder_for(prompt.adapter, encoder).zero_hidden_states()
-
-
-def mask_to_tensor(mask: ImageLike) -> Float[Tensor, "height width"]:
-    """Where a prompt acts, in [0, 1]: of a file or PIL image its brightness."""
-    if isinstance(mask, numpy.ndarray) and mask.ndim == 2:
-        # Zeros and ones are a mask in every type; as brightness of a picture all would be black.
-        is_brightness = mask.dtype == numpy.uint8 and mask.max(initial=0) > 1
-        mask = Image.fromarray(mask) if is_brightness else torch.from_numpy(mask)
-    if isinstance(mask, Tensor):
-        if mask.ndim != 2:
-            raise ImpromptError(
-                f"A mask has the shape {tuple(mask.shape)}; (height, width) in [0, 1] is needed."
-            )
-        return mask.to(torch.float32)
-    if isinstance(mask, numpy.ndarray):
-        mask = Image.fromarray(mask)
-    return torch.from_numpy(numpy.asarray(open_image(mask).convert("L"), dtype=numpy.float32) / 255)

@@ -130,14 +130,18 @@ def sample_latents(
                 latents = noise * scheduler.init_noise_sigma
             else:
                 latents = start.latents_with(noise, noise_level(scheduler, timesteps[0]))
+            # The sampler reckons on the CPU; the networks would fetch each timestep from there, and wait for it.
+            there = timesteps.to(
+                base.device, torch.float32 if timesteps.is_floating_point() else None
+            )
             extra = {}
             if uses_noise(sampler):
                 extra["generator"] = _step_generators(seed, indices[rows])
             for step, timestep in enumerate(timesteps):
                 scaled = scheduler.scale_model_input(latents, timestep)
                 stacked = torch.cat([scaled] * len(branches)) if len(branches) > 1 else scaled
-                residuals = control_run.residuals(stacked, timestep, step)
-                output = base.denoise(stacked, timestep, text, conditions[step], residuals)
+                residuals = control_run.residuals(stacked, there[step], step)
+                output = base.denoise(stacked, there[step], text, conditions[step], residuals)
                 output = guidance.of(output, branches)
                 latents = scheduler.step(output, timestep, latents, return_dict=False, **extra)[0]
                 if start is not None and start.mask is not None:

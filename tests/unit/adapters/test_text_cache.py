@@ -209,6 +209,33 @@ def test_a_mask_of_another_resolution_than_prepared(unet, inputs):
         handle.prepare([condition], latent_size=(8, 24))
 
 
+@pytest.mark.parametrize("size", [(112, 144), (96, 168), (80, 192), (104, 152)])
+def test_a_square_mask_fits_none_of_xl_s_other_shapes(unet, size):
+    """Of their numbers of positions some grid is nearly square, which is not the picture's."""
+    handle, tokens = installed(unet)
+    condition = handle.condition(tokens, mask=torch.ones(1, 64, 64))
+    with pytest.raises(ImpromptError, match="aspect ratio"):
+        handle.prepare([condition], latent_size=size)
+
+
+def test_a_pipeline_s_calls_have_the_mask_at_the_picture_s_own_grid(unet):
+    """14 x 18 positions are also 12 x 21, to which the nearest of a mask's shapes may point."""
+    handle, tokens = installed(unet)
+    tokens = tokens[:1]
+    generator = torch.Generator().manual_seed(5)
+    sample = torch.randn(1, 4, 14, 18, generator=generator)
+    text = torch.randn(1, 7, tokens.shape[-1], generator=generator)
+    mask = torch.zeros(1, 13, 18)
+    mask[:, :, :9] = 1
+    with torch.no_grad():
+        with handle.prompt(tokens, mask=mask, guidance=False):
+            drawn = unet(sample, 5, text).sample
+        condition = handle.condition(tokens, mask=mask)
+        [prepared] = handle.prepare([condition], latent_size=(14, 18))
+        expected = unet(sample, 5, text, cross_attention_kwargs=prepared).sample
+    torch.testing.assert_close(drawn, expected, atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("over_time", [(1.0,), (1.0, 0.2)])
 def test_a_generation_computes_it_once(unet, counted, over_time):
     from imprompt.bases import TextStates

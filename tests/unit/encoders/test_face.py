@@ -156,6 +156,26 @@ def test_insightface_is_asked_for_the_largest_face():
         encoder.embeds(torch.stack([pixels[0], torch.full((3, 16, 32), -1.0)]))
 
 
+def test_a_face_that_fills_the_picture_is_found_in_a_wider_one():
+    asked = []
+
+    class Detector(Library):
+        def get(self, picture):
+            asked.append(picture.shape)
+            if len(asked) == 1:
+                return []
+            top, left = 8, 16  # of the picture in the wider one
+            assert picture[top:-top, left:-left].all() and not picture[0].any()
+            where = np.array([[left + 4.0, top + 2.0]] * 5)
+            bbox = np.array([left, top, left + 32.0, top + 16.0])
+            return [SimpleNamespace(bbox=bbox, embedding=np.ones(512), kps=where)]
+
+    encoder = InsightFaceEncoder(analysis=Detector())
+    places = encoder.landmarks(torch.ones(1, 3, 16, 32))
+    assert asked == [(16, 32, 3), (32, 64, 3)]
+    torch.testing.assert_close(places, torch.tensor([4 / 32, 2 / 16]).expand(1, 5, 2))
+
+
 def test_threads_look_for_faces_at_the_same_time(monkeypatch):
     both_look, library = Barrier(2), Library()
 

@@ -1,6 +1,7 @@
 """Controls in generation: alone as diffusers does it, several at once, with image prompts."""
 
 import shutil
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from imprompt.cli.main import main
 from imprompt.core.errors import ImpromptError
 from imprompt.core.images import pixels_to_images
 from imprompt.generation import Control, ImagePrompt, MapControl, generate, sample_latents
-from imprompt.generation.controls import map_control
+from imprompt.generation.controls import ControlRun, map_control
 from imprompt.generation.sampler import initial_noise
 from imprompt.systems.controlnet import create_controlnet
 from imprompt.systems.t2i_adapter import create_t2i_adapter
@@ -67,9 +68,13 @@ def difference(a: Image.Image, b: Image.Image) -> float:
     return float(np.abs(np.asarray(a, dtype=float) - np.asarray(b, dtype=float)).max())
 
 
-@pytest.mark.parametrize("name", ["controlnet", "t2i-adapter"])
+@pytest.mark.parametrize("name", ["controlnet", "of the whole picture", "t2i-adapter"])
 def test_a_control_acts_as_in_diffusers(base, controls, pictures, name):
-    module = controls[name].module
+    model = controls.get(name, controls["controlnet"])
+    module = model.module
+    if name == "of the whole picture":  # as the published one for shuffled pictures
+        model = module = deepcopy(module)
+        module.register_to_config(global_pool_conditions=True)
     parts = {
         "vae": base.vae,
         "text_encoder": base.text_encoder,
@@ -80,14 +85,14 @@ def test_a_control_acts_as_in_diffusers(base, controls, pictures, name):
         "feature_extractor": None,
         "requires_safety_checker": False,
     }
-    if name == "controlnet":
+    if name != "t2i-adapter":
         pipeline = StableDiffusionControlNetPipeline(controlnet=module, **parts)
         weight = {"controlnet_conditioning_scale": 0.7}
     else:
         pipeline = StableDiffusionAdapterPipeline(adapter=module, **parts)
         weight = {"adapter_conditioning_scale": 0.7}
     pipeline.set_progress_bar_config(disable=True)
-    control = Control(image=pictures[0], model=controls[name], weight=0.7)
+    control = Control(image=pictures[0], model=model, weight=0.7)
     bare = generate(base, "a cat", **OPTIONS)[0]
     own = generate(base, "a cat", controls=control, **OPTIONS)[0]
     stock = pipeline(
@@ -241,6 +246,42 @@ def test_a_bare_network_is_a_control(base, controls, pictures):
         Control(image=pictures[0], model=base.unet)
 
 
+def test_a_mask_says_where_a_control_acts(base, controls, pictures):
+    mask = torch.zeros(SIZE, SIZE)
+    mask[:, : SIZE // 2] = 1
+
+    def added(model, **options):
+        control = map_control(Control(image=pictures[0], model=model, **options), base, None)
+        text = base.encode_text(["a cat"])
+        run = ControlRun([control], base, ["conditional"], slice(0, 1), 1, 3, text)
+        noisy = torch.ones(1, *base.latent_shape())
+        return run.residuals(noisy, torch.tensor(5), 0)
+
+    for model in controls.values():
+        with torch.no_grad():
+            whole, half = added(model), added(model, mask=mask)
+        first, masked = (of.skips or of.encoder for of in (whole, half))
+        for one, other in zip(first, masked, strict=True):
+            width = one.shape[-1] // 2
+            assert torch.equal(one[..., :width], other[..., :width])
+            assert other[..., width:].abs().max() == 0 < one[..., width:].abs().max()
+    with pytest.raises(ImpromptError, match="aspect ratio"):
+        control = Control(image=pictures[0], model=model, mask=mask[:, : SIZE // 2])
+        generate(base, "a cat", controls=control, **OPTIONS)
+
+
+def test_a_network_of_the_caller_s_stays_as_it_is(base_folder, controls, pictures):
+    half = load_base(base_folder, dtype=torch.bfloat16)
+    module = deepcopy(controls["controlnet"].module).requires_grad_(True)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    generate(half, "a cat", controls=Control(image=pictures[0], model=module), **OPTIONS)
+    for name, value in module.state_dict().items():
+        assert value.dtype == torch.float32 and torch.equal(value, before[name])
+    loaded = LoadedControl(module, "edges")  # one that was read by us is moved for good
+    generate(half, "a cat", controls=Control(image=pictures[0], model=loaded), **OPTIONS)
+    assert module.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -319,7 +360,11 @@ def test_the_command_line(base_folder, controls, pictures, tmp_path, capsys, mon
     both = ["--control", "edges=map.png:0.5", "--control", "depth=map.png"]
     assert main([*command, *both, *models]) == 0
     assert Image.open("images.png").size == (SIZE, SIZE)
+    masked = ["--control-mask", "map.png", "--output", "masked.png"]
+    assert main([*command, *both, *models, *masked]) == 0
+    assert difference(Image.open("images.png"), Image.open("masked.png")) > 0
     for options, message in (
+        (["--control-mask", "map.png"], "--control-mask is about controls, but no --control"),
         (["--control", "edges=map.png"], "no control for edges"),
         (["--control", "map.png"], "KIND=FILE"),
         (["--control", "edges=none.png", *models[:2]], "no image file none.png"),

@@ -160,6 +160,30 @@ def test_an_identity_acts_by_its_adapter_and_by_its_net(base, faces, pictures, i
     )
 
 
+def test_masks_keep_persons_apart(base, faces, pictures, identity):
+    """Where one acts, the other does not: moving a person who acts nowhere changes nothing."""
+    left = torch.zeros(32, 32)
+    left[:, :16] = 1
+
+    def drawn(*persons):
+        prompts = [
+            IdentityPrompt(picture, identity, face_encoder=faces, mask=mask)
+            for picture, mask in persons
+        ]
+        return generate(base, "a house", identities=prompts, **FAST)
+
+    a, b = pictures
+    bare, everywhere = generate(base, "a house", **FAST), drawn((a, None))
+    assert same(bare, drawn((a, torch.zeros(32, 32))))
+    assert same(everywhere, drawn((a, torch.ones(32, 32))))
+    both = drawn((a, left), (b, 1 - left))
+    assert not same(both, drawn((b, left), (a, 1 - left)))
+    assert not same(both, everywhere)
+    assert same(both, drawn((b, 1 - left), (a, left)))
+    with pytest.raises(ImpromptError, match="aspect ratio"):
+        drawn((a, left[:, :8]))
+
+
 def test_half_precision_is_no_matter_for_remarks(folder, faces, pictures, identity, monkeypatch):
     remarks = []
     monkeypatch.setattr(modeling_utils.logger, "warning", lambda *told: remarks.append(told))

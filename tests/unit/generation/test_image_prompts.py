@@ -58,6 +58,18 @@ def test_equal_images_merged_by_mean_are_one_image(base, base_adapter, pictures)
     assert abs(draw(base, weighted) - one).max() <= 1
 
 
+def test_each_image_of_a_generation_may_have_its_own(base, adapter, pictures):
+    each = draw(base, ImagePrompt(pictures[:2], adapter=adapter, merge="each"), num_images=2)
+    for row, picture in enumerate(pictures[:2]):
+        alone = draw(base, ImagePrompt(picture, adapter=adapter), num_images=2)
+        assert abs(each[row] - alone[row]).max() <= 1
+    assert abs(each[0] - alone[0]).max() > 1
+    with pytest.raises(ImpromptError, match="tokens for 2"):
+        draw(base, ImagePrompt(pictures[:2], adapter=adapter, merge="each"), num_images=3)
+    with pytest.raises(ImpromptError, match="neither image_weights nor tiles"):
+        ImagePrompt(pictures[:2], adapter=adapter, merge="each", crop="tiles")
+
+
 def test_a_negative_image_matters_only_under_guidance(base, adapter, pictures):
     plain = ImagePrompt(pictures[0], adapter=adapter)
     against = ImagePrompt(pictures[0], adapter=adapter, negative=pictures[1])

@@ -60,6 +60,27 @@ def test_tokens_of_each_part_are_what_training_saw(base, adapter):
     assert torch.equal(untold.uninstructed, untold.full)
 
 
+@pytest.mark.parametrize("texts", [["a dog"], ["a dog", "a cat"]])
+def test_each_image_may_be_told_of_a_picture_of_its_own(base, adapter, texts):
+    states = torch.randn(2, 5, 24)
+    none = base.image_encoder.zero_hidden_states()
+    text_states = base.instruct_states(texts)
+    made = instructed_tokens(
+        adapter, states, none, "use the style", Words(base, text_states), is_each=True
+    )
+    for row in range(2):
+        own = Words(base, text_states[row : row + 1] if len(texts) > 1 else text_states)
+        alone = instructed_tokens(adapter, states[row : row + 1], none, "use the style", own)
+        for part in ("full", "uninstructed", "image_only"):
+            torch.testing.assert_close(
+                getattr(made, part)[row : row + 1], getattr(alone, part), msg=part
+            )
+        torch.testing.assert_close(made.nothing, alone.nothing)
+    with pytest.raises(ImpromptError, match="2 pictures were given .* for 3 images"):
+        words = Words(base, base.instruct_states(["a", "b", "c"]))
+        instructed_tokens(adapter, states, none, None, words, is_each=True)
+
+
 @pytest.mark.parametrize("embedding", ["tokens", "pooled"])
 def test_tokens_read_the_negative_text_as_published(base, adapter, embedding):
     adapter.metadata["instruction_embedding"] = embedding
