@@ -14,8 +14,8 @@ from imprompt.bases.single_file import load_single_file
 from imprompt.bases.stable_diffusion import StableDiffusionBase, load_stable_diffusion
 from imprompt.bases.stable_diffusion_xl import load_stable_diffusion_xl
 from imprompt.core.errors import ImpromptError
+from imprompt.core.hub import REPOSITORY
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 FORMS = (
     '"diorama" (the embedded base), a diffusers folder, a single .safetensors file, or the id '
@@ -87,7 +87,11 @@ def _found(
                 f"base. Convert it, or give {FORMS}."
             )
         return load_single_file(path, config, dtype=dtype, device=device)
-    if isinstance(name_or_path, str) and HUB_ID.fullmatch(text) and path.suffix != ".safetensors":
+    if (
+        isinstance(name_or_path, str)
+        and re.fullmatch(REPOSITORY, text)
+        and path.suffix != ".safetensors"
+    ):
         return _load(text, text, dtype, device)
     raise ImpromptError(f"There is no base {text!r}: no such file or folder. Give {FORMS}.")
 

@@ -12,11 +12,12 @@ import torch
 
 from imprompt.bases.folder import check_complete, has_only_half_precision_files
 from imprompt.core.errors import ImpromptError
-from imprompt.core.shipped import CONTROLS, WEIGHTS, file_or_shipped
+from imprompt.core.shipped import CONTROLS, WEIGHTS, folder_named
 
 DESCRIPTION = "control.json"
 """Beside a network that was trained here: which maps it reads, and the base it was trained on."""
 CLASSES = ("ControlNetModel", "T2IAdapter")
+FILES_ON_HUB = ("*.json", "*.safetensors")
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,13 @@ def load_control(
 ) -> LoadedControl:
     """A ControlNet or a T2I-Adapter from a folder, frozen.
 
-    "diorama-segmentation" and "diorama-depth" are those that come with the embedded base.
+    "diorama-segmentation" and "diorama-depth" are those that come with the embedded base; "owner/name" or
+    "owner/name:folder" is one on the hub.
 
     Raises:
         ImpromptError: it is neither, or damaged.
     """
-    folder = file_or_shipped(folder, CONTROLS)
+    folder = folder_named(folder, CONTROLS, FILES_ON_HUB)
     config = _json(folder / "config.json")
     kind = config.get("_class_name")
     if kind not in CLASSES:

@@ -24,7 +24,7 @@ from imprompt.checkpoints.published import PORTRAIT, published_name, resampler_o
 from imprompt.checkpoints.reading import read_content
 from imprompt.checkpoints.unet_names import check_held, to_unet, unet_site_names
 from imprompt.core.errors import ImpromptError
-from imprompt.core.shipped import ADAPTERS, file_or_shipped
+from imprompt.core.shipped import ADAPTERS, file_named
 from imprompt.core.tensor_files import write_tensors
 
 FORMAT_VERSION = "1"
@@ -88,7 +88,8 @@ def load_adapter(
     the authors' training scripts, and our own. Nothing in a file is executed.
 
     Args:
-        path: a file; or "diorama" or "diorama-instruct", the adapters that come with the embedded base.
+        path: a file; "diorama" or "diorama-instruct", the adapters that come with the embedded base; or a file on
+            the hub, such as "h94/IP-Adapter:models/ip-adapter_sd15.safetensors".
         dtype: of the weights; None keeps the file's.
         shortcut: of face-id-plus, whether it is of the second generation ("plusv2"), which the
             weights do not tell. By default what the file's metadata or name says, and yes for
@@ -98,7 +99,7 @@ def load_adapter(
         ImpromptError: no such file, unreadable, damaged, or not an adapter; or a `shortcut` for
             another variant.
     """
-    path = file_or_shipped(path, ADAPTERS)
+    path = file_named(path, ADAPTERS)
     checkpoint, adapter, _ = read_adapter(path)
     if shortcut is not None:
         if not isinstance(adapter.image_proj, FacePlusProjection):
@@ -172,7 +173,7 @@ def inspect(path: str | os.PathLike[str]) -> AdapterInfo:
     Raises:
         ImpromptError: as `load_adapter`.
     """
-    path = file_or_shipped(path, ADAPTERS)
+    path = file_named(path, ADAPTERS)
     checkpoint, adapter, size_bytes = read_adapter(path, with_values=False)
     dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in checkpoint.tensors.values()})
     layers = resampler_of(adapter)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from imprompt.adapters import ImagePromptAdapter
+from imprompt.checkpoints import controls
 from imprompt.checkpoints.controls import load_control
 from imprompt.checkpoints.files import (
     IDENTITY_DIM,
@@ -22,11 +23,16 @@ from imprompt.checkpoints.files import (
     load_adapter,
 )
 from imprompt.core.errors import ImpromptError
-from imprompt.core.shipped import IDENTITIES, file_or_shipped
+from imprompt.core.shipped import IDENTITIES, folder_named
 
 ADAPTER_FILE = "ip-adapter.safetensors"
 PUBLISHED_ADAPTER_FILE = "ip-adapter.bin"
 CONTROLNET_FOLDER = "ControlNetModel"
+FILES_ON_HUB = (
+    ADAPTER_FILE,
+    PUBLISHED_ADAPTER_FILE,
+    *(f"{CONTROLNET_FOLDER}/{pattern}" for pattern in controls.FILES_ON_HUB),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,12 +52,12 @@ def load_identity(
 ) -> Identity:
     """InstantID from a folder as its authors published it, or as `imprompt train identity` writes it.
 
-    "diorama" is the one that comes with the embedded base.
+    "diorama" is the one that comes with the embedded base; "InstantX/InstantID" is the published one on the hub.
 
     Raises:
         ImpromptError: a part is missing or damaged.
     """
-    folder = file_or_shipped(folder, IDENTITIES)
+    folder = folder_named(folder, IDENTITIES, FILES_ON_HUB)
     files = [folder / name for name in (ADAPTER_FILE, PUBLISHED_ADAPTER_FILE)]
     adapter_file = next((file for file in files if file.is_file()), None)
     if adapter_file is None:

@@ -5,7 +5,7 @@ that nothing would read. Nothing heavy is imported for it, so that it is told at
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from imprompt.cli.image_options import (
@@ -18,6 +18,7 @@ from imprompt.cli.image_options import (
 )
 from imprompt.cli.verb import file_and_weight, name_and_value
 from imprompt.core.errors import ImpromptError
+from imprompt.core.hub import is_file_on_hub, is_on_hub
 from imprompt.core.shipped import ADAPTERS, CONTROLS, IDENTITIES
 
 
@@ -77,20 +78,27 @@ def check_files(arguments: argparse.Namespace) -> None:
     images += [arguments.init_image, arguments.init_mask]
     images += [arguments.control_mask, *arguments.identity_mask]
     check_exist("image file", [*images, *(file_and_weight(value)[0] for _, value in controls)])
-    check_exist("adapter", [arguments.adapter], ADAPTERS)
-    check_exist("identity model", [arguments.identity_model], IDENTITIES)
-    check_exist("control model", [folder for _, folder in models], CONTROLS)
+    check_exist("adapter", [arguments.adapter], ADAPTERS, elsewhere=is_file_on_hub)
+    check_exist("identity model", [arguments.identity_model], IDENTITIES, elsewhere=is_on_hub)
+    check_exist("control model", [folder for _, folder in models], CONTROLS, elsewhere=is_on_hub)
     check_exist("LoRA", [file_and_weight(text)[0] for text in arguments.lora])
     check_exist("textual inversion", arguments.textual_inversion)
     check_exist("file of landmarks", arguments.landmarks)
 
 
-def check_exist(what: str, paths: Iterable[str | Path | None], names: Iterable[str] = ()) -> None:
-    """Raise an ImpromptError for the first that is not there, and is none of these `names` either."""
+def check_exist(
+    what: str,
+    paths: Iterable[str | Path | None],
+    names: Iterable[str] = (),
+    *,
+    elsewhere: Callable[[str | Path], bool] = lambda path: False,
+) -> None:
+    """Raise an ImpromptError for the first that is not there, none of these `names` either, nor `elsewhere`."""
     for path in paths:
-        if path is not None and str(path) not in names and not Path(path).exists():
-            shipped = f"; {', '.join(names)} come with the package" if names else ""
-            raise ImpromptError(f"There is no {what} {path}{shipped}.")
+        if path is None or str(path) in names or Path(path).exists() or elsewhere(path):
+            continue
+        shipped = f"; {', '.join(names)} come with the package" if names else ""
+        raise ImpromptError(f"There is no {what} {path}{shipped}.")
 
 
 def _option(name: str) -> str:

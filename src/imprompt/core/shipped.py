@@ -1,10 +1,12 @@
-"""What comes with the package for the embedded world: the base, judges, adapters, by name."""
+"""What comes with the package for the embedded world: the base, judges, adapters, by name; or where else what is
+named lies."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 
 from imprompt.core.errors import ImpromptError
+from imprompt.core.hub import file_from_hub, folder_from_hub, place_on_hub
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
 # What may be said in the place of a file or a folder.
@@ -33,11 +35,22 @@ def shipped(name: str) -> Path:
     return path
 
 
-def file_or_shipped(path: str | PathLike[str], names: Mapping[str, str]) -> Path:
-    """The path as it is; or, if it is one of the `names` and no file of one's own, what is shipped.
+def file_named(name: str | PathLike[str], names: Mapping[str, str]) -> Path:
+    """The file that is meant: a path; one of the `names` of what is shipped; or a file on the hub, as
+    "owner/name:path/in/it".
 
     Raises:
-        ImpromptError: this installation lacks it.
+        ImpromptError: this installation lacks it, or it is not to be had.
     """
-    is_name = str(path) in names and not Path(path).exists()
-    return shipped(names[str(path)]) if is_name else Path(path)
+    if str(name) in names and not Path(name).exists():
+        return shipped(names[str(name)])
+    place = place_on_hub(name)
+    return file_from_hub(*place) if place is not None and place[1] else Path(name)
+
+
+def folder_named(name: str | PathLike[str], names: Mapping[str, str], files: Sequence[str]) -> Path:
+    """The same of a folder; of one on the hub, "owner/name" or "owner/name:folder", these `files` are fetched."""
+    if str(name) in names and not Path(name).exists():
+        return shipped(names[str(name)])
+    place = place_on_hub(name)
+    return Path(name) if place is None else folder_from_hub(*place, files)
