@@ -82,7 +82,9 @@ def add_parser(verbs: Any) -> None:
         "--seed", type=int, default=0, help="of the noise; scenes stay the same (0)"
     )
     parser.add_argument(
-        "--output", type=Path, help="folder of the ablation's runs, or of pictures (runs/WHAT)"
+        "--output",
+        type=Path,
+        help="folder of the ablation's runs, or of pictures (evaluations/WHAT)",
     )
     parser.add_argument(
         "--control-model",
@@ -155,7 +157,7 @@ def run(arguments: argparse.Namespace) -> None:
         guidance_scale=arguments.guidance_scale,
         scale=arguments.scale,
         seed=arguments.seed,
-        output=arguments.output or Path("runs") / arguments.what,
+        output=arguments.output or Path("evaluations") / arguments.what,
         map_reader_file=arguments.map_reader,
         face_encoder=arguments.face_encoder,
         control_folders=dict(

@@ -38,7 +38,7 @@ def add_parser(verbs: Any) -> None:
         about="make images from a text, from images, or from both",
         examples='  imprompt generate "a red house in the snow, as a cartoon"\n'
         "  imprompt generate --image photo.png --num-images 4\n"
-        '  imprompt generate "a boat" --image photo.png --scale 0.6 --output boats.png\n'
+        '  imprompt generate "a boat" --image photo.png --scale 0.5 --output boats.png\n'
         "  imprompt generate --image photo.png --sweep 0 0.25 0.5 0.75 1\n"
         '  imprompt generate "a boat" --image a.png --image b.png --merge mean --explain where.png\n'
         '  imprompt generate "a red car" --control depth=depth.png --control edges=edges.png:0.5 \\\n'
@@ -48,6 +48,7 @@ def add_parser(verbs: Any) -> None:
         '  imprompt generate "a red car" --init-image photo.png --init-mask where.png --strength 1\n'
         '  imprompt generate "a cat" --image art.png --site-preset style --base FOLDER --adapter FILE',
     )
+    parser.stands_alone = "prompt"
     parser.add_argument("prompt", nargs="?", default="", help="the text; empty: the images decide")
     parser.add_argument(
         "--image", type=Path, action="append", default=[], help="an image prompt; may be repeated"
@@ -61,7 +62,9 @@ def add_parser(verbs: Any) -> None:
     add_base_arguments(parser)
     add_image_encoder_argument(parser)
     add_place_arguments(parser, "float32 on a CPU, float16 on a GPU")
-    parser.add_argument("--scale", type=number, help="λ, weight of the images (1.0)")
+    parser.add_argument(
+        "--scale", type=number, help="λ, weight of the images (1.0; beside a text rather 0.5)"
+    )
     parser.add_argument(
         "--sweep", type=number, nargs="+", metavar="λ", help="a row for each of these weights"
     )

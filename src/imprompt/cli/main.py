@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -21,7 +22,7 @@ a picture from a picture, with what comes with the package:
   imprompt generate --image photo.png
 your own adapter:
   imprompt prepare photos/ data/
-  imprompt train image-prompt --data data/ --output runs/first --preset diorama-image-prompt
+  imprompt train image-prompt --data data/ --output runs/first --preset diorama
   imprompt generate "as line art" --image photo.png --adapter runs/first/adapter.safetensors
 """
 
@@ -45,6 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wait_briefly_for_cores()
     try:
         parsed = create_parser().parse_args(arguments)
+        parsed.command = shlex.join(
+            ["imprompt", *(sys.argv[1:] if arguments is None else arguments)]
+        )
         parsed.run(parsed)
     except ImpromptError as error:
         print(f"imprompt: error: {error}", file=sys.stderr)

@@ -68,11 +68,11 @@ def save_pictures(
         columns = arguments.num_images
         labels = [f"scale {scale:g}" for scale in scales for _ in range(columns)]
     text = settings_text(arguments, base, guidance_scale, scales, size)
-    save_picture(image_grid(images, columns, labels), sheet, text)
+    save_picture(image_grid(images, columns, labels), sheet, text, arguments.command)
     for number, file in enumerate(separate):
         scale = scales[number // arguments.num_images]
         text = settings_text(arguments, base, guidance_scale, [scale], size)
-        save_picture(images[number], file, text)
+        save_picture(images[number], file, text, arguments.command)
 
 
 def settings_text(

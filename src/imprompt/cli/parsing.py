@@ -17,7 +17,12 @@ OPTION = re.compile(r"--?[A-Za-z][^\s=]*")
 class Parser(argparse.ArgumentParser):
     """A parser that tells every mistake as an ImpromptError of one line."""
 
+    stands_alone = ""
+    """What is given without an option, where that may be forgotten: its name."""
+
     def error(self, message: str) -> NoReturn:
+        if re.match("unrecognized arguments: [^-]", message):
+            message += "; a text of several words stands in quotes"
         raise ImpromptError(f"{message} (see `{self.prog} --help`)")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -32,6 +37,8 @@ class Parser(argparse.ArgumentParser):
             if text == "--":
                 return
             name = text.partition("=")[0]
+            if name == f"--{self.stands_alone}":
+                self.error(f"The {self.stands_alone} stands without an option, in quotes")
             if OPTION.fullmatch(name) and not any(option.startswith(name) for option in known):
                 close = difflib.get_close_matches(f"--{name.lstrip('-')}", known, 1)
                 hint = f"; did you mean {close[0]}?" if close else ""

@@ -157,6 +157,7 @@ def add_parser(verbs: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     say("loading…")
+    from imprompt.data.dataset import Columns
     from imprompt.data.filters import Filters, ScoreLimit
     from imprompt.data.prepare import prepare
     from imprompt.data.records import Reading
@@ -198,4 +199,5 @@ def run(arguments: argparse.Namespace) -> None:
         engine=arguments.engine,
         face_encoder=arguments.face_encoder,
     )
-    print(f"prepared: {arguments.output}")
+    count = len(Columns.open(arguments.output)) if (arguments.output / "meta.json").exists() else 0
+    print(f"prepared: {arguments.output}" + (f" ({count:,} pairs)" if count else ""))

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from imprompt.cli.parsing import Parser
 from imprompt.core.errors import ImpromptError
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -15,7 +16,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 def add_verb(
     verbs: Any, name: str, run: Callable[[argparse.Namespace], None], *, about: str, examples: str
-) -> argparse.ArgumentParser:
+) -> Parser:
     """A sub-command whose help ends with examples."""
     parser = verbs.add_parser(
         name,
@@ -139,10 +140,13 @@ def new_picture(path: Path, *, overwrite: bool) -> Path:
     return path
 
 
-def save_picture(picture: Any, path: Path, text: str | None = None) -> None:
-    """Write a PIL image to where `new_picture` said that it may go, a PNG with a `text` in it.
+def save_picture(
+    picture: Any, path: Path, text: str | None = None, command: str | None = None
+) -> None:
+    """Write a PIL image to where `new_picture` said that it may go, a PNG with a `text` and a `command` in it.
 
-    The text stands under "parameters", where other programs look for how a picture was made.
+    The text stands under "parameters", where other programs look for how a picture was made; the command that
+    made it, whole, under "imprompt".
 
     Raises:
         ImpromptError: it cannot be written, for the disk is full, say.
@@ -153,6 +157,8 @@ def save_picture(picture: Any, path: Path, text: str | None = None) -> None:
     if text is not None and path.suffix.lower() == ".png":
         options["pnginfo"] = PngInfo()
         options["pnginfo"].add_itxt("parameters", text)
+        if command is not None:
+            options["pnginfo"].add_itxt("imprompt", command)
     try:
         picture.save(path, **options)
     except OSError as error:

@@ -1,5 +1,8 @@
 """Files and folders of a model hub's repositories, fetched once and kept where the hub's library keeps them."""
 
+# Strict but for what the hub's library leaves untyped:
+# pyright: reportUnknownVariableType=false
+
 from __future__ import annotations
 
 import re

@@ -65,7 +65,8 @@ class Progress:
         if (progress.name, progress.identity) != (part.name, part.identity):
             raise ImpromptError(
                 f"The source has changed since {folder.parent.parent} was begun: {part.name!r} was "
-                f"{progress.name!r} or held other pairs. Prepare it into a new folder."
+                f"{progress.name!r} or held other pairs. Prepare it into a new folder; or new pairs alone, "
+                "from a folder of their own: several prepared folders are trained on as one."
             )
         return progress
 

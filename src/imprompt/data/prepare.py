@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import time
 from collections import Counter
@@ -29,11 +30,12 @@ from imprompt.data.filters import Filters
 from imprompt.data.finish import finish
 from imprompt.data.pairs import Part
 from imprompt.data.records import Reading
-from imprompt.data.sources import open_source
+from imprompt.data.sources import is_embedded_world, open_source
 from imprompt.data.store import disk_errors, lock, write_json
 from imprompt.encoders.face import loaded_face_encoder
 
 SECONDS_BETWEEN_LOOKS = 0.2
+LEFT_BY_NOTHING_PREPARED = ("lock", "begun.json.writing", "quarantine.jsonl")
 
 
 def prepare(
@@ -95,7 +97,7 @@ def prepare(
     begun = _claim(output, meta, columns)
     if (faces := _claim_face_encoder(output, columns, face_encoder)) is not None:
         meta["face_encoder"] = faces
-    if _is_whole(output, columns, len(parts)):
+    if _is_whole(output, columns, parts):
         return output
     work = Work(
         columns=begun,
@@ -127,11 +129,19 @@ def prepare(
         return output
     _tell_faults(output, done.faults, done.num_pairs)
     if done.num_rows == 0:
+        _give_up(output)
         raise ImpromptError(
             f"None of the {done.num_pairs} pairs of {source} can be used; the first: "
             f"{_first_fault(output)}"
         )
     return output
+
+
+def _give_up(output: Path) -> None:
+    """Leave nothing but the reasons, so that the folder may be used in another way."""
+    shutil.rmtree(output / "parts", ignore_errors=True)
+    for name in ("begun.json", "parts.npy", "removed.npy", "face_encoder.json"):
+        (output / name).unlink(missing_ok=True)
 
 
 def work_through(
@@ -179,9 +189,7 @@ def _claim(output: Path, meta: dict[str, Any], columns: tuple[str, ...]) -> tupl
     """
     with disk_errors(output):
         if output.exists() and not (output / "begun.json").exists():
-            others = [
-                name for name in os.listdir(output) if name not in ("lock", "begun.json.writing")
-            ]
+            others = [name for name in os.listdir(output) if name not in LEFT_BY_NOTHING_PREPARED]
             if others:
                 raise ImpromptError(
                     f"{output} is not empty and holds no prepared data. Choose another folder."
@@ -196,13 +204,20 @@ def _claim(output: Path, meta: dict[str, Any], columns: tuple[str, ...]) -> tupl
     differing = [
         f"{name} {found.get(name)!r}, now {meta[name]!r}"
         for name in meta
-        if found.get(name) != meta[name]
+        if not _same(name, found.get(name), meta[name])
     ]
     if differing:
         raise ImpromptError(
             f"{output} holds other prepared data ({'; '.join(differing)}). Choose another folder."
         )
     return tuple(found["columns"])
+
+
+def _same(name: str, found: Any, wanted: Any) -> bool:
+    """A folder may be named in several ways."""
+    if name == "source" and isinstance(found, str) and not is_embedded_world(wanted):
+        return os.path.realpath(found) == os.path.realpath(wanted)
+    return found == wanted
 
 
 def _claim_face_encoder(output: Path, columns: Sequence[str], name: str) -> str | None:
@@ -226,7 +241,13 @@ def _claim_face_encoder(output: Path, columns: Sequence[str], name: str) -> str 
     return wanted
 
 
-def _is_whole(output: Path, columns: Sequence[str], num_parts: int) -> bool:
+def _is_whole(output: Path, columns: Sequence[str], parts: Sequence[Part]) -> bool:
+    """Whether nothing is left to do.
+
+    Raises:
+        ImpromptError: the source lacks parts that it had, or holds other pairs.
+    """
+    num_parts = len(parts)
     description = output / "meta.json"
     if not description.exists():
         return False
@@ -236,7 +257,11 @@ def _is_whole(output: Path, columns: Sequence[str], num_parts: int) -> bool:
             f"The source has {num_parts} parts where {output} has {found['num_parts']}: some are gone. "
             "Bring them back, or prepare it into a new folder."
         )
-    return found["num_parts"] == num_parts and set(columns) <= set(found["columns"])
+    if found["num_parts"] != num_parts or not set(columns) <= set(found["columns"]):
+        return False
+    for number, part in enumerate(parts):
+        Progress.read(part_folder(output, number), part)  # which sees that it is the same
+    return True
 
 
 def _tell_faults(output: Path, faults: Counter[str], num_pairs: int) -> None:

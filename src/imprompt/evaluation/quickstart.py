@@ -16,6 +16,7 @@ from torch import Tensor
 from imprompt.adapters import ImagePromptAdapter
 from imprompt.bases import Base, image_encoder_of, load_base
 from imprompt.checkpoints import load_adapter
+from imprompt.core.errors import ImpromptError
 from imprompt.core.images import pixels_to_images
 from imprompt.data.dataset import Columns
 from imprompt.data.prepare import prepare
@@ -49,7 +50,7 @@ NEXT_STEPS = """\
 imprompt generate --image photo.png --adapter {adapter}
 imprompt generate "as line art" --image photo.png --adapter {adapter} --sweep 0 0.25 0.5 0.75 1
 imprompt prepare photos/ my-data/        # images, each with a .txt caption beside it
-imprompt train image-prompt --data my-data/ --output runs/mine --preset diorama-image-prompt"""
+imprompt train image-prompt --data my-data/ --output runs/mine --preset diorama"""
 
 
 @dataclass
@@ -77,6 +78,10 @@ def quickstart(
         ImpromptError: `output` holds something else.
         Interrupted: stopped during training, which has saved; the same call goes on.
     """
+    if output.exists() and any(output.iterdir()) and not (output / "data").is_dir():
+        raise ImpromptError(
+            f"{output} is not empty and holds no quickstart. Choose another folder with --output."
+        )
     timing = Timing()
     with timing.stage("load the base"):
         base, judge = load_base("diorama"), load_judge()

@@ -102,8 +102,11 @@ def encode_images(
         crop: see `squares`.
 
     Raises:
-        ImpromptError: an image cannot be read.
+        ImpromptError: an image cannot be read, or there are no such features.
     """
+    if name not in ("image_embeds", "hidden_states"):
+        raise ImpromptError(f"There are no features {name!r}; use image_embeds or hidden_states.")
+    images = [images] if isinstance(images, str) else images
     return ImageFeatures(
         name=name,
         values=encoded(encoder, images, name, crop),

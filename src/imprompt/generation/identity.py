@@ -67,6 +67,11 @@ class IdentityPrompt:
     def __post_init__(self) -> None:
         check_time_span(self.start, self.end)
         check_finite(net_weight=self.net_weight)
+        if not isinstance(self.identity, Identity):
+            raise ImpromptError(
+                f"A person's identity is a {type(self.identity).__name__}; what imprompt.load_identity reads "
+                "is needed."
+            )
         if isinstance(self.scale, int | float):
             check_finite(scale=self.scale)
         if isinstance(self.landmarks, Tensor):

@@ -87,6 +87,11 @@ def generate(
 
     Source: IP-Adapter (2308.06721) section 3.2, eq. 7 (guidance) and eq. 8 (λ).
     """
+    if not isinstance(base, Base):
+        raise ImpromptError(
+            f"generate() begins with a base, and a {type(base).__name__} was given: "
+            'imprompt.generate(imprompt.load_base("diorama"), "a red house").'
+        )
     prompts, negative_prompts = _texts(prompt, negative_prompt, num_images)
     check_finite(
         guidance_scale=guidance_scale,
@@ -218,8 +223,10 @@ def _texts(
     num_images: int,
 ) -> tuple[list[str], list[str | None]]:
     """One text and one negative text for each image; a single negative one stands for all."""
-    if num_images < 1:
-        raise ImpromptError(f"num_images is {num_images}, but must be at least 1.")
+    if not isinstance(num_images, Integral) or num_images < 1:
+        raise ImpromptError(f"num_images is {num_images}, but must be a whole number, at least 1.")
+    if not isinstance(prompt, str | Sequence):
+        raise ImpromptError(f"prompt is {prompt!r}; give a text, or a list of texts.")
     prompts = [prompt] * num_images if isinstance(prompt, str) else list(prompt)
     if not prompts:
         raise ImpromptError("An empty list of prompts was given; for no text give the empty text.")

@@ -28,6 +28,8 @@ from imprompt.generation.faces import (
     face_features_of_nothing,
 )
 from imprompt.generation.features import (
+    CROPS,
+    MERGES,
     ImageFeatures,
     ImageLike,
     check_image_like,
@@ -111,6 +113,9 @@ class ImagePrompt:
     def __post_init__(self) -> None:
         check_time_span(self.start, self.end)
         check_over_time(self.over_time)
+        for name, chosen, known in (("merge", self.merge, MERGES), ("crop", self.crop, CROPS)):
+            if chosen not in known:
+                raise ImpromptError(f"There is no {name} {chosen!r}; choose {', '.join(known)}.")
         check_finite(lora_scale=self.lora_scale, shortcut_scale=self.shortcut_scale)
         if isinstance(self.scale, int | float):
             check_finite(scale=self.scale)

@@ -104,7 +104,8 @@ def build(options: ImagePromptOptions, base: Base, columns: Rows) -> ImagePrompt
         if options.fit_to_captions:
             if not isinstance(adapter.image_proj, LinearProjection):
                 raise ImpromptError(
-                    f"fit_to_captions works for the base variant; this is {options.variant}."
+                    f"fit_to_captions works for the base variant; this is {options.variant}: --set "
+                    "system.fit_to_captions=false."
                 )
             fit_to_captions(adapter.image_proj, base, columns)
     dropped = torch.zeros(1, encoder.embed_dim) if is_global else encoder.zero_hidden_states()

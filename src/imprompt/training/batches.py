@@ -52,7 +52,8 @@ def num_trained_rows(data: Rows, config: TrainConfig) -> int:
     if num_rows < 1:
         raise ImpromptError(
             f"{data.path} has {len(data)} rows and {config.validation_rows} are held out for "
-            "validation: nothing is left to train on. Prepare more pairs or lower validation_rows."
+            "validation: nothing is left to train on. Prepare more pairs, or hold out fewer: --set "
+            f"train.validation_rows={len(data) // 10}."
         )
     return num_rows
 

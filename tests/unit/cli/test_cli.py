@@ -1,11 +1,13 @@
 """The command line: one clear line and status 2 for every mistake, nothing overwritten."""
 
 import re
+import shlex
 
 import pytest
 from PIL import Image
 from tiny_base import build_parts, write_tiny_base
 
+import imprompt
 from imprompt.adapters import create_adapter
 from imprompt.bases import load_base
 from imprompt.checkpoints import save_adapter
@@ -65,7 +67,20 @@ def test_generate_with_an_image_and_a_sweep(base_folder, adapter_file, tmp_path)
         "Model: tiny, Adapter: adapter.safetensors, Scale: 0 0.5 1"
     )
     assert written[1].endswith("Scale: 0.5")
+    command = shlex.join(map(str, ["imprompt", *arguments]))
+    assert Image.open(tmp_path / "out-003.png").info["imprompt"] == command
     assert len(list(tmp_path.glob("out-*.png"))) == 6
+
+
+def test_a_text_stands_alone_and_in_quotes(capsys):
+    assert "stands without an option, in quotes" in refused(
+        capsys, "generate", "--prompt", "a boat"
+    )
+    assert "of several words stands in quotes" in refused(capsys, "generate", "a", "boat")
+
+
+def test_what_there_is_can_be_listed():
+    assert {"generate", "load_base", "ImagePrompt", "Sampler"} <= set(dir(imprompt))
 
 
 def test_nothing_is_overwritten_unasked(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import json
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -202,6 +203,33 @@ def test_the_same_again_returns_at_once_and_something_else_is_refused(base, phot
         prepare("diorama:5", tmp_path / "data", base)
     with pytest.raises(ImpromptError, match="no prepared data"):
         prepare("diorama:4", photos, base)
+
+
+def test_a_folder_with_more_photos_is_told_and_its_name_may_be_spelled_otherwise(
+    base, tmp_path, monkeypatch
+):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for name in ("a", "b"):
+        Image.new("RGB", (40, 40), "red" if name == "a" else "blue").save(photos / f"{name}.png")
+        (photos / f"{name}.txt").write_text("a square")
+    prepare(str(photos), tmp_path / "data", base)
+    monkeypatch.chdir(tmp_path)
+    for same in ("photos", "photos/", "./photos", str(photos)):
+        prepare(same, Path("data"), base)
+    Image.new("RGB", (40, 40), "green").save(photos / "c.png")
+    with pytest.raises(ImpromptError, match="source has changed .* new pairs alone"):
+        prepare("photos", Path("data"), base)
+
+
+def test_a_folder_in_which_nothing_was_prepared_may_be_used_otherwise(base, photos, tmp_path):
+    with pytest.raises(ImpromptError, match="None of the"):
+        prepare(str(photos), tmp_path / "data", base, filters=Filters(min_side_px=5000))
+    assert (tmp_path / "data/quarantine.jsonl").stat().st_size
+    with pytest.raises(ImpromptError, match="None of the"):
+        prepare(str(photos), tmp_path / "data", base, variant="instruct")
+    prepare(str(photos), tmp_path / "data", base)
+    assert len(Columns.open(tmp_path / "data"))
 
 
 def test_a_full_disk_is_told_before_work_is_done(base, tmp_path, monkeypatch):

@@ -1,11 +1,13 @@
 """The quickstart's whole way, at the smallest size, on the shipped base."""
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
 from imprompt.adapters import create_adapter
 from imprompt.bases import load_base
 from imprompt.checkpoints import load_adapter
+from imprompt.core.errors import ImpromptError
 from imprompt.evaluation.judge import load_judge
 from imprompt.evaluation.measure import Sampling, measure_adapter, measure_text_and_image
 from imprompt.evaluation.quickstart import quickstart
@@ -26,6 +28,13 @@ def test_it_ends_with_a_report_and_runs_again_without_harm(tmp_path, capsys, mon
     assert made.keys() == again.keys()
     assert all(torch.equal(made[name], again[name]) for name in made)
     assert "report" in capsys.readouterr().out
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "photo.png").write_bytes(b"mine")
+    with pytest.raises(ImpromptError, match="not empty and holds no quickstart"):
+        quickstart(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["photo.png"]
 
 
 def test_at_weight_zero_an_adapter_keeps_nothing_of_the_image():
