@@ -14,9 +14,10 @@ from imprompt.systems.image_prompt import ImagePromptOptions
 from imprompt.systems.instruct_options import InstructOptions
 from imprompt.systems.text_to_image import TextToImageOptions
 from imprompt.training import log
-from imprompt.training.batches import batches, rows_of_samples
+from imprompt.training.batches import batches
 from imprompt.training.config import TrainConfig
 from imprompt.training.loop import train
+from imprompt.training.order import rows_of_samples
 from imprompt.training.speed import FlopCount, Speed
 from imprompt.training.state import whole_checkpoints
 

@@ -15,9 +15,9 @@ from small_system import SmallSystem, write_numbers
 
 from imprompt.core.errors import ImpromptError
 from imprompt.training import parallel, state
-from imprompt.training.batches import rows_of_samples
 from imprompt.training.config import TrainConfig
 from imprompt.training.loop import Interrupted, train
+from imprompt.training.order import rows_of_samples
 from imprompt.training.state import whole_checkpoints
 
 CONFIG = TrainConfig(

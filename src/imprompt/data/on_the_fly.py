@@ -1,7 +1,8 @@
 """Pairs that are encoded when a step asks for them, behind the face of prepared data.
 
 For data that are seen once, where storing features gains nothing. A source is read in place; only how many
-pairs each of its parts has is kept in memory, and the listings of the parts that were used last.
+pairs each of its parts has is kept in memory, and the listings of the parts that were used last. To list one may
+take a second: its rows are to be asked for together, as `part_ends` tells.
 """
 
 from __future__ import annotations
@@ -28,12 +29,13 @@ from imprompt.data.faces import default_face_encoder
 from imprompt.data.filters import Filters, Unusable
 from imprompt.data.pairs import Loaded, Pair, identity_of
 from imprompt.data.records import Reading
-from imprompt.data.rows import Fetched
+from imprompt.data.rows import PARTS_AT_ONCE, Fetched
 from imprompt.data.sources import open_source
 from imprompt.data.store import disk_errors, read_lines
 from imprompt.encoders.face import loaded_face_encoder
 
-PARTS_KEPT_LISTED = 256
+# A run reads ahead: the parts that it reads next are open beside those that it reads now.
+PARTS_KEPT_LISTED = 3 * PARTS_AT_ONCE
 PAIRS_AT_ONCE = 64
 MAX_UNUSABLE_IN_A_ROW = 1000
 
@@ -84,7 +86,7 @@ class PairsOnTheFly:
             for part in parts:
                 counts.append(len(part.pairs()))
                 bar.update(1)
-        self._ends = np.cumsum(np.array(counts, dtype=np.int64))
+        self.part_ends = np.cumsum(np.array(counts, dtype=np.int64))
         if not len(self):
             raise ImpromptError(f"{source} holds no pairs.")
         self._num_first = len(self)
@@ -99,9 +101,11 @@ class PairsOnTheFly:
             "filters": filters.described(),
             "reading": reading.described(),
         }
+        if len(parts) > PARTS_AT_ONCE:  # which decides in which order rows are seen
+            self.meta = {**self.meta, "parts_at_once": PARTS_AT_ONCE}
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return int(self.part_ends[-1])
 
     def require(self, names: Sequence[str]) -> None:
         """Raise an ImpromptError unless all these columns are known.
@@ -164,8 +168,8 @@ class PairsOnTheFly:
         )
 
     def _pair(self, row: int) -> Pair:
-        part = int(np.searchsorted(self._ends, row, side="right"))
-        begin = int(self._ends[part - 1]) if part else 0
+        part = int(np.searchsorted(self.part_ends, row, side="right"))
+        begin = int(self.part_ends[part - 1]) if part else 0
         return self._pairs(part)[row - begin]
 
     def write_unusable(self, path: Path) -> None:

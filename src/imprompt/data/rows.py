@@ -13,6 +13,14 @@ from torch import Tensor
 Fetched = Callable[[], dict[str, Tensor]]
 """Rows that have been read, and become tensors when it is called."""
 
+PARTS_AT_ONCE = 16
+"""Of data whose parts are dear to open, a run reads the rows of so many at a time."""
+
+
+def part_ends(data: Rows) -> np.ndarray | None:
+    """Where the parts of such data end, counted in rows; None where rows may be read in any order."""
+    return getattr(data, "part_ends", None)
+
 
 @runtime_checkable  # for the type checks of the tests
 class Rows(Protocol):

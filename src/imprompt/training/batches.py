@@ -11,9 +11,9 @@ import numpy as np
 from torch import Tensor
 
 from imprompt.core.errors import ImpromptError
-from imprompt.core.randomness import permuted
-from imprompt.data.rows import Fetched, Rows
+from imprompt.data.rows import Fetched, Rows, part_ends
 from imprompt.training.config import TrainConfig
+from imprompt.training.order import rows_of_samples
 
 
 @dataclass(frozen=True)
@@ -23,17 +23,6 @@ class Batch:
     samples: range
     rows: np.ndarray
     columns: dict[str, Tensor]
-
-
-def rows_of_samples(samples: range, num_rows: int, seed: int) -> np.ndarray:
-    """The rows that samples (counted from the run's start) see: every epoch is one permutation."""
-    numbers = np.arange(samples.start, samples.stop)
-    epochs, positions = np.divmod(numbers, num_rows)
-    rows = np.empty(len(numbers), dtype=np.int64)
-    for epoch in np.unique(epochs):
-        here = epochs == epoch
-        rows[here] = permuted(seed, int(epoch), positions[here], num_rows)
-    return rows
 
 
 def shares(samples: range, num_shares: int) -> list[range]:
@@ -77,10 +66,14 @@ def batches(
     Which samples a step sees depends on neither the processes nor how far ahead is read.
     """
 
+    ends = part_ends(data)
+
     def of_step(step: int) -> list[tuple[range, np.ndarray]]:
         samples = range(step * batch_size, (step + 1) * batch_size)
         mine = shares(samples, num_processes)[process]
-        return [(part, rows_of_samples(part, num_rows, seed)) for part in shares(mine, num_parts)]
+        return [
+            (part, rows_of_samples(part, num_rows, seed, ends)) for part in shares(mine, num_parts)
+        ]
 
     def read(step: int) -> list[tuple[range, np.ndarray, Fetched]]:
         return [(samples, rows, data.fetch(rows, names)) for samples, rows in of_step(step)]

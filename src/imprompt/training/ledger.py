@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from imprompt.core.errors import ImpromptError
 from imprompt.systems.protocol import Figures
-from imprompt.training.batches import rows_of_samples, shares
+from imprompt.training.batches import shares
 from imprompt.training.config import TrainConfig
+from imprompt.training.order import rows_of_samples
 from imprompt.training.state import TrainingState
 
 MAX_ROWS_TOLD = 64
@@ -51,10 +53,13 @@ class Ledger:
     figures are asked for only when the next step is under way.
     """
 
-    def __init__(self, state: TrainingState, config: TrainConfig, num_rows: int) -> None:
+    def __init__(
+        self, state: TrainingState, config: TrainConfig, num_rows: int, ends: np.ndarray | None
+    ) -> None:
+        """`num_rows` and the `ends` of parts: of the data, as `rows_of_samples` wants them."""
         self._state = state
         self._config = config
-        self._num_rows = num_rows
+        self._num_rows, self._ends = num_rows, ends
         self._waiting: list[_Waiting] = []
 
     def add(self, results: Sequence[tuple[Tensor, Figures]], norm: Tensor) -> None:
@@ -119,7 +124,7 @@ class Ledger:
     def _refuse(self, what: str, step: int, parts: Sequence[range]) -> None:
         told = []
         for part in parts:
-            rows = rows_of_samples(part, self._num_rows, self._config.seed).tolist()
+            rows = rows_of_samples(part, self._num_rows, self._config.seed, self._ends).tolist()
             more = f" and {len(rows) - MAX_ROWS_TOLD} more" if len(rows) > MAX_ROWS_TOLD else ""
             shown = ", ".join(map(str, rows[:MAX_ROWS_TOLD]))
             told.append(f"samples {part.start} to {part.stop - 1}, rows {shown}{more}")

@@ -15,7 +15,7 @@ from imprompt.core.errors import ImpromptError
 from imprompt.core.progress import progress
 from imprompt.core.randomness import Randomness
 from imprompt.core.transfer import to_device
-from imprompt.data.rows import Rows
+from imprompt.data.rows import Rows, part_ends
 from imprompt.data.store import disk_errors
 from imprompt.systems.protocol import Figures, System
 from imprompt.training.batches import Batch, batches, num_trained_rows
@@ -83,7 +83,7 @@ def train(
     checkpoints = output / "checkpoints"
     processes.wait_for_all()
     _go_on(state, checkpoints, config)
-    ledger = Ledger(state, config, num_rows)
+    ledger = Ledger(state, config, num_rows, part_ends(data))
     validation = Validation(system, state, data, num_rows, config, output, export_name, preview)
     validation.check_best_by()
     reports = Reports(state, config, output, ledger, validation)
