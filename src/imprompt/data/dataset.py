@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -35,7 +36,12 @@ from imprompt.data.store import ColumnsWriter, read_header
 
 __all__ = ["Columns", "ColumnsWriter"]
 
-_MAX_OPEN_FILES = 256
+# Between tries to read what could not be read: a disk on a network may be away for a while.
+SECONDS_BEFORE_TRIES = (1.0, 5.0, 25.0)
+
+
+class _CutOff(OSError):
+    """A file that is shorter than it must be, and will be so at the next try."""
 
 
 @dataclass(frozen=True)
@@ -142,21 +148,33 @@ class Columns:
             out = np.empty((len(indices), *column.shape), column.dtype)
             view = out.reshape(-1).view(np.uint8).data
             size = column.row_bytes
-            try:
-                self._files.fill(
-                    [
-                        (
-                            f"{self._folders[part]}{name}.npy",
-                            column.header_bytes + row * size,
-                            view[place * size : (place + count) * size],
-                        )
-                        for part, row, place, count in runs
-                    ]
+            wanted = [
+                (
+                    f"{self._folders[part]}{name}.npy",
+                    column.header_bytes + row * size,
+                    view[place * size : (place + count) * size],
                 )
-            except OSError as error:
-                raise _damaged(self.path, error) from error
+                for part, row, place, count in runs
+            ]
+            self._fill(wanted)
             values[name] = torch.from_numpy(out)
         return values
+
+    def _fill(self, wanted: Wanted) -> None:
+        """Read, and where something stands in the way, try again before giving up."""
+        for pause in (*SECONDS_BEFORE_TRIES, None):
+            try:
+                return self._files.fill(wanted)
+            except (_CutOff, FileNotFoundError) as error:
+                raise _damaged(self.path, error) from error
+            except Exception as error:  # of the disk, or of whatever library reads a store
+                if pause is None:
+                    raise ImpromptError(
+                        f"The prepared data in {self.path} could not be read ({error}), and several tries did "
+                        "not help. Once they can be, the same command goes on from the last checkpoint."
+                    ) from error
+                time.sleep(pause)
+        return None
 
     def fetch(self, indices: np.ndarray, names: Sequence[str]) -> Fetched:
         """The same, for reading ahead: nothing is left to do when the result is called."""
@@ -209,13 +227,24 @@ class _OpenFile:
             os.close(self.descriptor)
 
 
+def _max_open_files() -> int:
+    """Half of what a process may have open: to open a file anew for every read costs more than the read."""
+    try:
+        import resource
+
+        allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    except ImportError:
+        return 256
+    return max(64, min(16_384, allowed // 2)) if allowed > 0 else 16_384
+
+
 class _LocalFiles:
     """Files of a folder; the most recent stay open. Threads read at the same time."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         # One that is dropped from here while a thread reads it stays open until that is done.
-        self._opened = lru_cache(_MAX_OPEN_FILES)(lambda name: _OpenFile(folder / name))
+        self._opened = lru_cache(_max_open_files())(lambda name: _OpenFile(folder / name))
 
     def read(self, name: str) -> bytes:
         return (self.folder / name).read_bytes()
@@ -236,7 +265,7 @@ class _LocalFiles:
             while len(view):
                 done = os.preadv(file.descriptor, [view], offset)
                 if done == 0:
-                    raise OSError(f"{name} is cut off")
+                    raise _CutOff(f"{name} is cut off")
                 view, offset = view[done:], offset + done
 
 
@@ -269,5 +298,5 @@ class _RemoteFiles:
         )
         for (name, _, view), content in zip(wanted, parts, strict=True):
             if len(content) != len(view):
-                raise OSError(f"{name} is cut off")
+                raise _CutOff(f"{name} is cut off")
             view[:] = content

@@ -33,8 +33,10 @@ def work_side_by_side(workers: int, job: Job, report: Report) -> None:
     reports = context.Queue()
     num_threads = max(1, torch.get_num_threads() // workers)
     processes = [
-        context.Process(target=_work, args=(job, reports, num_threads, os.getpid()), daemon=True)
-        for _ in range(min(workers, len(job[-1])))
+        context.Process(
+            target=_work, args=(job, reports, num_threads, os.getpid(), number), daemon=True
+        )
+        for number in range(min(workers, len(job[-1])))
     ]
     for process in processes:
         process.start()
@@ -66,10 +68,14 @@ def _died(processes: Sequence[Any]) -> bool:
     return any(process.exitcode not in (None, 0) for process in processes)
 
 
-def _work(job: Job, reports: Any, num_threads: int, parent: int) -> None:
+def _work(job: Job, reports: Any, num_threads: int, parent: int, number: int) -> None:
     torch.set_num_threads(num_threads)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     try:
+        base = job[3]
+        if (device := device_of_worker(number, base.device)) != base.device:
+            torch.cuda.set_device(device)
+            base.to(device)
         _do(job, reports)
     except ImpromptError as error:
         reports.put(str(error))
@@ -80,6 +86,16 @@ def _work(job: Job, reports: Any, num_threads: int, parent: int) -> None:
         raise
     else:
         reports.put(None)
+
+
+def device_of_worker(number: int, device: torch.device) -> torch.device:
+    """Where a worker computes, counted from 0: on a GPU of its own, as far as there are several, by turns.
+
+    A base that was put on a certain GPU ("cuda:1") but the first stays there, and so do all workers.
+    """
+    if device.type != "cuda" or device.index not in (None, 0):
+        return device
+    return torch.device("cuda", number % torch.cuda.device_count())
 
 
 def _end_with(parent: int) -> None:

@@ -23,6 +23,7 @@ from imprompt.data.dataset import Columns
 from imprompt.data.filters import Filters
 from imprompt.data.prepare import prepare
 from imprompt.data.store import GrowingColumn, write_array, write_json
+from imprompt.data.workers import device_of_worker
 
 COLUMNS = ("image_embeds", "text_ids")
 PAIRS_PER_PART = 20
@@ -264,7 +265,7 @@ def test_threads_read_at_the_same_time(straight, monkeypatch):
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc to see open files")
 def test_a_file_that_is_read_stays_open_and_few_others_do(straight, monkeypatch):
-    monkeypatch.setattr(dataset, "_MAX_OPEN_FILES", 2)
+    monkeypatch.setattr(dataset, "_max_open_files", lambda: 2)
     before = len(os.listdir("/proc/self/fd"))
     data, read = Columns.open(straight), os.preadv
     whole = data.rows(range(len(data)), ["text_ids"])["text_ids"]
@@ -281,6 +282,38 @@ def test_a_file_that_is_read_stays_open_and_few_others_do(straight, monkeypatch)
     assert torch.equal(data.rows([0], ["text_ids"])["text_ids"], whole[:1])
     del data
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_disk_that_is_away_for_a_while_ends_no_run(straight, monkeypatch):
+    data, read = Columns.open(straight), os.preadv
+    monkeypatch.setattr(dataset, "SECONDS_BEFORE_TRIES", (0.0, 0.0))
+    failures = iter([OSError(116, "Stale file handle"), OSError(5, "Input/output error")])
+
+    def failing(*arguments):
+        if (error := next(failures, None)) is not None:
+            raise error
+        return read(*arguments)
+
+    monkeypatch.setattr(os, "preadv", failing)
+    rows = data.rows([3], ["text_ids"])["text_ids"]
+    monkeypatch.undo()
+    assert torch.equal(rows, data.rows([3], ["text_ids"])["text_ids"])
+
+    def gone(*arguments):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(dataset, "SECONDS_BEFORE_TRIES", (0.0,))
+    monkeypatch.setattr(os, "preadv", gone)
+    with pytest.raises(ImpromptError, match="Input/output error.*goes on from the last checkpoint"):
+        data.rows([3], ["text_ids"])
+
+
+def test_workers_take_gpus_by_turns(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    first, second = torch.device("cuda:0"), torch.device("cuda:1")
+    assert [device_of_worker(i, first).index for i in range(5)] == [0, 1, 2, 0, 1]
+    assert [device_of_worker(i, second) for i in range(3)] == [second] * 3
+    assert device_of_worker(1, torch.device("cpu")) == torch.device("cpu")
 
 
 def test_rows_on_an_object_store(straight):
