@@ -5,7 +5,7 @@
 
 A linear map is fitted that reads the identity vector from what the image encoder says of a picture, and one
 from the tokens that each adapter (at least the shipped one) makes of it. Who of the hundred that no training
-saw is shown by an unseen picture, each must tell. docs/instruct.md gives the shares that are right.
+saw is shown by an unseen picture, each must tell. docs/instruct-on-diorama.md gives the shares that are right.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
     python benchmarks/places.py data/
 
 Two small resamplers are trained to tell left, centre and right from the encoder's states: one reads them
-as they are, one with a learned position for each. docs/instruct.md gives the shares that are right.
+as they are, one with a learned position for each. docs/instruct-on-diorama.md gives the shares that are right.
 """
 
 from __future__ import annotations
