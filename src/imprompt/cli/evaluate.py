@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from imprompt.cli.parsing import at_least, number
-from imprompt.cli.verb import add_place_arguments, add_verb, load_placed_base, name_and_value
+from imprompt.cli.verb import (
+    add_base_arguments,
+    add_image_encoder_argument,
+    add_place_arguments,
+    add_verb,
+    load_placed_base,
+    name_and_value,
+)
 from imprompt.core.errors import ImpromptError
 from imprompt.core.progress import say
 from imprompt.diffusion.samplers import SAMPLERS
@@ -33,7 +40,8 @@ def add_parser(verbs: Any) -> None:
         verbs,
         "evaluate",
         run,
-        about="measure an adapter (or the base, or the judge) on unseen scenes of the embedded world",
+        about="measure an adapter (or the base, or the judge) on unseen scenes of the embedded world, or on "
+        "pictures of one's own",
         examples="  imprompt evaluate runs/first/adapter.safetensors\n"
         "  imprompt evaluate --what base --count 500\n"
         "  imprompt evaluate --what judge --count 5000\n"
@@ -41,7 +49,10 @@ def add_parser(verbs: Any) -> None:
         "  imprompt evaluate runs/person/identity --what identity --count 100\n"
         "  imprompt evaluate --what control --control-model depth=runs/depth/control --count 48\n"
         "  imprompt evaluate runs/instruct/adapter.safetensors --what instruct --count 48\n"
-        "  imprompt evaluate --what instruct-table --output runs/instruct-table",
+        "  imprompt evaluate --what instruct-table --output runs/instruct-table\n"
+        "on any base, by the last pairs of a folder, archive or list:\n"
+        "  imprompt evaluate runs/mine/adapter.safetensors --what pictures --data photos/ --count 100 \\\n"
+        "      --base models/sd15 --clip openai/clip-vit-large-patch14 --scales 0 0.5 1",
     )
     parser.add_argument(
         "adapter",
@@ -62,14 +73,14 @@ def add_parser(verbs: Any) -> None:
             "instruct",
             "instruct-table",
             "instructions",
+            "pictures",
         ),
         help="what is measured: an image-prompt adapter (the default), the base, the judge; two ways of "
         "joining tokens (ablation); a person kept; controls; Instruct, its comparison with rivals, or a map "
-        "of its instructions",
+        "of its instructions; an adapter on pictures of one's own, by CLIP-I and CLIP-T",
     )
-    parser.add_argument(
-        "--base", default="diorama", help="diorama, or a folder of a base for 64 px"
-    )
+    add_base_arguments(parser)
+    add_image_encoder_argument(parser)
     add_place_arguments(parser, "float32 on a CPU, float16 on a GPU")
     parser.add_argument("--count", type=at_least(1), default=96, help="how many images (96)")
     parser.add_argument("--steps", type=at_least(1), default=50, help="of the sampler (50)")
@@ -110,12 +121,33 @@ def add_parser(verbs: Any) -> None:
         metavar="FOLDER",
         help="instructions of one's own beside the package's, for --what instructions",
     )
+    parser.add_argument(
+        "--data",
+        metavar="SOURCE",
+        help="pairs of images and captions, as `imprompt prepare` reads them, for --what pictures",
+    )
+    parser.add_argument(
+        "--clip",
+        metavar="NAME",
+        help="folder or hub id of the CLIP model that measures pictures (default: "
+        "openai/clip-vit-large-patch14; for diorama the base's own)",
+    )
+    parser.add_argument(
+        "--scales",
+        type=number,
+        nargs="+",
+        metavar="λ",
+        help="of pictures with their captions as text (0 0.5 1)",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
 # What reads what else a command may name.
 READERS = {
-    "adapter": ("adapter", "identity", "instruct"),
+    "adapter": ("adapter", "identity", "instruct", "pictures"),
+    "data": ("pictures",),
+    "clip": ("pictures",),
+    "scales": ("pictures",),
     "map_reader": ("control",),
     "control_model": ("control",),
     "face_encoder": ("identity",),
@@ -138,6 +170,57 @@ def run(arguments: argparse.Namespace) -> None:
     say("loading…")
     import json
 
+    figures = _on_pictures(arguments) if arguments.what == "pictures" else _judged(arguments)
+    if arguments.json:
+        print(json.dumps(figures, indent=2))
+        return
+    width = max(len(name) for name in figures)
+    for name, value in figures.items():
+        print(f"{name:<{width}}  {with_unit(name, value)}")
+
+
+def _on_pictures(arguments: argparse.Namespace) -> dict[str, float]:
+    from imprompt.checkpoints import load_adapter
+    from imprompt.evaluation.clip_model import PUBLISHED, load_clip_model
+    from imprompt.evaluation.clip_scores import ClipScores
+    from imprompt.evaluation.measure import Sampling
+    from imprompt.evaluation.pictures import evaluate_pictures
+
+    if arguments.data is None:
+        raise ImpromptError("Name the pictures with --data: a folder, an archive, or a list.")
+    is_embedded = arguments.base == "diorama"
+    if arguments.adapter is None and not is_embedded:
+        raise ImpromptError(f"Name the adapter to measure on the base {arguments.base}.")
+    base = load_placed_base(arguments)
+
+    def load() -> Any:
+        if arguments.clip is None and is_embedded:
+            return ClipScores(base)
+        return load_clip_model(arguments.clip or PUBLISHED, base.device)
+
+    return evaluate_pictures(
+        base,
+        load_adapter(arguments.adapter or "diorama"),
+        load,
+        arguments.data,
+        Sampling(
+            steps=arguments.steps,
+            guidance_scale=arguments.guidance_scale,
+            sampler=arguments.sampler,
+            seed=arguments.seed,
+        ),
+        _output(arguments),
+        arguments.count,
+        arguments.scales or (0.0, 0.5, 1.0),
+        arguments.scale,
+    )
+
+
+def _output(arguments: argparse.Namespace) -> Path:
+    return arguments.output or Path("evaluations") / arguments.what
+
+
+def _judged(arguments: argparse.Namespace) -> dict[str, float]:
     from imprompt.evaluation.judge import check_can_judge
     from imprompt.evaluation.run import evaluate
 
@@ -147,7 +230,7 @@ def run(arguments: argparse.Namespace) -> None:
             check_can_judge(base)
         return base
 
-    figures = evaluate(
+    return evaluate(
         arguments.what,
         adapter_file=arguments.adapter,
         load=load,
@@ -157,7 +240,7 @@ def run(arguments: argparse.Namespace) -> None:
         guidance_scale=arguments.guidance_scale,
         scale=arguments.scale,
         seed=arguments.seed,
-        output=arguments.output or Path("evaluations") / arguments.what,
+        output=_output(arguments),
         map_reader_file=arguments.map_reader,
         face_encoder=arguments.face_encoder,
         control_folders=dict(
@@ -166,12 +249,6 @@ def run(arguments: argparse.Namespace) -> None:
         ),
         instructions_folder=arguments.instructions,
     )
-    if arguments.json:
-        print(json.dumps(figures, indent=2))
-        return
-    width = max(len(name) for name in figures)
-    for name, value in figures.items():
-        print(f"{name:<{width}}  {with_unit(name, value)}")
 
 
 def with_unit(name: str, value: float) -> str:
