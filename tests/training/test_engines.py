@@ -13,12 +13,15 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from small_system import SmallSystem
 from tiny_base import write_tiny_base
 
 from imprompt.bases import load_base
 from imprompt.core.errors import ImpromptError
 from imprompt.data.prepare import prepare
-from imprompt.training.processes import join_processes
+from imprompt.training.config import TrainConfig
+from imprompt.training.engines import create_engine
+from imprompt.training.processes import Processes, join_processes
 from imprompt.training.run import run_training
 from imprompt.training.state import whole_checkpoints
 
@@ -177,6 +180,15 @@ def test_parts_of_a_batch_add_up_to_the_batch(alone, tmp_path):
 def test_computing_activations_twice_changes_nothing(alone, tmp_path):
     run(alone, tmp_path / "run", "train.gradient_checkpointing=true")
     assert_same_run(alone / "alone", tmp_path / "run")
+
+
+def test_uneven_calls_do_not_go_with_slices_of_the_denoiser():
+    """A process that asks it once more would wait for the others' weights for ever."""
+    system = SmallSystem()
+    system.calls_differ = True
+    processes = Processes("fsdp2", 0, 1, torch.device("cpu"))
+    with pytest.raises(ImpromptError, match="more often in one process"):
+        create_engine(processes, system, TrainConfig(steps=1))
 
 
 def test_what_cannot_be_shared_out_evenly_is_told(alone, tmp_path):

@@ -10,31 +10,28 @@ import json
 import os
 import shutil
 import sys
-import time
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from imprompt.bases import Base
 from imprompt.core.errors import ImpromptError
 from imprompt.core.progress import progress
 from imprompt.data.batch import Work
 from imprompt.data.columns import check_has_encoders, default_columns, encoder_of, with_framing
-from imprompt.data.encoding import Progress, Report, encode_part, missing_columns
+from imprompt.data.encoding import Progress
 from imprompt.data.faces import default_face_encoder
 from imprompt.data.filters import Filters
 from imprompt.data.finish import finish
 from imprompt.data.pairs import Part
+from imprompt.data.parts import part_folder, work_through
 from imprompt.data.records import Reading
 from imprompt.data.sources import is_embedded_world, open_source
 from imprompt.data.store import disk_errors, lock, write_json
+from imprompt.data.workers import work_on_ray, work_side_by_side
 from imprompt.encoders.face import loaded_face_encoder
 
-SECONDS_BETWEEN_LOOKS = 0.2
 LEFT_BY_NOTHING_PREPARED = ("lock", "begun.json.writing", "quarantine.jsonl")
 
 
@@ -116,8 +113,6 @@ def prepare(
             bar.update(num_done)
 
         if engine == "ray" or workers > 1:
-            from imprompt.data.workers import work_on_ray, work_side_by_side
-
             start = work_on_ray if engine == "ray" else work_side_by_side
             start(workers, (source, reading, output, base, work, mine), report)
         else:
@@ -142,43 +137,6 @@ def _give_up(output: Path) -> None:
     shutil.rmtree(output / "parts", ignore_errors=True)
     for name in ("begun.json", "parts.npy", "removed.npy", "face_encoder.json"):
         (output / name).unlink(missing_ok=True)
-
-
-def work_through(
-    parts: Sequence[Part],
-    output: Path,
-    base: Base,
-    work: Work,
-    mine: Sequence[int],
-    report: Report,
-) -> None:
-    """Do every part that no other process is at, until none of `mine` is left.
-
-    Raises:
-        ImpromptError: the disk is full, or the source has changed.
-    """
-    waiting = list(mine)
-    with ThreadPoolExecutor(max(1, min(8, torch.get_num_threads()))) as pool:
-        while waiting:
-            before = len(waiting)
-            for number in list(waiting):
-                folder = part_folder(output, number)
-                with disk_errors(folder):
-                    folder.mkdir(parents=True, exist_ok=True)
-                with lock(folder, wait=False) as held:
-                    if not held:
-                        continue
-                    if missing_columns(Progress.read(folder, parts[number]), work):
-                        encode_part(parts[number], folder, base, work, pool, report)
-                    else:
-                        report(parts[number].num_pairs, 0)
-                waiting.remove(number)
-            if waiting and len(waiting) == before:
-                time.sleep(SECONDS_BETWEEN_LOOKS)
-
-
-def part_folder(output: Path, number: int) -> Path:
-    return output / "parts" / f"{number:05d}"
 
 
 def _claim(output: Path, meta: dict[str, Any], columns: tuple[str, ...]) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from imprompt.bases import Base
 from imprompt.core.errors import ImpromptError
 from imprompt.data.batch import Work
 from imprompt.data.encoding import Report
+from imprompt.data.parts import work_through
 from imprompt.data.records import Reading
 from imprompt.data.sources import open_source
 
@@ -150,7 +151,5 @@ def _work_as_task(job: Job, reports: Any) -> str | None:
 
 def _do(job: Job, reports: Any) -> None:
     """One worker's share of a job, told pair by pair to the queue `reports`."""
-    from imprompt.data.prepare import work_through
-
     source, reading, output, base, work, mine = job
     work_through(open_source(source, reading), output, base, work, mine, lambda *n: reports.put(n))

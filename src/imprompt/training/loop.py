@@ -21,10 +21,11 @@ from imprompt.systems.protocol import Figures, System
 from imprompt.training.batches import Batch, batches, num_trained_rows
 from imprompt.training.config import TrainConfig
 from imprompt.training.denoiser import attention_kernels, set_up_denoiser
+from imprompt.training.engines import create_engine
 from imprompt.training.ledger import Ledger
 from imprompt.training.optim import MovingAverage, learning_rate_factor
 from imprompt.training.output import claim_output, describe, say, say_once, stop_requests
-from imprompt.training.parallel import Engine, create_engine, trained_parameters
+from imprompt.training.parallel import Engine, trained_parameters
 from imprompt.training.processes import Processes, join_processes
 from imprompt.training.reports import Reports
 from imprompt.training.speed import counted
