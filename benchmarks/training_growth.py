@@ -68,7 +68,7 @@ def measure(folder: Path) -> dict[str, float]:
     from imprompt.bases import load_base
     from imprompt.data.dataset import Columns
     from imprompt.systems.image_prompt import ImagePromptSystem
-    from imprompt.training.batches import rows_of_samples
+    from imprompt.training.order import rows_of_samples
     from imprompt.training.run import run_training
 
     base = load_base("diorama")  # not of the data; importing and loading it is the same for all
