@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from imprompt.core.errors import ImpromptError
 from imprompt.systems.protocol import System
 from imprompt.training.config import TrainConfig
@@ -33,8 +35,10 @@ def create_engine(processes: Processes, system: System, config: TrainConfig) -> 
                 "These options ask the denoiser more often in one process than in another, which fsdp2, where "
                 "every call gathers weights from all, would wait for in vain. Train with ddp or zero2."
             )
-        for parameter in system.module.parameters():  # what is cut into slices must lie in order
-            parameter.data = parameter.data.contiguous()
+        # What is cut into slices must lie in order. A copy, for kernels of one pixel are called contiguous
+        # however they lie.
+        for parameter in system.module.parameters():
+            parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
     step = Step(system, config.precision, processes.device)
     if processes.engine == "zero2":
         from imprompt.training.zero import ZeroEngine
