@@ -51,7 +51,7 @@ def add_parser(verbs: Any) -> None:
         "  imprompt evaluate runs/instruct/adapter.safetensors --what instruct --count 48\n"
         "  imprompt evaluate --what instruct-table --output runs/instruct-table\n"
         "on any base, by the last pairs of a folder, archive or list:\n"
-        "  imprompt evaluate runs/mine/adapter.safetensors --what pictures --data photos/ --count 100 \\\n"
+        "  imprompt evaluate runs/mine/adapter.safetensors --what pictures --data photos/ --count 64 \\\n"
         "      --base models/sd15 --clip openai/clip-vit-large-patch14 --scales 0 0.5 1",
     )
     parser.add_argument(

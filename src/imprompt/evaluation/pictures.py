@@ -54,7 +54,7 @@ class Shown:
 
 
 def last_pairs(source: str, count: int, size_px: int) -> Shown:
-    """The last pairs of a source that can be used, which a training on it holds out; pictures as it cuts them.
+    """The last pairs of a source that can be used, as a training on it holds some out; pictures as it cuts them.
 
     Raises:
         ImpromptError: no such source, or nothing in it can be used.
@@ -62,17 +62,18 @@ def last_pairs(source: str, count: int, size_px: int) -> Shown:
     pictures: list[object] = []
     captions: list[str] = []
     fault = "it is empty"
-    for part in reversed(open_source(source)):
-        for pair in reversed(part.pairs()):
-            if len(pictures) == count:
-                break
-            try:
-                loaded = load(pair, size_px)
-            except Unusable as error:
-                fault = f"{pair.name}: {error}"
-                continue
-            pictures.append(loaded.picture)
-            captions.append(loaded.caption)
+    # Part by part, for to list one that is not needed may take a while.
+    backwards = (pair for part in reversed(open_source(source)) for pair in reversed(part.pairs()))
+    for pair in backwards:
+        try:
+            loaded = load(pair, size_px)
+        except Unusable as error:
+            fault = f"{pair.name}: {error}"
+            continue
+        pictures.append(loaded.picture)
+        captions.append(loaded.caption)
+        if len(pictures) == count:
+            break
     if not pictures:
         raise ImpromptError(f"No pair of {source} can be used; {fault}.")
     if len(pictures) < count:
@@ -89,7 +90,6 @@ def measure_pictures(
     scales: Sequence[float],
     *,
     image_scale: float = 1.0,
-    size_px: int | None = None,
 ) -> tuple[dict[str, float], Image.Image]:
     """CLIP-I and CLIP-T of each way to draw, and a sheet of some pictures.
 
@@ -114,7 +114,6 @@ def measure_pictures(
             guidance_scale=sampling.guidance_scale,
             sampler=sampling.sampler,
             seed=sampling.seed,
-            size_px=size_px,
         )
         drawn = clip.of_images(torch.stack([image_to_pixels(image) for image in images]))
         figures[f"{name}: CLIP-I"] = mean_cosine(drawn, pictures)
