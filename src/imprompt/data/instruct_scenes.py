@@ -32,6 +32,7 @@ from imprompt.diorama import (
     phrases,
     sample_scene,
     subject_caption,
+    training_scene,
 )
 from imprompt.diorama.people import PHOTO_LIKE_STYLE, portrait, training_character
 from imprompt.diorama.vocabulary import COLOURS, PERSON
@@ -97,35 +98,23 @@ def kept_in_words(task: str, scene: Scene) -> str:
     return subject_caption(scene)
 
 
-def _scene(seed: int, **fixed: object) -> Scene:
-    """A scene; if it is a person's, nobody of those that measurements ask for."""
-    scene = sample_scene(seed, **fixed)
-    if scene.kind == PERSON:
-        scene = replace(scene, character=training_character(seed))
-    return scene
-
-
-def _first_scene(seed: int) -> Scene:
-    return _scene(seed)
-
-
 def _same_style(seed: int) -> Scene:
-    return _scene(seed + 1, style=_first_scene(seed).style)
+    return training_scene(seed + 1, style=training_scene(seed).style)
 
 
 def _everything(seed: int, draw: Generator) -> tuple[Scene, Scene, str]:
-    scene = _first_scene(seed)
+    scene = training_scene(seed)
     return scene, scene, everyday_caption(scene, draw)
 
 
 def _style(seed: int, draw: Generator) -> tuple[Scene, Scene, str]:
-    condition, target = _first_scene(seed), _same_style(seed)
+    condition, target = training_scene(seed), _same_style(seed)
     said = phrases(target)
     return condition, target, _one_of(draw, f"{said.subject} {said.where}", said.subject)
 
 
 def _object(seed: int, draw: Generator) -> tuple[Scene, Scene, str]:
-    condition = _first_scene(seed)
+    condition = training_scene(seed)
     if condition.kind == PERSON:
         condition = sample_scene(seed, kind=_one_of(draw, *OBJECT_KINDS))
     target = sample_scene(

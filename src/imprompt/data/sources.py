@@ -36,9 +36,10 @@ from imprompt.diorama import (
     everyday_caption,
     portrait_caption,
     reference_seed,
-    sample_scene,
     training_portrait,
+    training_scene,
 )
+from imprompt.diorama.held_out import UNSEEN_LESSONS, UNSEEN_PORTRAITS, UNSEEN_SCENES, is_held_out
 
 PAIRS_PER_PART = 4096
 
@@ -95,6 +96,7 @@ def _diorama(source: str, pair_of: Callable[[int], Pair]) -> list[Part]:
             f"{source.partition(':')[0]}:COUNT:FIRST_SEED."
         ) from error
     seeds = range(first, first + count)
+    _check_not_held_out(source, seeds)
     return [
         Part(
             f"scenes {some.start} to {some.stop - 1}",
@@ -106,9 +108,22 @@ def _diorama(source: str, pair_of: Callable[[int], Pair]) -> list[Part]:
     ]
 
 
+def _check_not_held_out(source: str, seeds: range) -> None:
+    """Raise an ImpromptError for pairs that measurements ask for: trained on, they would measure nothing."""
+    name = source.partition(":")[0]
+    kept = {"diorama": UNSEEN_SCENES, "diorama-people": UNSEEN_PORTRAITS}.get(name, UNSEEN_LESSONS)
+    if name == "diorama-instruct":
+        kept = range(kept.start * len(TASKS), kept.stop * len(TASKS))  # the tasks take turns
+    if is_held_out(seeds, kept):
+        raise ImpromptError(
+            f"{source!r}: {kept.start} to {kept.stop - 1} are kept for measuring; "
+            "take others, with another :FIRST_SEED."
+        )
+
+
 def diorama_pair(seed: int) -> Pair:
     """The scene of a seed, with a caption that tells all of it or a part."""
-    scene = sample_scene(seed)
+    scene = training_scene(seed)
     text = everyday_caption(scene, generator(seed, 0, "caption"))
     return Pair(f"diorama {seed}", lambda: text, scene)
 

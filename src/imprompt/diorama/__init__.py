@@ -19,6 +19,7 @@ from imprompt.diorama.people import (
     portrait,
     reference_seed,
     training_portrait,
+    training_scene,
 )
 from imprompt.diorama.rendering import Render, landmarks_of, render
 from imprompt.diorama.scene import Character, Scene, sample_character, sample_scene
@@ -54,4 +55,5 @@ __all__ = [
     "sample_scene",
     "subject_caption",
     "training_portrait",
+    "training_scene",
 ]

@@ -1,13 +1,14 @@
 """Pictures of persons: several of one character, who differs from every character of the gallery.
 
-The gallery is who is asked for in measurements; no training sees any of them. Its characters differ
+The gallery is who is asked for in measurements. No training sees any of them, in portraits or in
+scenes that a person happens to be in (`training_scene`). Its characters differ
 from each other visibly, for at 64 pixels a blue eye hardly differs from a green one: in at least two
 factors that show in nearly every picture, and in at least three of all eight.
 """
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import cache
 
 from imprompt.core.randomness import generator
@@ -86,6 +87,17 @@ def training_character(number: int) -> Character:
     return character
 
 
+def training_scene(seed: int, **fixed: object) -> Scene:
+    """The scene of a seed that may be trained on: a person in it is nobody of the gallery.
+
+    Keyword arguments fix single fields, as of `sample_scene`.
+    """
+    scene = sample_scene(seed, **fixed)
+    if scene.kind == words.PERSON:
+        scene = replace(scene, character=training_character(seed))
+    return scene
+
+
 def portrait(seed: int, character: Character, **fixed: object) -> Scene:
     """A person who fills the picture; pose, light, style, setting and shirt follow from the seed.
 
@@ -100,7 +112,7 @@ def portrait(seed: int, character: Character, **fixed: object) -> Scene:
 
 
 def training_portrait(seed: int) -> Scene:
-    """Portrait number `seed`: so many in a row, from a multiple on, show one character."""
+    """Portrait number `seed`; each aligned run of `PICTURES_PER_CHARACTER` seeds shows one character."""
     return portrait(seed, training_character(seed // PICTURES_PER_CHARACTER))
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from imprompt.bases import Base, image_encoder_of
 from imprompt.diorama import caption, render, sample_scene
+from imprompt.diorama.held_out import UNSEEN_SCENES
 from imprompt.encoders.instruction import instruction_states
-from imprompt.evaluation.measure import UNSEEN_SEED
 from imprompt.systems.warm_start import ridge_regression
 
 FIRST_SCENE = 800_000
@@ -29,7 +29,7 @@ class ClipScores:
     @torch.no_grad()
     def __init__(self, base: Base, num_scenes: int = NUM_SCENES) -> None:
         self.base = base
-        scenes = [sample_scene(UNSEEN_SEED + FIRST_SCENE + i) for i in range(num_scenes)]
+        scenes = [sample_scene(UNSEEN_SCENES[FIRST_SCENE + i]) for i in range(num_scenes)]
         pixels = torch.cat([render(scenes[i : i + 64]).pixels for i in range(0, num_scenes, 64)])
         images = self.of_images(pixels).repeat(PHRASINGS, 1)
         texts = [caption(scene, i) for i in range(PHRASINGS) for scene in scenes]

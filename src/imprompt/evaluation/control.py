@@ -24,10 +24,11 @@ from imprompt.diorama import (
     render,
     sample_scene,
 )
+from imprompt.diorama.held_out import UNSEEN_SCENES
 from imprompt.diorama.vocabulary import COLOURS
 from imprompt.evaluation.judge import read, truth
 from imprompt.evaluation.map_reader import compare, read_maps
-from imprompt.evaluation.measure import UNSEEN_SEED, Sampling, draw, image_features, unseen_scenes
+from imprompt.evaluation.measure import Sampling, draw, image_features, unseen_scenes
 from imprompt.generation.conditions import TokenPrompt
 from imprompt.generation.controls import MapControl, placed
 from imprompt.systems.classifier import Judge
@@ -121,7 +122,7 @@ def unlike(scenes: Sequence[Scene]) -> list[Scene]:
     """For each scene one of another object in another style and colour."""
     return [
         sample_scene(
-            UNSEEN_SEED + FIRST + 10_000 + i,
+            UNSEEN_SCENES[FIRST + 10_000 + i],
             kind=_other(OBJECT_KINDS, scene.kind, 5),
             colour=_other(tuple(COLOURS), scene.colour, 3),
             style=_other(STYLES, scene.style, 1 + i % (len(STYLES) - 1)),

@@ -18,6 +18,7 @@ from imprompt.bases import Base, image_encoder_of
 from imprompt.data.instruct_scenes import InstructExample, instruct_example
 from imprompt.data.instructions import TASKS
 from imprompt.diorama import caption, phrases, render
+from imprompt.diorama.held_out import UNSEEN_LESSONS
 from imprompt.diorama.vocabulary import PERSON
 from imprompt.encoders.instruction import METADATA_KEY, instruction_states
 from imprompt.evaluation.clip_scores import ClipScores, mean_cosine
@@ -29,7 +30,6 @@ from imprompt.generation.conditions import TokenPrompt
 from imprompt.systems.classifier import Judge
 from imprompt.systems.map_reader import MapReader
 
-FIRST_GROUP = 1_000_000  # training is done long before
 KEPT = {
     "everything": ("kind", "colour", "style", "setting"),
     "style": ("style",),
@@ -50,7 +50,7 @@ def unseen_lessons(task: str, count: int) -> list[InstructExample]:
     """Lessons of one task that no training sees, whose text says all that the image must not."""
     if task == "face":
         portraits = unseen_portraits(count)
-        lessons = [instruct_example(FIRST_GROUP + i, task) for i in range(count)]
+        lessons = [instruct_example(UNSEEN_LESSONS[i], task) for i in range(count)]
         return [
             replace(
                 lesson,
@@ -64,10 +64,10 @@ def unseen_lessons(task: str, count: int) -> list[InstructExample]:
             )
         ]
     found: list[InstructExample] = []
-    group = FIRST_GROUP
-    while len(found) < count:
+    for group in UNSEEN_LESSONS:
+        if len(found) == count:
+            break
         lesson = instruct_example(group, task)
-        group += 1
         # A person's shirt is no object colour, and has no kind to be told by.
         if PERSON not in (lesson.condition.kind, lesson.target.kind):
             found.append(replace(lesson, prompt=_prompt(lesson)))

@@ -1,6 +1,6 @@
 """Measurements on the embedded world: how well base and adapter do what they are asked.
 
-All scenes come from seeds that no training sees.
+All scenes come from seeds that no training sees (`diorama.held_out`).
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from imprompt.adapters import ImagePromptAdapter
 from imprompt.adapters.site_presets import preset_scales
 from imprompt.bases import Base
 from imprompt.diorama import OBJECT_KINDS, Scene, caption, render, sample_scene
+from imprompt.diorama.held_out import UNSEEN_SCENES
 from imprompt.evaluation.judge import read, shares, truth
 from imprompt.generation.conditions import TokenPrompt
 from imprompt.generation.controls import MapControl
 from imprompt.generation.sampler import sample_latents
 from imprompt.systems.classifier import ATTRIBUTES, Judge
 
-UNSEEN_SEED = 1_000_000
+FIRST_OF_JUDGE = 500_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,7 @@ class Sampling:
 def unseen_scenes(count: int, first: int = 0) -> list[Scene]:
     """Scenes of objects (persons have no object kind to be asked for), every kind as often."""
     return [
-        sample_scene(UNSEEN_SEED + first + i, kind=OBJECT_KINDS[i % len(OBJECT_KINDS)])
+        sample_scene(UNSEEN_SCENES[first + i], kind=OBJECT_KINDS[i % len(OBJECT_KINDS)])
         for i in range(count)
     ]
 
@@ -91,7 +92,7 @@ def image_features(
 
 def measure_judge(judge: Judge, count: int = 1000) -> dict[str, float]:
     """How often the judge is right on unseen renders."""
-    scenes = [sample_scene(UNSEEN_SEED + 500_000 + i) for i in range(count)]
+    scenes = [sample_scene(UNSEEN_SCENES[FIRST_OF_JUDGE + i]) for i in range(count)]
     pixels = torch.cat([render(scenes[i : i + 100]).pixels for i in range(0, count, 100)])
     return shares(read(judge, pixels), truth(scenes))
 

@@ -30,10 +30,11 @@ from imprompt.diorama import (
     portrait_caption,
     render,
 )
+from imprompt.diorama.held_out import UNSEEN_PORTRAITS
 from imprompt.diorama.people import PHOTO_LIKE_STYLE
 from imprompt.encoders.face import FaceEncoder, load_face_encoder
 
-REFERENCE_SEED, TARGET_SEED, TEMPLATE_SEED = 6_000_000, 6_100_000, 6_200_000
+FIRST_REFERENCE, FIRST_TARGET, FIRST_TEMPLATE = 0, 100_000, 200_000
 OTHER_REFERENCE_STYLE = "cartoon"  # for portraits that are asked for in the photo-like one
 
 
@@ -65,7 +66,11 @@ def unseen_portraits(count: int, styles: Sequence[str] = STYLES) -> Portraits:
     """
     people = gallery()
     targets = [
-        portrait(TARGET_SEED + i, people[i % len(people)], style=styles[i % len(styles)])
+        portrait(
+            UNSEEN_PORTRAITS[FIRST_TARGET + i],
+            people[i % len(people)],
+            style=styles[i % len(styles)],
+        )
         for i in range(count)
     ]
     references = [
@@ -76,7 +81,7 @@ def unseen_portraits(count: int, styles: Sequence[str] = STYLES) -> Portraits:
 
 def _reference(number: int, character: Character, target: Scene) -> Scene:
     style = OTHER_REFERENCE_STYLE if target.style == PHOTO_LIKE_STYLE else PHOTO_LIKE_STYLE
-    reference = portrait(REFERENCE_SEED + number, character, style=style)
+    reference = portrait(UNSEEN_PORTRAITS[FIRST_REFERENCE + number], character, style=style)
     if reference.setting == target.setting:
         following = SETTINGS[(SETTINGS.index(target.setting) + 1) % len(SETTINGS)]
         reference = replace(reference, setting=following)
@@ -94,7 +99,7 @@ def templates(
 ) -> Float[Tensor, "characters dim"]:
     """What each character is known by: the mean direction of a picture in each style."""
     scenes = [
-        portrait(TEMPLATE_SEED + len(STYLES) * i + k, character, style=style)
+        portrait(UNSEEN_PORTRAITS[FIRST_TEMPLATE + len(STYLES) * i + k], character, style=style)
         for i, character in enumerate(characters)
         for k, style in enumerate(STYLES)
     ]

@@ -2,6 +2,7 @@
 
 import json
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from imprompt.data.dataset import Columns
 from imprompt.data.filters import Filters
 from imprompt.data.pairs import load
 from imprompt.data.prepare import prepare
+from imprompt.diorama import gallery, sample_scene
 
 
 @pytest.fixture
@@ -254,6 +256,28 @@ def test_nothing_usable_is_an_error(base, tmp_path):
 def test_what_is_no_source_is_told(source):
     with pytest.raises(ImpromptError):
         pairs_of(source)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "diorama:10:999995",
+        "diorama:2000000",
+        "diorama-people:1:6000000",
+        "diorama-instruct:1:5000004",
+    ]
+    + ["diorama-instruct/face:1:1000000"],
+)
+def test_what_is_kept_for_measuring_is_not_trained_on(source):
+    with pytest.raises(ImpromptError, match="kept for measuring"):
+        pairs_of(source)
+
+
+def test_nobody_of_the_gallery_is_in_a_scene_to_train_on():
+    seed = 7_002_290  # by chance it draws one of them
+    scene, pair = sample_scene(seed), pairs_of(f"diorama:1:{seed}")[0]
+    assert scene.character in gallery() and pair.image.character not in gallery()
+    assert replace(pair.image, character=scene.character) == scene
 
 
 def test_a_diorama_pair_is_a_function_of_its_seed():
