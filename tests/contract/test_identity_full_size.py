@@ -35,6 +35,7 @@ def columns(tmp_path, monkeypatch):
     return prepared(
         tmp_path / "data",
         id_embeds=torch.nn.functional.normalize(torch.randn(4, 512), dim=1),
+        id_lengths=20 + torch.rand(4, 1),
         reference_hidden_states=torch.randn(4, *VIT_H_STATES).half(),
         landmarks=torch.rand(4, 5, 2),
     )

@@ -58,7 +58,7 @@ def test_what_an_example_prepares_is_what_it_trains_on():
         "image-prompt": {"image_embeds"},
         "instruct": {"condition_states", "instruction_ids"},
         "instruct-words": {"kept_ids"},
-        "identity": {"id_embeds", "landmarks"},
+        "identity": {"id_embeds", "id_lengths", "landmarks"},
         "face-id": {"id_embeds"},
         "controlnet": {"latent_mean"},
         "t2i-adapter": {"latent_mean"},

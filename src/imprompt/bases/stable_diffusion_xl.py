@@ -42,6 +42,7 @@ class StableDiffusionXLBase(UNetBase):
     Source: Podell et al. (2307.01952), sections 2.1 (encoders) and 2.2 (framing).
     """
 
+    guidance_scale: float = 5.0
     reads_framing: bool = True
 
     def __init__(

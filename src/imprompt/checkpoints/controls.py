@@ -12,12 +12,14 @@ import torch
 
 from imprompt.bases.folder import check_complete, has_only_half_precision_files
 from imprompt.core.errors import ImpromptError
+from imprompt.core.hub import folder_from_hub, place_on_hub
 from imprompt.core.shipped import CONTROLS, WEIGHTS, folder_named
 
 DESCRIPTION = "control.json"
 """Beside a network that was trained here: which maps it reads, and the base it was trained on."""
 CLASSES = ("ControlNetModel", "T2IAdapter")
 FILES_ON_HUB = ("*.json", "*.safetensors")
+OLDER_FILES_ON_HUB = ("*.bin",)  # where there are no others
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,15 @@ def load_control(
     Raises:
         ImpromptError: it is neither, or damaged.
     """
-    folder = folder_named(folder, CONTROLS, FILES_ON_HUB)
+    name, folder = folder, folder_named(folder, CONTROLS, FILES_ON_HUB)
+    if folder.is_file():
+        raise ImpromptError(
+            f"{folder} is a file, and a control is a folder as diffusers writes it: "
+            f'diffusers.ControlNetModel.from_single_file("{folder}").save_pretrained(FOLDER) makes one of a '
+            "ControlNet, and of a T2I-Adapter diffusers' script convert_original_t2i_adapter.py."
+        )
+    if (place := place_on_hub(name)) and not any(folder.glob("*.safetensors")):
+        folder_from_hub(*place, OLDER_FILES_ON_HUB)
     config = _json(folder / "config.json")
     kind = config.get("_class_name")
     if kind not in CLASSES:

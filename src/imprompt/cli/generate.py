@@ -121,7 +121,9 @@ def add_parser(verbs: Any) -> None:
     )
     parser.add_argument("--steps", type=at_least(1), default=50, help="sampler steps (50)")
     parser.add_argument(
-        "--guidance-scale", type=number, help="guidance (as the base likes it: 7.5; diorama 3)"
+        "--guidance-scale",
+        type=number,
+        help="guidance (as the base likes it: 7.5; XL 5; diorama 3)",
     )
     parser.add_argument(
         "--image-guidance-scale",

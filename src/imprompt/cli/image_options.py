@@ -66,9 +66,9 @@ def add_identity_arguments(group: Any) -> None:
         metavar="FOLDER",
         help="InstantID's folder, or what `imprompt train identity` made (default: the base's)",
     )
-    group.add_argument("--identity-scale", type=number, help="λ of the face (1.0)")
+    group.add_argument("--identity-scale", type=number, help="λ of the face (1; 0.8 as published)")
     group.add_argument(
-        "--identity-net", type=number, metavar="W", help="weight of IdentityNet (1.0)"
+        "--identity-net", type=number, metavar="W", help="weight of IdentityNet (as λ)"
     )
     group.add_argument(
         "--face-encoder", help="diorama, insightface or a file (default: the adapter's own)"

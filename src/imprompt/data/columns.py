@@ -103,7 +103,7 @@ def default_columns(variant: str) -> tuple[str, ...]:
         "instruct-faces": ("condition_states", "instruction_ids", "task_ids", "id_embeds"),
         "faceid": ("id_embeds",),
         "faceid-plus": ("id_embeds", "reference_hidden_states"),
-        "identity": ("id_embeds", "landmarks"),
+        "identity": ("id_embeds", "id_lengths", "landmarks"),
     }
     if variant not in features:
         raise ImpromptError(f"The variant {variant!r} is unknown; choose {', '.join(features)}.")
@@ -256,6 +256,12 @@ def id_embeds(base: Base, batch: Batch) -> Tensor:
     return found
 
 
+def id_lengths(base: Base, batch: Batch) -> Tensor:
+    """Which lengths the vectors of `id_embeds` have as the face encoder gives them: float32 (batch, 1)."""
+    embeds = _faces(batch).embeds(batch.reference_pixels, normalized=False)
+    return embeds.norm(dim=1, keepdim=True).cpu().float()
+
+
 def reference_hidden_states(base: Base, batch: Batch) -> Tensor:
     """The image encoder's penultimate states of the reference's face: float16 (batch, length, dim)."""
     crops = _faces(batch).crops(batch.reference_pixels)
@@ -321,6 +327,7 @@ COLUMNS: dict[str, Callable[[Base, Batch], Tensor]] = {
     "character": character,
     "landmarks": landmarks,
     "id_embeds": id_embeds,
+    "id_lengths": id_lengths,
     "reference_hidden_states": reference_hidden_states,
 }
 CONDITION_COLUMNS = frozenset({"condition_states", "instruction_ids", "kept_ids", "task_ids"})

@@ -12,6 +12,8 @@ from imprompt.diorama import Scene
 from imprompt.encoders.face import INSIGHTFACE, PACKS, loaded_face_encoder
 
 FACE_MISSING = "face missing"
+REFERENCE_COLUMNS = frozenset({"id_embeds", "id_lengths", "reference_hidden_states"})
+"""Those that read the face of a pair's reference."""
 
 
 def default_face_encoder(source: str, variant: str) -> str:
@@ -29,7 +31,7 @@ def check_faces(loaded: Loaded, columns: Sequence[str], face_encoder: str) -> No
         return
     has_reference = loaded.reference is not None
     pictures = {"image": loaded.picture} if "landmarks" in columns else {}
-    if not {"id_embeds", "reference_hidden_states"}.isdisjoint(columns):
+    if not REFERENCE_COLUMNS.isdisjoint(columns):
         name = "reference" if has_reference else "image"
         pictures[name] = loaded.reference if has_reference else loaded.picture
     for name, picture in pictures.items():

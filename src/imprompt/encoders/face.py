@@ -145,10 +145,19 @@ def face_encoder_with(fingerprint: str) -> FaceEncoder | None:
     """
     if loaded_face_encoder("diorama").fingerprint() == fingerprint:
         return loaded_face_encoder("diorama")
-    for pack in ALL_PACKS:
-        if _fingerprint_of_name(f"{INSIGHTFACE}:{pack}") == fingerprint:
-            return loaded_face_encoder(f"{INSIGHTFACE}:{pack}")
-    return None
+    pack = pack_with(fingerprint)
+    return None if pack is None else loaded_face_encoder(pack)
+
+
+def pack_with(fingerprint: str) -> str | None:
+    """The name of insightface's model with this fingerprint ("insightface:buffalo_l"), if any has it."""
+    names = (f"{INSIGHTFACE}:{pack}" for pack in ALL_PACKS)
+    return next((name for name in names if _fingerprint_of_name(name) == fingerprint), None)
+
+
+def published_encoder_of(variant: str, published: str = "") -> str:
+    """The name of the face encoder that a published adapter was trained with, told by its variant and name."""
+    return PACKS.get(published) or PACKS.get(variant, f"{INSIGHTFACE}:{DEFAULT_PACK}")
 
 
 class DioramaFaceEncoder:

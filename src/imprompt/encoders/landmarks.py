@@ -20,9 +20,10 @@ COLOURS = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (1.0, 1.0, 0.0), (
 NOSE = 2
 LIMB_SHADE = 0.6
 MAX_FRACTION = 2.0
-# Of the longer side; at 1024 px these are the widths that InstantID's published weights know.
-POINT_RADIUS, LIMB_RADIUS = 10 / 1024, 4 / 1024
-MIN_POINT_RADIUS_PX, MIN_LIMB_RADIUS_PX = 1.4, 0.7  # of small pictures
+# What InstantID's published weights know, from 1024 px of the longer side on; less in smaller pictures.
+POINT_RADIUS_PX, LIMB_RADIUS_PX = 10, 4
+FULL_SIZE_PX = 1024
+MIN_POINT_RADIUS_PX, MIN_LIMB_RADIUS_PX = 1.4, 0.7
 
 
 def landmark_images(
@@ -30,11 +31,13 @@ def landmark_images(
 ) -> Float[Tensor, "batch 3 height width"]:
     """Coloured points and darker limbs from the nose to each, on black, in [0, 1].
 
+    A limb is an ellipse, widest half way. Points lie on top.
+
     Source: InstantID (2401.07519), section 3.3, and the drawing of its published code.
     """
-    longer = max(height, width)
-    point_radius = max(MIN_POINT_RADIUS_PX, POINT_RADIUS * longer)
-    limb_radius = max(MIN_LIMB_RADIUS_PX, LIMB_RADIUS * longer)
+    smaller = min(1.0, max(height, width) / FULL_SIZE_PX)
+    point_radius = max(MIN_POINT_RADIUS_PX, POINT_RADIUS_PX * smaller)
+    limb_radius = max(MIN_LIMB_RADIUS_PX, LIMB_RADIUS_PX * smaller)
     device = landmarks.device
     y = torch.arange(height, device=device)[:, None] + 0.5
     x = torch.arange(width, device=device)[None, :] + 0.5
@@ -43,20 +46,34 @@ def landmark_images(
     colours = torch.tensor(COLOURS, device=device)
     picture = torch.zeros(len(landmarks), 3, height, width, device=device)
 
-    def lay(colour: Tensor, distance: Tensor, radius: int | float) -> None:
-        cover = (radius + 0.5 - distance).clamp(0, 1)[:, None]
+    def lay(colour: Tensor, beyond: Tensor) -> None:
+        """Paint where a pixel's middle is at most half a pixel beyond the edge, the rest in part."""
+        cover = (0.5 - beyond).clamp(0, 1)[:, None]
         torch.lerp(picture, colour[:, None, None].expand_as(picture), cover, out=picture)
 
     limbs = [point for point in range(len(COLOURS)) if point != NOSE]
     for point in limbs:
         across, down = px[:, point] - px[:, NOSE], py[:, point] - py[:, NOSE]
-        squared = (across**2 + down**2).clamp(min=1e-6)
-        along = (((x - px[:, NOSE]) * across + (y - py[:, NOSE]) * down) / squared).clamp(0, 1)
-        distance = torch.hypot(x - px[:, NOSE] - along * across, y - py[:, NOSE] - along * down)
-        lay(LIMB_SHADE * colours[point], distance, limb_radius)
+        length = torch.hypot(across, down).clamp(min=1e-3)
+        from_x = x - (px[:, NOSE] + px[:, point]) / 2
+        from_y = y - (py[:, NOSE] + py[:, point]) / 2
+        along = (from_x * across + from_y * down) / length
+        aside = (from_y * across - from_x * down) / length
+        lay(LIMB_SHADE * colours[point], beyond_ellipse(along, aside, length / 2, limb_radius))
     for point in range(len(COLOURS)):
-        lay(colours[point], torch.hypot(x - px[:, point], y - py[:, point]), point_radius)
+        distance = torch.hypot(x - px[:, point], y - py[:, point])
+        lay(colours[point], distance - point_radius)
     return picture
+
+
+def beyond_ellipse(x: Tensor, y: Tensor, half_length: Tensor, half_width: float) -> Tensor:
+    """How far places (x, y) are outside an ellipse around 0, in pixels, negative inside; right near its edge.
+
+    There (f - 1) / |∇f| with f = √((x / a)² + (y / b)²) is the distance to first order.
+    """
+    f = torch.hypot(x / half_length, y / half_width).clamp(min=1e-6)
+    gradient = torch.hypot(x / half_length**2, y / half_width**2) / f
+    return (f - 1) / gradient.clamp(min=1e-6)
 
 
 def landmarks_at_size(

@@ -20,6 +20,7 @@ from imprompt.systems.warm_start import ridge_regression
 
 FIRST_SCENE = 800_000
 NUM_SCENES = 384
+CLIP_SCORE_WEIGHT = 2.5
 PHRASINGS = 3  # of each scene, for the projection
 
 
@@ -54,3 +55,11 @@ class ClipScores:
 def mean_cosine(first: Tensor, second: Tensor) -> float:
     """Mean of the similarities, row by row."""
     return (first * second).sum(1).mean().item()
+
+
+def mean_clip_score(images: Tensor, texts: Tensor) -> float:
+    """CLIPScore of images with their texts, directions (n, dim) both, in [0, 2.5]: the mean of 2.5 · max(cosine, 0).
+
+    Source: Hessel et al. (2104.08718), equation 1.
+    """
+    return (CLIP_SCORE_WEIGHT * (images * texts).sum(1).clamp(min=0)).mean().item()

@@ -25,7 +25,7 @@ from imprompt.data.pairs import draw as drawn_pixels
 from imprompt.data.pairs import load
 from imprompt.data.sources import open_source
 from imprompt.data.store import disk_errors
-from imprompt.evaluation.clip_scores import mean_cosine
+from imprompt.evaluation.clip_scores import mean_clip_score, mean_cosine
 from imprompt.evaluation.measure import Sampling
 from imprompt.generation import ImagePrompt, generate
 
@@ -94,10 +94,11 @@ def measure_pictures(
     """CLIP-I and CLIP-T of each way to draw, and a sheet of some pictures.
 
     Drawn are: each picture alone, at `image_scale`; and each with its caption as text, for each λ of `scales`
-    (0 is the text alone). CLIP-I is the cosine to the picture, CLIP-T to its caption, both in [-1, 1].
+    (0 is the text alone). CLIP-I is the cosine to the picture, in [-1, 1], CLIP-T the CLIPScore with its caption,
+    in [0, 2.5].
     """
     pictures, texts = clip.of_images(shown.pixels), clip.of_texts(shown.captions)
-    figures = {"the pictures themselves: CLIP-T": mean_cosine(pictures, texts)}
+    figures = {"the pictures themselves: CLIP-T": mean_clip_score(pictures, texts)}
     rows = [("picture", pixels_to_images(shown.pixels[:SHOWN]))]
     ways: list[tuple[str, Sequence[str], float]] = [
         (f"image alone, λ={image_scale:g}", [""] * len(pictures), image_scale),
@@ -117,7 +118,7 @@ def measure_pictures(
         )
         drawn = clip.of_images(torch.stack([image_to_pixels(image) for image in images]))
         figures[f"{name}: CLIP-I"] = mean_cosine(drawn, pictures)
-        figures[f"{name}: CLIP-T"] = mean_cosine(drawn, texts)
+        figures[f"{name}: CLIP-T"] = mean_clip_score(drawn, texts)
         rows.append((name, images[:SHOWN]))
     columns = len(rows[0][1])
     cells = [image for _, images in rows for image in images]

@@ -136,7 +136,7 @@ def _of_control(system: ControlSystem, rows: Batch) -> Asked:
 
 
 def _of_identity(system: IdentitySystem, base: Base, rows: Batch) -> Asked:
-    adapter, faces = system.adapter, rows["id_embeds"].float()[:, None]
+    adapter, faces = system.adapter, system.faces(rows)
     tokens, zero_tokens = adapter.tokens(faces), adapter.tokens(torch.zeros_like(faces[:1]))
     control = MapControl(
         module=system.net,

@@ -21,6 +21,7 @@ from imprompt.core.errors import ImpromptError
 from imprompt.generation.conditions import Branch, check_finite, check_time_span, rows_of
 from imprompt.generation.features import ImageLike, pixels_of_image_like
 from imprompt.generation.masks import mask_to_tensor
+from imprompt.systems.control import as_read
 from imprompt.systems.controlnet import check_controlnet, control_residuals
 from imprompt.systems.t2i_adapter import adapter_residuals, check_t2i_adapter
 
@@ -118,11 +119,9 @@ def map_control(control: Control, base: Base, size_px: int | tuple[int, int] | N
         for image in images
     ]
     maps = ((torch.cat(pixels) + 1) / 2).clamp(0, 1)
-    # The published T2I-Adapters for edges and sketches read grey; a ControlNet's are the latents.
-    is_grey = control.network.config.in_channels == 1
     return MapControl(
         module=placed(control.network, base, is_own=isinstance(control.model, LoadedControl)),
-        maps=maps.mean(1, keepdim=True) if is_grey else maps,
+        maps=as_read(control.network, maps),
         weight=control.weight,
         start=control.start,
         end=control.end,

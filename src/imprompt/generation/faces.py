@@ -10,11 +10,10 @@ from imprompt.bases import ClipImageEncoder
 from imprompt.checkpoints.identity import READS_FACES
 from imprompt.core.errors import ImpromptError
 from imprompt.encoders.face import (
-    INSIGHTFACE,
-    PACKS,
     FaceEncoder,
     face_encoder_with,
     loaded_face_encoder,
+    published_encoder_of,
 )
 from imprompt.generation.features import ImageLike, pixels_of_image_like
 
@@ -40,8 +39,7 @@ def face_encoder_of(
                 f"here ({trained_with}): name it (face_encoder=… or --face-encoder)."
             )
     elif encoder is None:
-        named = adapter.metadata.get("published", "")
-        encoder = PACKS.get(named) or PACKS.get(adapter.variant, INSIGHTFACE)
+        encoder = published_encoder_of(adapter.variant, adapter.metadata.get("published", ""))
     if isinstance(encoder, str):
         encoder = loaded_face_encoder(encoder)
     dim = adapter.projection.features[0].dim

@@ -49,11 +49,12 @@ class IdentityPrompt:
     or one for each, or a file (see `read_landmarks`). By default where they are in `image` when it is
     cut to the pictures' shape (see `landmarks_at_size`)."""
 
-    scale: Scale = 1.0
-    """λ, the weight of the face beside the text; see `ImagePrompt`. 0 is without adapter."""
+    scale: Scale | None = None
+    """λ, the weight of the face beside the text; see `ImagePrompt`. 0 is without adapter. By default the
+    identity's own weight: 0.8 as published, 1 for what is trained here."""
 
-    net_weight: Number = 1.0
-    """How much of what IdentityNet adds is added; 0 is without it."""
+    net_weight: Number | None = None
+    """How much of what IdentityNet adds is added; 0 is without it. By default as `scale`."""
 
     start: Number = 0.0
     end: Number = 1.0
@@ -66,12 +67,13 @@ class IdentityPrompt:
 
     def __post_init__(self) -> None:
         check_time_span(self.start, self.end)
-        check_finite(net_weight=self.net_weight)
         if not isinstance(self.identity, Identity):
             raise ImpromptError(
                 f"A person's identity is a {type(self.identity).__name__}; what imprompt.load_identity reads "
                 "is needed."
             )
+        if self.net_weight is not None:
+            check_finite(net_weight=self.net_weight)
         if isinstance(self.scale, int | float):
             check_finite(scale=self.scale)
         if isinstance(self.landmarks, Tensor):
@@ -82,14 +84,24 @@ class IdentityPrompt:
             checked_places(self.landmarks, "IdentityPrompt")
 
     @property
+    def used_scale(self) -> Scale:
+        """λ, given or not."""
+        return self.identity.weight if self.scale is None else self.scale
+
+    @property
+    def used_net_weight(self) -> Number:
+        """IdentityNet's weight, given or not."""
+        return self.identity.weight if self.net_weight is None else self.net_weight
+
+    @property
     def is_beside_the_text(self) -> bool:
         """Whether the adapter acts at any step."""
-        return not is_zero(self.scale) and self.start < self.end
+        return not is_zero(self.used_scale) and self.start < self.end
 
     @property
     def is_in_the_net(self) -> bool:
         """Whether IdentityNet acts at any step."""
-        return self.net_weight != 0 and self.start < self.end
+        return self.used_net_weight != 0 and self.start < self.end
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,7 +144,7 @@ def read_person(
             handle=handle,
             tokens=tokens,
             zero_tokens=zero_tokens,
-            scale=prompt.scale,
+            scale=prompt.used_scale,
             mask=None if mask is None else mask[None],
             start=prompt.start,
             end=prompt.end,
@@ -143,7 +155,7 @@ def read_person(
         control = MapControl(
             module=prompt.identity.net,
             maps=landmark_images(_landmarks(prompt, faces, size), *size),
-            weight=prompt.net_weight,
+            weight=prompt.used_net_weight,
             start=prompt.start,
             end=prompt.end,
             tokens=tokens,

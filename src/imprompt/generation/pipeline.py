@@ -63,7 +63,8 @@ def generate(
         num_images: how many images of one prompt. With several prompts it is their number.
         steps: of the sampler. Their cost is all there is.
         guidance_scale: how far to go beyond what the prompts say; 1 is not at all, at half the
-            cost. By default as the base is best guided: 7.5, and 3 for "diorama".
+            cost. By default as the base is best guided: 7.5, 5 for Stable Diffusion XL, and 3 for
+            "diorama".
         image_guidance_scale: the same for the image prompts alone, if it shall differ; half more
             cost.
         instruction_guidance_scale: the same for what image prompts of an Instruct adapter are told,

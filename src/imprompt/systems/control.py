@@ -88,6 +88,13 @@ def network_to_train(
     return network.requires_grad_(True)
 
 
+def as_read(network: Any, maps: Tensor) -> Tensor:
+    """Maps (batch, 3, height, width) as a network reads them: grey, (batch, 1, height, width), where it sees one
+    channel, as the published T2I-Adapters for edges and sketches do."""
+    # A ControlNet's `in_channels` are those of the latents.
+    return maps.mean(1, keepdim=True) if network.config.in_channels == 1 else maps
+
+
 class ControlSystem:
     """Trains a network that turns control maps into residuals, on cached columns."""
 
@@ -148,7 +155,7 @@ class ControlSystem:
 
     def maps(self, batch: dict[str, Tensor]) -> Tensor:
         """What is read: (batch, channels, height, width) in [0, 1]."""
-        return batch[CONTROL + self._kind].float() / 255
+        return as_read(self.module, batch[CONTROL + self._kind].float() / 255)
 
     @torch.no_grad()
     def validate(self, batch: dict[str, Tensor], randomness: Randomness) -> dict[str, float]:

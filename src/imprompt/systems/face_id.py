@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from imprompt.adapters import create_adapter
+from imprompt.adapters import ImagePromptAdapter, create_adapter
 from imprompt.adapters.projection import FacePlusProjection
 from imprompt.bases import Base, image_encoder_of
 from imprompt.checkpoints import load_adapter
@@ -21,6 +21,7 @@ from imprompt.core.config import check_left_alone, check_range
 from imprompt.core.errors import ImpromptError
 from imprompt.data.rows import Rows
 from imprompt.systems.denoising import check_same_encoders
+from imprompt.systems.faces import learn_faces_of
 from imprompt.systems.image_prompt import ImagePromptOptions, ImagePromptSystem
 
 FEATURES: dict[str, tuple[str, ...]] = {
@@ -36,9 +37,10 @@ class FaceIdOptions(ImagePromptOptions):
     variant: str = "faceid"
     """`faceid` (identity vector) or `faceid-plus` (with it the patches of the face)."""
     lora_rank: int = 128
-    """Of the low-rank additions at every attention layer."""
-    shortcut: bool = False
-    """Second generation of `faceid-plus`: tokens of the identity are added to the refined ones."""
+    """Of the low-rank additions at every attention layer of a new adapter; `start_from` keeps its own."""
+    shortcut: bool | None = None
+    """Second generation of `faceid-plus`: tokens of the identity are added to the refined ones. By default as
+    `start_from` has it, and off for a new adapter."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,9 +80,8 @@ def build(options: FaceIdOptions, base: Base, columns: Rows) -> ImagePromptSyste
             num_tokens=options.num_tokens or None,
             lora_rank=options.lora_rank,
         )
-    if isinstance(adapter.image_proj, FacePlusProjection):
-        adapter.image_proj.shortcut = options.shortcut
-    adapter.metadata["face_encoder"] = str(columns.meta.get("face_encoder", ""))
+    _set_shortcut(adapter, options)
+    learn_faces_of(adapter, columns, options.start_from)
     dropped = {"id_embeds": torch.zeros(1, adapter.projection.features[0].dim)}
     if options.variant == "faceid-plus":
         dropped["reference_hidden_states"] = image_encoder_of(base).zero_hidden_states()
@@ -92,3 +93,19 @@ def build(options: FaceIdOptions, base: Base, columns: Rows) -> ImagePromptSyste
         dropped_features=dropped,
         options=options,
     )
+
+
+def _set_shortcut(adapter: ImagePromptAdapter, options: FaceIdOptions) -> None:
+    projection = adapter.image_proj
+    if options.shortcut is None:
+        return
+    if not isinstance(projection, FacePlusProjection):
+        if options.shortcut:
+            raise ImpromptError(f"The variant {options.variant} has no shortcut; faceid-plus has.")
+        return
+    if options.start_from and projection.shortcut != options.shortcut:
+        raise ImpromptError(
+            f"{options.start_from} is of the {'second' if projection.shortcut else 'first'} generation, "
+            f"which shortcut={str(options.shortcut).lower()} is not: leave it out."
+        )
+    projection.shortcut = options.shortcut

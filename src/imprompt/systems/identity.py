@@ -17,15 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from imprompt.adapters import Handle, ImagePromptAdapter, add_lora, create_adapter
 from imprompt.bases import Base
 from imprompt.bases.latent_space import pixels_per_latent
-from imprompt.checkpoints import load_adapter, save_adapter
+from imprompt.checkpoints import save_adapter
 from imprompt.checkpoints.controls import save_network
-from imprompt.checkpoints.identity import ADAPTER_FILE, CONTROLNET_FOLDER, load_identity_net
+from imprompt.checkpoints.files import READS_FACES, READS_RAW_FACES
+from imprompt.checkpoints.identity import ADAPTER_FILE, CONTROLNET_FOLDER, load_identity
 from imprompt.core.config import check_range, check_shares
+from imprompt.core.errors import ImpromptError
 from imprompt.core.randomness import Randomness
 from imprompt.data.rows import Rows
 from imprompt.encoders.landmarks import landmark_images
@@ -40,6 +43,7 @@ from imprompt.systems.denoising import (
     sample_posterior,
     text_states_of,
 )
+from imprompt.systems.faces import learn_faces_of
 from imprompt.systems.likeness import MIN_SIGNAL, Likeness, likeness_for
 from imprompt.systems.protocol import Figures
 
@@ -61,8 +65,13 @@ class IdentityOptions:
     """Share of samples that see neither text nor face, for classifier-free guidance; landmarks stay."""
     likeness: float = 0.0
     """Weight of a second loss, that the face encoder knows the person in what is predicted. Not of the paper."""
+    raw_faces: bool | None = None
+    """Whether identity vectors are read as the face encoder gives them, which the published weights do and
+    their pipelines take for granted, or brought to length 1. By default as `start_from` does, and raw for a
+    new one."""
     start_from: str = ""
-    """A folder that an earlier training exported, to go on from; empty starts anew."""
+    """A folder to go on from, as `load_identity` reads it: of an earlier training, or as published (also
+    "InstantX/InstantID", of the hub); empty starts anew."""
 
     def __post_init__(self) -> None:
         check_range(self, ("num_tokens", "depth"), 1)
@@ -77,11 +86,10 @@ def build(options: IdentityOptions, base: Base, columns: Rows) -> IdentitySystem
         ImpromptError: data of another base, or without faces; a start that does not fit.
     """
     check_same_encoders(columns, base)
-    columns.require(IdentitySystem.columns)
+    columns.require(IdentitySystem.columns)  # before its rows are read
     if options.start_from:
-        folder = Path(options.start_from)
-        adapter = load_adapter(folder / ADAPTER_FILE)
-        net = load_identity_net(folder / CONTROLNET_FOLDER)
+        start = load_identity(options.start_from)
+        adapter, net = start.adapter, start.net
         check_controlnet(net, base)
     else:
         id_dim = columns.rows([0], ["id_embeds"])["id_embeds"].shape[1]
@@ -95,6 +103,8 @@ def build(options: IdentityOptions, base: Base, columns: Rows) -> IdentitySystem
         net = create_controlnet(base, zero_entry=options.zero_entry)
     if options.lora_rank and options.lora_rank != adapter.lora_rank:
         adapter = add_lora(adapter, base.unet, options.lora_rank)
+    learn_faces_of(adapter, columns, options.start_from)
+    _set_reading(adapter, options)
     net.float().to(base.device, memory_format=torch.channels_last).requires_grad_(True)
     system = IdentitySystem(
         base,
@@ -103,8 +113,23 @@ def build(options: IdentityOptions, base: Base, columns: Rows) -> IdentitySystem
         drop_all=options.drop_all,
         likeness=likeness_for(columns, base, options.likeness),
     )
-    adapter.metadata["face_encoder"] = str(columns.meta.get("face_encoder", ""))
+    columns.require(system.columns)
     return system
+
+
+def _set_reading(adapter: ImagePromptAdapter, options: IdentityOptions) -> None:
+    """Note in the adapter whether it reads vectors as they come."""
+    own = adapter.metadata.get("reads")
+    if options.raw_faces is None:
+        wanted = own if options.start_from else READS_RAW_FACES
+    else:
+        wanted = READS_RAW_FACES if options.raw_faces else READS_FACES
+    if options.start_from and wanted != own:
+        raise ImpromptError(
+            f"{options.start_from} reads identity vectors {'raw' if own == READS_RAW_FACES else 'of length 1'}, "
+            f"and raw_faces is {str(options.raw_faces).lower()}: leave it out."
+        )
+    adapter.metadata["reads"] = str(wanted)
 
 
 class _Together(nn.Module):
@@ -117,7 +142,13 @@ class _Together(nn.Module):
 class IdentitySystem:
     """Trains adapter and IdentityNet on identity vectors and landmarks, with captions beside."""
 
-    columns = ("latent_mean", "latent_logvar", "id_embeds", "landmarks", "text_ids")
+    columns: tuple[str, ...] = (
+        "latent_mean",
+        "latent_logvar",
+        "id_embeds",
+        "landmarks",
+        "text_ids",
+    )
 
     def __init__(
         self,
@@ -133,6 +164,9 @@ class IdentitySystem:
         self.rows_at_once: int | None = None
         """How many rows are validated together; set by the loop, None is all."""
         self.adapter = adapter
+        self._is_raw = adapter.metadata.get("reads") == READS_RAW_FACES
+        if self._is_raw:
+            self.columns = (*self.columns, "id_lengths")
         self._handle: Handle = adapter.install(base.unet)
         self.net = identity_net
         self._drop_all = drop_all
@@ -159,6 +193,11 @@ class IdentitySystem:
         figures: Figures = {"loss_of_noise": loss.detach(), "loss_of_likeness": unlike.detach()}
         return loss + self._likeness.weight * unlike, figures
 
+    def faces(self, batch: dict[str, Tensor]) -> Float[Tensor, "batch 1 dim"]:
+        """What the adapter reads of the persons: their identity vectors, raw or of length 1."""
+        embeds = batch["id_embeds"].float()
+        return (embeds * batch["id_lengths"] if self._is_raw else embeds)[:, None]
+
     def _attempt(
         self,
         batch: dict[str, Tensor],
@@ -169,7 +208,7 @@ class IdentitySystem:
         has_net: bool = True,
     ) -> Attempt:
         text_states = text_states_of(self.base, batch["text_ids"], batch)
-        tokens = self.adapter.tokens(batch["id_embeds"].float()[:, None])
+        tokens = self.adapter.tokens(self.faces(batch))
 
         def predict(noisy: Tensor) -> Tensor:
             residuals = None
@@ -201,7 +240,11 @@ class IdentitySystem:
         count = len(batch["text_ids"])
         timesteps = self._denoising.spread_timesteps(count)
         figures: dict[str, float] = {}
-        strangers = {**batch, "id_embeds": batch["id_embeds"].float().roll(count // 2, 0)}
+        of_faces = [name for name in ("id_embeds", "id_lengths") if name in batch]
+        strangers = {
+            **batch,
+            **{name: batch[name].float().roll(count // 2, 0) for name in of_faces},
+        }
         for name, given, has_adapter, has_net in (
             ("loss", batch, True, True),
             ("loss_without_adapter", batch, False, True),
@@ -221,7 +264,7 @@ class IdentitySystem:
     def export(self, path: Path) -> None:
         """Write a folder as InstantID's: the adapter's file, and a ControlNet that diffusers loads."""
         path.mkdir(parents=True, exist_ok=True)
-        metadata = {**made_for(self.base), "reads": "id_embeds"}
+        metadata = made_for(self.base)
         save_adapter(self.adapter, path / ADAPTER_FILE, metadata, dtype=torch.float16)
         save_network(self.net, path / CONTROLNET_FOLDER)
         described = {"kind": "identity", **self.adapter.metadata, **metadata}

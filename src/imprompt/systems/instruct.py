@@ -39,7 +39,7 @@ from imprompt.systems.denoising import (
 )
 from imprompt.systems.drawn import drawn_clean
 from imprompt.systems.instruct_growth import instruct_adapter
-from imprompt.systems.instruct_options import InstructOptions
+from imprompt.systems.instruct_options import DROPS, InstructOptions
 from imprompt.systems.likeness import MIN_SIGNAL, Likeness, likeness_for
 from imprompt.systems.perceptual import PortraitLook, portrait_look
 from imprompt.systems.protocol import Figures
@@ -329,11 +329,11 @@ def drops(randomness: Randomness, options: InstructOptions) -> tuple[Tensor, Ten
     One draw decides, so that the shares add up. A sample without an image keeps its instruction,
     unless it loses everything.
     """
-    image, text, instruction, everything = drawn_shares(
-        randomness.uniform("drop"),
-        (options.drop_image, options.drop_text, options.drop_instruction, options.drop_all),
+    image, text, instruction, words, everything = drawn_shares(
+        randomness.uniform("drop"), [getattr(options, name) for name in DROPS]
     )
-    return image | everything, text | everything, instruction | everything
+    words |= everything
+    return image | everything, text | words, instruction | words
 
 
 def without(

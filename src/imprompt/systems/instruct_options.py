@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from imprompt.core.config import check_range, check_shares
 from imprompt.core.errors import ImpromptError
 
+DROPS = ("drop_image", "drop_text", "drop_instruction", "drop_text_and_instruction", "drop_all")
 OF_THE_DENOISER = (
-    *("drop_image", "drop_instruction", "drop_all", "snr_gamma", "lora_rank"),
+    *(name for name in DROPS if name != "drop_text"),
+    *("snr_gamma", "lora_rank"),
     *("likeness", "resemblance", "perceptual", "hold"),
 )
 """What stages that learn without the denoiser leave alone."""
@@ -35,6 +37,8 @@ class InstructOptions:
     """Share of samples that see no text."""
     drop_instruction: float = 0.05
     """Share of samples that are not told what to take from the image."""
+    drop_text_and_instruction: float = 0.05
+    """Share of samples that see the image alone, where guidance by image, text and instruction apart begins."""
     drop_all: float = 0.05
     """Share of samples that see nothing, for classifier-free guidance."""
     snr_gamma: float = 0.0
@@ -65,7 +69,7 @@ class InstructOptions:
     """An Instruct adapter to go on from, or a Plus adapter to begin as; empty starts anew."""
 
     def __post_init__(self) -> None:
-        check_shares(self, ("drop_image", "drop_text", "drop_instruction", "drop_all"))
+        check_shares(self, DROPS)
         check_range(self, ("num_tokens", "depth"), 1)
         check_range(self, ("resampler_dim", "snr_gamma", "lora_rank"), 0)
         check_range(self, ("likeness", "resemblance", "perceptual", "drawn_steps", "hold"), 0)

@@ -1,5 +1,6 @@
 """Stable Diffusion XL draws what the stock pipeline draws, with and without an image prompt."""
 
+import inspect
 import json
 import shutil
 from dataclasses import replace
@@ -9,6 +10,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 from tiny_base import (
     IMAGE_SIZE_PX,
@@ -95,6 +97,11 @@ def test_a_stock_pipeline_draws_the_same(
     negatives = None if negative is None else [negative] * 2
     expected = theirs(folder, texts, base.latent_shape(), negative_prompt=negatives)
     assert_same_images(ours(base, texts, negative_prompt=negative), expected)
+
+
+def test_it_is_guided_as_its_stock_pipeline_is(base: Base) -> None:
+    theirs = inspect.signature(StableDiffusionXLPipeline.__call__).parameters["guidance_scale"]
+    assert base.guidance_scale == theirs.default
 
 
 def test_without_guidance_too(folder: Path, base: Base) -> None:

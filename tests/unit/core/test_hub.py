@@ -4,6 +4,8 @@ import shutil
 
 import huggingface_hub
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from imprompt.checkpoints import load_adapter, load_control, load_identity
 from imprompt.cli.main import main
@@ -71,6 +73,22 @@ def test_networks_of_a_repository(hub):
     load_identity("owner/name")
     [asked] = hub
     assert "ip-adapter.bin" in asked and "ControlNetModel/*.safetensors" in asked
+
+
+def test_an_older_network_of_a_repository(hub, tmp_path):
+    """Of which there is a pickle alone."""
+    folder = tmp_path / "hub/nets/segmentation"
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(weights), folder / "diffusion_pytorch_model.bin")
+    weights.unlink()
+    assert load_control("owner/name:nets/segmentation").kind == "segmentation"
+    assert hub[-1] == ("owner/name", "nets/segmentation/*.bin")
+
+
+def test_a_single_file_is_told_how_to_become_a_control(tmp_path):
+    (tmp_path / "canny.safetensors").touch()
+    with pytest.raises(ImpromptError, match=r"canny.safetensors is a file.*from_single_file"):
+        load_control(tmp_path / "canny.safetensors")
 
 
 def test_a_file_on_a_hub_is_no_missing_file(hub, tmp_path, monkeypatch, capsys):

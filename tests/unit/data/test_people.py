@@ -47,7 +47,7 @@ def character_name_free(caption):
 
 
 def test_columns_of_portraits(base, faces, tmp_path):
-    columns = ("id_embeds", "landmarks", "character", "reference_hidden_states")
+    columns = ("id_embeds", "id_lengths", "landmarks", "character", "reference_hidden_states")
     data = Columns.open(
         prepare(
             "diorama-people:5",
@@ -64,6 +64,8 @@ def test_columns_of_portraits(base, faces, tmp_path):
     encoder = load_face_encoder(faces)
     wanted = encoder.embeds(render(references, 32).pixels)
     torch.testing.assert_close(rows["id_embeds"].float(), wanted, atol=2e-3, rtol=0)
+    raw = encoder.embeds(render(references, 32).pixels, normalized=False)
+    torch.testing.assert_close(rows["id_lengths"] * wanted, raw, atol=1e-4, rtol=1e-3)
     assert rows["character"].tolist() == [character_number(scene.character) for scene in scenes]
     places = render(scenes, 32).keypoints / 32
     torch.testing.assert_close(rows["landmarks"], places, atol=1e-5, rtol=0)

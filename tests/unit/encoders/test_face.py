@@ -272,6 +272,21 @@ def test_a_drawing_of_landmarks():
     assert large[0, 0, 205 - 9, 205] == 1 and large[0, 0, 205 - 12, 205] == 0
 
 
+def test_limbs_are_ellipses_and_no_thicker_in_large_pictures():
+    """As InstantID draws them: half way from the nose 8 px wide, at its tenths less, whatever the size."""
+    places = torch.tensor([[0.3, 0.2], [0.9, 0.2], [0.3, 0.7], [0.9, 0.9], [0.95, 0.9]])[None]
+    for size in (1024, 2048):
+        eye = landmark_images(places, size, size)[
+            0, 0
+        ]  # red is the limb of the left eye, which stands above the nose
+        for share, half_width in ((0.5, 4.0), (0.25, 3.46), (0.9, 2.4)):
+            row = eye[round((0.7 - share * 0.5) * size)]
+            width = (row[: size // 2] / 0.6).sum().item()
+            assert width == pytest.approx(2 * half_width, abs=0.5)
+        point = landmark_images(places, size, size)[0, 0, round(0.2 * size), : size // 2].sum()
+        assert point.item() == pytest.approx(2 * 10, abs=1)
+
+
 def test_landmarks_in_a_file(tmp_path):
     places = torch.rand(5, 2)
     (tmp_path / "face.json").write_text(json.dumps(places.tolist()))

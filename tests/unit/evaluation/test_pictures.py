@@ -15,6 +15,7 @@ from imprompt.checkpoints import save_adapter
 from imprompt.cli.main import main
 from imprompt.core.errors import ImpromptError
 from imprompt.evaluation.clip_model import load_clip_model
+from imprompt.evaluation.clip_scores import mean_clip_score
 from imprompt.evaluation.measure import Sampling
 from imprompt.evaluation.pictures import Shown, last_pairs, measure_pictures
 
@@ -111,11 +112,17 @@ def test_figures_compare_each_with_its_own_picture_and_caption(base_folder, monk
         (["white", "black"], 0.0, "each"),
         (["white", "black"], 1.0, "each"),
     ]
-    assert figures["the pictures themselves: CLIP-T"] == pytest.approx(1)
+    assert figures["the pictures themselves: CLIP-T"] == pytest.approx(2.5)
     for name in ("image alone, λ=1", "image and caption, λ=1"):
-        assert figures[f"{name}: CLIP-I"] == figures[f"{name}: CLIP-T"] == pytest.approx(1)
+        assert figures[f"{name}: CLIP-I"] == pytest.approx(1)
+        assert figures[f"{name}: CLIP-T"] == pytest.approx(2.5)
     assert figures["image and caption, λ=0: CLIP-I"] == pytest.approx(0.5**0.5, abs=0.01)
     assert sheet.size == (2 * 32, 4 * (32 + 14))
+
+
+def test_a_clip_score_is_never_below_zero_for_any_picture():
+    images, texts = torch.eye(2), torch.tensor([[1.0, 0.0], [0.0, -1.0]])
+    assert mean_clip_score(images, texts) == pytest.approx(1.25)  # (2.5 · 1 + 0) / 2
 
 
 def test_on_the_command_line(base_folder, clip_folder, photos, tmp_path, monkeypatch, capsys):

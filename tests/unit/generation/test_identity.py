@@ -152,12 +152,25 @@ def test_an_identity_acts_by_its_adapter_and_by_its_net(base, faces, pictures, i
     assert same(bare, drawn(scale=0.0, net_weight=0))
     for first, second in ((whole, no_net), (whole, no_adapter), (no_net, bare), (no_adapter, bare)):
         assert not same(first, second)
-    alone = ImagePrompt(pictures[0], adapter=identity.adapter, face_encoder=faces)
+    options = {"adapter": identity.adapter, "face_encoder": faces, "scale": identity.weight}
+    alone = ImagePrompt(pictures[0], **options)
     assert same(no_net, generate(base, "a house", alone, **FAST))
     assert same(whole, drawn())
     assert all(
         type(p).__module__.startswith("diffusers") for p in base.unet.attn_processors.values()
     )
+
+
+def test_weights_are_those_that_an_identity_is_used_with_best(pictures, identity):
+    """As the authors' examples for what they published; of another, or as asked for, 1."""
+    metadata = identity.adapter.metadata
+    for face_encoder, weight in (("", 0.8), ("of this training", 1.0)):
+        person = IdentityPrompt(pictures[0], identity)
+        metadata["face_encoder"] = face_encoder
+        assert (person.used_scale, person.used_net_weight) == (weight, weight)
+        asked = IdentityPrompt(pictures[0], identity, scale=0.5, net_weight=0)
+        assert (asked.used_scale, asked.is_in_the_net) == (0.5, False)
+    del metadata["face_encoder"]
 
 
 def test_masks_keep_persons_apart(base, faces, pictures, identity):
@@ -323,8 +336,9 @@ def test_a_face_of_a_picture_of_another_shape_is_not_stretched(base, faces, iden
     square, tall = (128, 128), (192, 128)
     seen = encoder.places.clone()
     seen[..., 1] = (seen[..., 1] * 60 - 10) / 40  # the middle 40 of 60 rows
-    torch.testing.assert_close(maps(None, square), landmark_images(seen, *square))
-    torch.testing.assert_close(maps(None, tall), landmark_images(encoder.places, *tall))
+    near = {"atol": 1e-3, "rtol": 0}
+    torch.testing.assert_close(maps(None, square), landmark_images(seen, *square), **near)
+    torch.testing.assert_close(maps(None, tall), landmark_images(encoder.places, *tall), **near)
     # What is given stays.
     assert torch.equal(maps(encoder.places, square), landmark_images(encoder.places, *square))
 

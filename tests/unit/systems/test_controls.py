@@ -134,6 +134,22 @@ def test_what_is_trained_loads_in_diffusers_and_here(base, columns, kind_of_syst
     assert all(p.requires_grad for p in going_on.module.parameters())
 
 
+def test_a_t2i_adapter_that_reads_grey_goes_on(base, columns, tmp_path):
+    """As the published ones for edges and sketches."""
+    config = t2i_adapter.create_t2i_adapter(base).config
+    names = ("channels", "num_res_blocks", "downscale_factor", "adapter_type")
+    grey = T2IAdapter(in_channels=1, **{name: config[name] for name in names})
+    grey.save_pretrained(tmp_path / "grey")
+    options = T2IAdapterOptions(kind="depth", start_from=str(tmp_path / "grey"))
+    system = t2i_adapter.build(options, base, columns)
+    loss_of(system, columns).backward()
+    batch = columns.rows(range(6), system.columns)
+    assert system.maps(batch).shape[1] == 1
+    torch.testing.assert_close(
+        system.maps(batch)[:, 0], batch["control_depth"].float().mean(1) / 255
+    )
+
+
 def test_mistakes_are_told(base, columns, kind_of_system, tmp_path):
     build, options, _ = kind_of_system
     with pytest.raises(ImpromptError, match=r"system\.kind=KIND.*depth, keypoints"):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny_base import write_tiny_base
 
 from imprompt.bases import load_base
@@ -12,7 +13,7 @@ from imprompt.checkpoints.identity import load_identity, reads_faces
 from imprompt.core.errors import ImpromptError
 from imprompt.core.randomness import Randomness
 from imprompt.data.dataset import Columns, ColumnsWriter
-from imprompt.encoders.face import DioramaFaceEncoder
+from imprompt.encoders.face import DioramaFaceEncoder, InsightFaceEncoder
 from imprompt.encoders.face_network import FaceNetwork
 from imprompt.systems import face_id, identity
 from imprompt.systems.likeness import Likeness
@@ -43,6 +44,7 @@ def columns(base, tmp_path):
             "latent_mean": normal(*latents),
             "latent_logvar": torch.full((COUNT, *latents), -9.0),
             "id_embeds": torch.nn.functional.normalize(normal(ID_DIM), dim=1),
+            "id_lengths": 20 + normal(1),
             "reference_hidden_states": normal(*states),
             "landmarks": torch.rand(COUNT, 5, 2, generator=generator),
             "text_ids": base.tokenize(["a red house"] * COUNT),
@@ -163,6 +165,74 @@ def test_what_is_exported_is_read_again_and_gone_on_with(base, columns, tmp_path
     assert (told["base_fingerprint"], told["face_encoder"]) == (base.fingerprint(), "abc")
 
 
+def test_vectors_are_read_as_the_face_encoder_gives_them_unless_asked_otherwise(
+    base, columns, tmp_path
+):
+    small = {"num_tokens": 3, "depth": 1}
+    raw = identity.build(identity.IdentityOptions(**small), base, columns)
+    unit = identity.build(identity.IdentityOptions(**small, raw_faces=False), base, columns)
+    for system, length in ((raw, 20.0), (unit, 1.0)):
+        batch = columns.rows(range(COUNT), system.columns)
+        faces = system.faces(batch)
+        assert faces.shape == (COUNT, 1, ID_DIM)
+        assert faces.norm(dim=2).mean().item() == pytest.approx(length, rel=0.1)
+        trained(system, columns, steps=1)
+        out = tmp_path / str(length)
+        system.export(out)
+        assert reads_faces(load_identity(out).adapter)
+        again = identity.build(identity.IdentityOptions(start_from=str(out)), base, columns)
+        torch.testing.assert_close(again.faces(batch), faces)
+    with pytest.raises(ImpromptError, match="of length 1, and raw_faces is true: leave it out"):
+        options = identity.IdentityOptions(start_from=str(out), raw_faces=True)
+        identity.build(options, base, columns)
+
+
+def test_another_face_encoders_vectors_are_refused(base, columns, tmp_path):
+    identity.build(identity.IdentityOptions(num_tokens=3, depth=1), base, columns).export(
+        tmp_path / "person"
+    )
+    options = face_id.FaceIdOptions(lora_rank=2, num_tokens=2)
+    face_id.build(options, base, columns).export(tmp_path / "face.safetensors")
+    columns.meta["face_encoder"] = "def"
+    with pytest.raises(ImpromptError, match=r"person knows persons by another face encoder \(abc"):
+        identity.build(identity.IdentityOptions(start_from=str(tmp_path / "person")), base, columns)
+    options = face_id.FaceIdOptions(start_from=str(tmp_path / "face.safetensors"))
+    with pytest.raises(ImpromptError, match=r"face.safetensors knows persons by another"):
+        face_id.build(options, base, columns)
+
+
+def test_published_files_know_persons_by_insightface(base, columns, tmp_path):
+    """They do not say so; each variant was trained with one model of that library."""
+    options = face_id.FaceIdOptions(lora_rank=2, num_tokens=2)
+    state = face_id.build(options, base, columns).module.state_dict()
+    save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "published.safetensors")
+    options = face_id.FaceIdOptions(start_from=str(tmp_path / "published.safetensors"))
+    for pack, fits in (("buffalo_l", True), ("antelopev2", False)):
+        columns.meta["face_encoder"] = InsightFaceEncoder(pack, analysis=object()).fingerprint()
+        if fits:
+            face_id.build(options, base, columns)
+        else:
+            with pytest.raises(ImpromptError, match=r"\(insightface:buffalo_l\).*:antelopev2"):
+                face_id.build(options, base, columns)
+
+
+def test_face_id_goes_on_in_the_generation_that_it_began_in(base, columns, tmp_path):
+    def build(**given):
+        options = face_id.FaceIdOptions(variant="faceid-plus", lora_rank=2, num_tokens=2, **given)
+        return face_id.build(options, base, columns)
+
+    second, first = str(tmp_path / "second.safetensors"), str(tmp_path / "first.safetensors")
+    build(shortcut=True).export(tmp_path / "second.safetensors")
+    build().export(tmp_path / "first.safetensors")
+    assert build(start_from=second).module.image_proj.shortcut
+    assert build(start_from=second, shortcut=True).module.image_proj.shortcut
+    assert not build(start_from=first).module.image_proj.shortcut
+    with pytest.raises(ImpromptError, match="second generation, which shortcut=false is not"):
+        build(start_from=second, shortcut=False)
+    with pytest.raises(ImpromptError, match="faceid has no shortcut"):
+        face_id.build(face_id.FaceIdOptions(shortcut=True), base, columns)
+
+
 def test_a_published_folder_is_read(base, columns, tmp_path):
     """As the authors publish it: ip-adapter.bin of two dicts, ControlNetModel/ beside it."""
     options = identity.IdentityOptions(num_tokens=3, depth=1)
@@ -252,7 +322,7 @@ def test_likeness_counts_where_somebody_is_to_be_seen(base, columns, likeness):
             start += size
         return torch.stack(found).sum(0) / COUNT
 
-    batch = columns.rows(range(COUNT), identity.IdentitySystem.columns)
+    batch = columns.rows(range(COUNT), (*identity.IdentitySystem.columns, "id_lengths"))
     loss, of_noise, of_likeness = losses(batch)
     assert of_likeness > 0
     assert loss == pytest.approx((of_noise + of_likeness).item())

@@ -18,13 +18,13 @@ from imprompt.data.prepare import prepare
 from imprompt.encoders.instruction import instruction_states
 from imprompt.systems import instruct, instruct_words
 from imprompt.systems.instruct import InstructSystem, drops
-from imprompt.systems.instruct_options import InstructOptions
+from imprompt.systems.instruct_options import DROPS, InstructOptions
 from imprompt.systems.instruct_words import InstructWordsOptions
 from imprompt.training.run import run_training
 
 SMALL = InstructOptions(num_tokens=3, resampler_dim=64, depth=1)
 WORDS = InstructWordsOptions(num_tokens=3, resampler_dim=64, depth=1)
-KEEP_ALL = replace(SMALL, drop_image=0.0, drop_text=0.0, drop_instruction=0.0, drop_all=0.0)
+KEEP_ALL = replace(SMALL, **dict.fromkeys(DROPS, 0.0))
 SETTINGS = ["system.num_tokens=3", "system.resampler_dim=64", "system.depth=1"]
 
 
@@ -55,12 +55,12 @@ def prepared_with_faces(base, tmp_path):
 
 def test_drops_come_at_their_rates():
     image, text, instruction = drops(Randomness(0, range(40_000)), InstructOptions())
-    everything = image & text & instruction
     for share in (
-        image & ~everything,
-        text & ~everything,
-        instruction & ~everything,
-        everything,
+        image & ~text & ~instruction,
+        text & ~image & ~instruction,
+        instruction & ~image & ~text,
+        text & instruction & ~image,
+        image & text & instruction,
     ):
         assert share.float().mean().item() == pytest.approx(0.05, abs=0.004)
 

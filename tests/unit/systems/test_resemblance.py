@@ -23,6 +23,7 @@ OPTIONS = InstructOptions(
     drop_image=0.0,
     drop_text=0.0,
     drop_instruction=0.0,
+    drop_text_and_instruction=0.0,
     drop_all=0.0,
     resemblance=0.5,
     drawn_steps=3,
