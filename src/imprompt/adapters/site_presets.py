@@ -66,8 +66,7 @@ def preset_scales(name: str, sites: Sequence[Site], scale: Number = 1.0) -> list
     if name in BLOCK_PRESETS:
         factors = _block_factors(name, sites)
     elif name in CURVES:
-        depth = {index: place / len(sites) for place, index in enumerate(execution_order(sites))}
-        factors = [CURVES[name](depth[index]) for index in range(len(sites))]
+        factors = [CURVES[name](depth) for depth in depths(sites)]
     elif name in PART_FACTORS:
         parts = PART_FACTORS[name]
         factors = [parts.get(site.name.split("_", 1)[0], 1.0) for site in sites]
@@ -82,6 +81,16 @@ def execution_order(sites: Sequence[Site]) -> list[int]:
     """Positions in `sites` (down, up, mid) in the order in which the UNet runs them."""
     parts = ("down_blocks", "mid_block", "up_blocks")
     return sorted(range(len(sites)), key=lambda i: parts.index(sites[i].name.split(".", 1)[0]))
+
+
+def depths(sites: Sequence[Site]) -> list[float]:
+    """How deep in the UNet each site stands, from 0 to less than 1: which transformer it is in, of all.
+
+    Those of Stable Diffusion XL have up to ten sites each.
+    """
+    transformers = [site.name.partition(".transformer_blocks.")[0] for site in sites]
+    in_order = list(dict.fromkeys(transformers[index] for index in execution_order(sites)))
+    return [in_order.index(transformer) / len(in_order) for transformer in transformers]
 
 
 def _block_factors(name: str, sites: Sequence[Site]) -> list[float]:

@@ -44,7 +44,7 @@ class TrainConfig:
     ema_decay: float = 0.0
     """Decay of the moving average of the weights that is validated and exported; 0 turns it off."""
     max_gradient_norm: float = 1.0
-    """Gradients are scaled down to this norm; 0 turns it off."""
+    """Gradients are scaled down to this norm; 0 turns it off, as in the authors' scripts, which trust the step size."""
     precision: str = "float32"
     """`float32`; or `bfloat16` or `float16` for autocast, the latter with a scaled loss."""
     frozen_precision: str = "float32"

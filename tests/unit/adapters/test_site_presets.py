@@ -88,6 +88,22 @@ def test_curves_follow_the_order_of_execution(sd15):
     assert sd15[-1].name.startswith("mid_block")
 
 
+def test_curves_count_transformers_and_not_the_sites_in_them(sdxl):
+    """Stable Diffusion XL has eleven, two or ten sites in each."""
+    scales = preset_scales("ease in", sdxl)
+    by_transformer = {}
+    for site, scale in zip(sdxl, scales, strict=True):
+        by_transformer.setdefault(site.name.split(".transformer")[0], set()).add(scale)
+    assert len(by_transformer) == 11
+    for name, place in (
+        ("down_blocks.1.attentions.0", 0),
+        ("mid_block.attentions.0", 4),
+        ("up_blocks.0.attentions.2", 7),
+        ("up_blocks.1.attentions.2", 10),
+    ):
+        assert by_transformer[name] == {pytest.approx(0.05 + 0.95 * (1 - place / 11))}
+
+
 def test_an_unknown_preset_or_an_unknown_unet_is_told(sd15):
     with pytest.raises(ImpromptError, match="choose one of: style"):
         preset_scales("stile", sd15)
