@@ -14,7 +14,7 @@ from threading import Lock
 from typing import Any
 
 from imprompt.core.errors import ImpromptError
-from imprompt.data.pairs import Pair, Part, identity_of, shown
+from imprompt.data.pairs import Pair, Part, first_of, identity_of, shown
 from imprompt.data.records import IMAGE_KEYS, Reading, check_keys, embedded_pair, record_pair
 
 ROWS_AT_A_TIME = 256
@@ -141,7 +141,7 @@ class _Rows(Sequence):
     def _pair(self, number: int, record: Mapping[str, Any]) -> Pair:
         name = f"{self._file.name} row {number}"
         key = self._reading.image_key
-        image = record.get(key) if key else _image_of(record)
+        image = record.get(key) if key else first_of(record, IMAGE_KEYS)
         reading = self._reading
         if isinstance(image, Mapping):
             if image.get("bytes") is None:
@@ -152,11 +152,6 @@ class _Rows(Sequence):
         if isinstance(image, bytes):
             return embedded_pair(name, image, record, self._root, reading)
         return record_pair(name, record, self._root, reading)
-
-
-def _image_of(record: Mapping[str, Any]) -> Any:
-    lowered = {key.lower(): value for key, value in record.items()}
-    return next((lowered[key] for key in IMAGE_KEYS if key in lowered), None)
 
 
 def _parquet_rows(file: Path, first: int) -> Fetch:

@@ -162,6 +162,19 @@ def test_parquet_with_images_in_it(tmp_path):
     assert [load(pairs[i], 16).caption for i in (2, 0, 1)] == [CAPTIONS[i] for i in (2, 0, 1)]
 
 
+def test_a_row_without_a_path_has_the_image_in_it(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    write_pair(tmp_path, "0.png", picture(0), None)
+    rows = [
+        {"image_file": "0.png", "image": None, "text": CAPTIONS[0]},
+        {"image_file": None, "image": {"bytes": picture(1), "path": None}, "text": CAPTIONS[1]},
+    ]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "pairs.parquet")
+    assert loaded(tmp_path / "pairs.parquet") == (CAPTIONS[:2], {})
+
+
 @pytest.mark.parametrize("embedded", ["nothing", "image", "everything"])
 def test_a_table_has_all_that_a_list_has(tmp_path, embedded):
     pyarrow = pytest.importorskip("pyarrow")
