@@ -40,8 +40,10 @@ PLAIN_PROCESSORS = frozenset(
     + ["FusedAttnProcessor2_0"]
 )
 
-# A mask and a site may differ in their aspect ratio by the rounding of a few halvings, not more.
-MAX_ASPECT_DEVIATION = 1.3
+# Between the aspect ratios of a mask and of the grid that a site's positions are taken to be: only
+# their number is known there, and every halving has rounded the sides (64 x 65 becomes 8 x 9).
+# Where the picture's own shape is known, `preparation` asks for more.
+MAX_GRID_DEVIATION = 1.3
 
 
 class KeyValue(NamedTuple):
@@ -344,12 +346,17 @@ def grid_of(length: int, aspect: float) -> tuple[int, int]:
         for candidate in (ideal - distance, ideal + distance)
         if candidate > 0 and length % candidate == 0
     )
-    if abs(math.log(height * height / length / aspect)) > math.log(MAX_ASPECT_DEVIATION):
+    if deviates(height * height / length, aspect, MAX_GRID_DEVIATION):
         raise ImpromptError(
             f"A mask of height/width {aspect:.3f} does not fit a picture with {length} positions "
             f"(nearest: {height} x {length // height}): give the mask the picture's aspect ratio."
         )
     return height, length // height
+
+
+def deviates(aspect: float, wanted: float, limit: float) -> bool:
+    """Whether one aspect ratio is more than `limit` times the other."""
+    return abs(math.log(aspect / wanted)) > math.log(limit)
 
 
 def with_loras(layer: Callable[[Tensor], Tensor], x: Tensor, additions: list[LowRank]) -> Tensor:

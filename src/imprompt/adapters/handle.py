@@ -145,7 +145,8 @@ class Handle:
     ) -> list[dict[str, Any]]:
         """The same conditions, with all computed beforehand that does not depend on the timestep.
 
-        The calls' output stays what it was; only the work that they share is done here, once.
+        The calls' output stays what it was; only the work that they share is done here, once. (But
+        for masks that a call by itself would lay on another grid, see `latent_size`.)
         Conditions of any handle on this UNet, combined ones too, may be given; what they have in
         common is computed once for all of them.
 
@@ -157,7 +158,14 @@ class Handle:
                 `torch.compile`, go unnoticed: give another tensor instead.) So does a site whose
                 layers carry a PEFT LoRA, for that may change from call to call. What is computed
                 belongs to the UNet's weights as they are now, with gradient if it is enabled.
-            latent_size: height and width of the latents, for masks at every site's resolution.
+            latent_size: height and width of the latents, for masks at every site's resolution. A
+                call by itself knows only how many positions a site has, and takes a mask to lie on
+                the grid of so many that is nearest to its shape; this one is certain.
+
+        Raises:
+            ImpromptError: a mask's aspect ratio is not that of `latent_size` (a call by itself,
+                which cannot know better, bears with a greater difference); no condition was given;
+                or the handle was removed.
         """
         self._attach()
         return prepare(conditions, self.sites, self.processors, text_states, latent_size)

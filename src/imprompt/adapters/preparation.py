@@ -1,6 +1,5 @@
 """What the steps of a generation share beside K' and V': the text's K and V, masks at the sites."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from imprompt.adapters.attention import (
     SiteLora,
     TextKeyValue,
     can_be_kept,
+    deviates,
     own_key_value,
     version_of,
 )
@@ -23,7 +23,9 @@ from imprompt.core.errors import ImpromptError
 
 # Stable Diffusion's UNets halve the latents up to three times. Another site computes its mask.
 MAX_HALVINGS = 4
-MAX_ASPECT_DEVIATION = 1.1  # of a mask: sides are rounded to what the latents allow
+# Between the aspect ratios of a mask and of the picture: sides are rounded to what the latents allow.
+# Less than `attention.MAX_GRID_DEVIATION`, for here nothing has been halved and the shape is known.
+MAX_PICTURE_DEVIATION = 1.1
 
 
 def prepare(
@@ -106,7 +108,7 @@ def masks_by_length(mask: Tensor, latent_size: tuple[int, int]) -> dict[int, Ten
 def check_mask_fits(mask: Tensor, size: tuple[int, int]) -> None:
     """Raise an ImpromptError unless a mask (…, height, width) has the shape of a picture of (height, width)."""
     aspect, wanted = mask.shape[-2] / mask.shape[-1], size[0] / size[1]
-    if abs(math.log(aspect / wanted)) > math.log(MAX_ASPECT_DEVIATION):
+    if deviates(aspect, wanted, MAX_PICTURE_DEVIATION):
         raise ImpromptError(
             f"A mask of height/width {aspect:.3f} does not fit a picture of {wanted:.3f}: give the mask the "
             "picture's aspect ratio."

@@ -209,6 +209,20 @@ def test_a_mask_of_another_resolution_than_prepared(unet, inputs):
         handle.prepare([condition], latent_size=(8, 24))
 
 
+@pytest.mark.parametrize(("size", "fits"), [((54, 50), True), ((60, 50), False)])
+def test_where_the_picture_is_known_its_shape_is_asked_for(unet, inputs, size, fits):
+    """A site by itself knows how many positions it has, and takes the nearest grid for the mask's."""
+    handle, tokens = installed(unet)
+    condition = handle.condition(tokens, mask=torch.rand(1, *size))
+    alone = call(unet, inputs, condition)
+    if not fits:
+        with pytest.raises(ImpromptError, match="aspect ratio"):
+            handle.prepare([condition], latent_size=(8, 8))
+        return
+    [prepared] = handle.prepare([condition], latent_size=(8, 8))
+    assert torch.equal(call(unet, inputs, prepared), alone)
+
+
 @pytest.mark.parametrize("size", [(112, 144), (96, 168), (80, 192), (104, 152)])
 def test_a_square_mask_fits_none_of_xl_s_other_shapes(unet, size):
     """Of their numbers of positions some grid is nearly square, which is not the picture's."""
