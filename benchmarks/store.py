@@ -76,7 +76,7 @@ class Read:
 
     def add(self, folder: Path, num_rows: int) -> None:
         self._append(folder, num_rows, ("added",), ((rows,) for rows in added(num_rows)))
-        from imprompt.data.store import write_json
+        from imprompt.core.files import write_json
 
         meta = json.loads((folder / "meta.json").read_text())
         write_json(folder / "meta.json", {**meta, "columns": ["added", "ids", "x"]})
@@ -84,7 +84,8 @@ class Read:
     def _append(self, folder: Path, num_rows: int, names: Any, rows: Any) -> None:
         import torch
 
-        from imprompt.data.store import GrowingColumn, write_array, write_json
+        from imprompt.core.files import write_json
+        from imprompt.data.store import GrowingColumn, write_array
 
         counts = []
         for number, values in enumerate(rows):

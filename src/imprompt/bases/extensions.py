@@ -8,10 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from imprompt.bases.folder import first_line, quiet_libraries
+from imprompt.bases.folder import quiet_libraries
 from imprompt.bases.lora_files import put_lora
 from imprompt.bases.protocol import Base
-from imprompt.core.errors import ImpromptError
+from imprompt.core.errors import ImpromptError, first_line
 
 FILE_SUFFIXES = (".safetensors", ".bin", ".pt", ".ckpt")
 A1111_VECTORS = {"emb_params"}

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from imprompt.bases.clip_vision import ClipImageEncoder
-from imprompt.core.errors import ImpromptError
+from imprompt.core.errors import ImpromptError, first_line
 
 
 class ModelIndex(NamedTuple):
@@ -214,9 +214,3 @@ def has_only_half_precision_files(source: Path | str, part: str = "") -> bool:
         return False
     names = [file.name for file in (source / part).glob("*.safetensors")]
     return bool(names) and all(".fp16." in file for file in names)
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, short enough to be quoted within another."""
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__

@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 
-from imprompt.bases.folder import as_ddim, first_line, quiet_libraries
+from imprompt.bases.folder import as_ddim, quiet_libraries
 from imprompt.bases.latent_space import check_plain_latents
 from imprompt.bases.protocol import Base
 from imprompt.bases.stable_diffusion import StableDiffusionBase
 from imprompt.bases.stable_diffusion_xl import StableDiffusionXLBase, check_reads_framing
-from imprompt.core.errors import ImpromptError
+from imprompt.core.errors import ImpromptError, first_line
 
 # Every such file keeps its UNet under this name; an adapter or a LoRA does not have it.
 UNET_PREFIX = "model.diffusion_model."

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from imprompt.bases.folder import check_complete, has_only_half_precision_files
-from imprompt.core.errors import ImpromptError
+from imprompt.core.errors import ImpromptError, first_line
 from imprompt.core.hub import folder_from_hub, place_on_hub
 from imprompt.core.shipped import CONTROLS, WEIGHTS, folder_named
 
@@ -73,8 +73,9 @@ def load_control(
             output_loading_info=True,
         )
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ImpromptError(f"The {kind} in {folder} cannot be read: {reason}") from error
+        raise ImpromptError(
+            f"The {kind} in {folder} cannot be read: {first_line(error)}."
+        ) from error
     check_complete(info, f"The {kind} in {folder}")
     described = _json(folder / DESCRIPTION) if (folder / DESCRIPTION).is_file() else {}
     return LoadedControl(

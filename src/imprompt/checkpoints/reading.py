@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from imprompt.checkpoints.messages import listed, one_line
-from imprompt.core.errors import ImpromptError
+from imprompt.core.errors import ImpromptError, first_line
 
 # What accelerate, DeepSpeed and diffusers call the weights in a folder. First the one that keeps
 # all names: where tensors are shared, safetensors drops all of their names but one.
@@ -80,7 +80,7 @@ def read_content(path: Path, *, with_values: bool = True) -> Content:
     except OSError as error:
         raise ImpromptError(f"{path} cannot be read: {error.strerror or error}") from None
     except Exception as error:  # a reader that is fed noise may stumble over anything
-        reason = one_line(str(error).strip().split("\n")[0] or type(error).__name__, 160)
+        reason = one_line(first_line(error), 160)
         if "allocate memory" in reason or isinstance(error, MemoryError):
             reason = "it declares more than fits into the memory"
         raise ImpromptError(

@@ -11,7 +11,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from imprompt.core.errors import ImpromptError
+from imprompt.core.errors import ImpromptError, first_line
 
 REPOSITORY = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 _PLACE = re.compile(rf"({REPOSITORY})(?::([^\s:]+))?")
@@ -68,8 +68,6 @@ def _fetched(fetch: Callable[[], Any], name: str) -> Any:
     try:
         return fetch()
     except Exception as error:  # of the hub's library, of the network, of the disk
-        reason = str(error).strip().splitlines()[0].rstrip(".") if str(error) else ""
         raise ImpromptError(
-            f"{name!r} is neither here nor to be had from the model hub "
-            f"({reason or type(error).__name__})."
+            f"{name!r} is neither here nor to be had from the model hub ({first_line(error)})."
         ) from error

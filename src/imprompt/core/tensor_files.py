@@ -9,7 +9,6 @@ import errno
 import os
 import shutil
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -17,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from imprompt.core.errors import ImpromptError
+from imprompt.core.files import is_disk_full, replacing
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
@@ -32,24 +32,16 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[s
         free_bytes = shutil.disk_usage(path.parent).free
         if free_bytes < size_bytes:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        # safetensors writes files that nobody but their owner may read; others shall, as of any new file.
-        temporary.touch()
-        permissions = temporary.stat().st_mode
-        save_file(dict(tensors), temporary, metadata=dict(metadata))
-        temporary.chmod(permissions)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with replacing(path, temporary):
+            # safetensors writes files that nobody but their owner may read; others shall, as of any new file.
+            temporary.touch()
+            permissions = temporary.stat().st_mode
+            save_file(dict(tensors), temporary, metadata=dict(metadata))
+            temporary.chmod(permissions)
     except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        if is_disk_full(error):
+            reason = "the disk is full; free some space or choose another place"
         raise ImpromptError(
-            f"{path} was not written ({size_bytes / 1e6:.3g} MB needed): {_reason_of(error)}."
+            f"{path} was not written ({size_bytes / 1e6:.3g} MB needed): {reason}."
         ) from None
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def _reason_of(error: Exception) -> str:
-    if "No space left" in str(error):
-        return "the disk is full; free some space or choose another place"
-    return getattr(error, "strerror", None) or str(error)

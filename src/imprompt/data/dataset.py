@@ -32,7 +32,7 @@ from torch import Tensor
 
 from imprompt.core.errors import ImpromptError
 from imprompt.data.rows import Fetched
-from imprompt.data.store import ColumnsWriter, read_header
+from imprompt.data.store import ColumnsWriter, part_name, read_header
 
 __all__ = ["Columns", "ColumnsWriter"]
 
@@ -96,7 +96,7 @@ class Columns:
             if "num_parts" in meta:
                 counts = np.load(BytesIO(files.read("parts.npy")))
                 removed = np.load(BytesIO(files.read("removed.npy")))
-                folders = tuple(f"parts/{number:05d}/" for number in range(len(counts)))
+                folders = tuple(f"{part_name(number)}/" for number in range(len(counts)))
             else:
                 counts, removed, folders = np.array([count]), np.empty(0, np.int64), ("",)
             if counts.sum() - len(removed) != count:

@@ -19,12 +19,13 @@ import torch
 
 from imprompt.bases import Base
 from imprompt.core.errors import ImpromptError
+from imprompt.core.files import check_room, write_json
 from imprompt.data.batch import Accepted, Work, encode_rows, load_ahead
 from imprompt.data.columns import CONTROL, KEPT_MISSING
 from imprompt.data.faces import FACE_MISSING
 from imprompt.data.filters import Unusable
 from imprompt.data.pairs import Loaded, Pair, Part
-from imprompt.data.store import GrowingColumn, GrowingLines, check_room, read_lines, write_json
+from imprompt.data.store import GrowingColumn, GrowingLines, read_lines
 from imprompt.diorama import Scene
 
 SAVE_EVERY_SECONDS = 5.0

@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from imprompt.core.files import write_json, write_whole
 from imprompt.data.encoding import Progress, duplicate_of, fault_entry
 from imprompt.data.pairs import Part
-from imprompt.data.store import read_lines, write_array, write_json, write_whole
+from imprompt.data.store import part_name, read_lines, write_array
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ def finish(output: Path, parts: Sequence[Part], meta: Mapping[str, Any]) -> Fini
     The first of several pairs with one content stays, in whatever order they were encoded: the others'
     rows are left where they are and do not count.
     """
-    folders = [output / "parts" / f"{number:05d}" for number in range(len(parts))]
+    folders = [output / part_name(number) for number in range(len(parts))]
     progress = [Progress.read(folder, part) for folder, part in zip(folders, parts, strict=True)]
     if not all(one.done for one in progress):
         return None

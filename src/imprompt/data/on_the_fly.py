@@ -21,6 +21,7 @@ from torch import Tensor
 
 from imprompt.bases import Base
 from imprompt.core.errors import ImpromptError
+from imprompt.core.files import disk_errors, write_whole
 from imprompt.core.progress import progress
 from imprompt.data.batch import Work, encode_rows, try_load
 from imprompt.data.columns import encoder_of
@@ -31,7 +32,7 @@ from imprompt.data.pairs import Loaded, Pair, identity_of
 from imprompt.data.records import Reading
 from imprompt.data.rows import PARTS_AT_ONCE, Fetched
 from imprompt.data.sources import open_source
-from imprompt.data.store import disk_errors, read_lines
+from imprompt.data.store import read_lines
 from imprompt.encoders.face import loaded_face_encoder
 
 # A run reads ahead: the parts that it reads next are open beside those that it reads now.
@@ -184,8 +185,5 @@ class PairsOnTheFly:
             known = {entry["pair"] for entry in entries}
             new = [self.unusable[row] for row in sorted(self.unusable)]
             entries += [entry for entry in new if entry["pair"] not in known]
-            beside = path.with_name(f"{path.name}.writing")
-            with open(beside, "w", encoding="utf-8") as file:
-                for entry in entries:
-                    file.write(json.dumps(entry, ensure_ascii=False) + "\n")
-            beside.rename(path)
+        lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+        write_whole(path, lambda file: file.write(lines.encode()))

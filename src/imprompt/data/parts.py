@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 
 from imprompt.bases import Base
+from imprompt.core.files import disk_errors
 from imprompt.data.batch import Work
 from imprompt.data.encoding import Progress, Report, encode_part, missing_columns
 from imprompt.data.pairs import Part
-from imprompt.data.store import disk_errors, lock
+from imprompt.data.store import lock, part_name
 
 SECONDS_BETWEEN_LOOKS = 0.2
 
@@ -36,7 +37,7 @@ def work_through(
         while waiting:
             before = len(waiting)
             for number in list(waiting):
-                folder = part_folder(output, number)
+                folder = output / part_name(number)
                 with disk_errors(folder):
                     folder.mkdir(parents=True, exist_ok=True)
                 with lock(folder, wait=False) as held:
@@ -49,7 +50,3 @@ def work_through(
                 waiting.remove(number)
             if waiting and len(waiting) == before:
                 time.sleep(SECONDS_BETWEEN_LOOKS)
-
-
-def part_folder(output: Path, number: int) -> Path:
-    return output / "parts" / f"{number:05d}"

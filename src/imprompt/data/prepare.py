@@ -17,6 +17,7 @@ from typing import Any
 
 from imprompt.bases import Base
 from imprompt.core.errors import ImpromptError
+from imprompt.core.files import disk_errors, write_json
 from imprompt.core.progress import progress
 from imprompt.data.batch import Work
 from imprompt.data.columns import check_has_encoders, default_columns, encoder_of, with_framing
@@ -25,10 +26,10 @@ from imprompt.data.faces import default_face_encoder
 from imprompt.data.filters import Filters
 from imprompt.data.finish import finish
 from imprompt.data.pairs import Part
-from imprompt.data.parts import part_folder, work_through
+from imprompt.data.parts import work_through
 from imprompt.data.records import Reading
 from imprompt.data.sources import is_embedded_world, open_source
-from imprompt.data.store import disk_errors, lock, write_json
+from imprompt.data.store import lock, part_name
 from imprompt.data.workers import work_on_ray, work_side_by_side
 from imprompt.encoders.face import loaded_face_encoder
 
@@ -218,7 +219,7 @@ def _is_whole(output: Path, columns: Sequence[str], parts: Sequence[Part]) -> bo
     if found["num_parts"] != num_parts or not set(columns) <= set(found["columns"]):
         return False
     for number, part in enumerate(parts):
-        Progress.read(part_folder(output, number), part)  # which sees that it is the same
+        Progress.read(output / part_name(number), part)  # which sees that it is the same
     return True
 
 

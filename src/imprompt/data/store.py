@@ -1,4 +1,4 @@
-"""Writing prepared data: columns and lists that grow at their end, small files that are there whole, locks.
+"""Writing prepared data: columns and lists that grow at their end, locks.
 
 A column is a .npy file whose header leaves room for its number of rows, so that rows are appended and
 the number is put in when no more will come. Until then the file says it has none.
@@ -6,10 +6,8 @@ the number is put in when no more will come. Until then the file says it has non
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import shutil
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,6 +17,7 @@ import numpy as np
 from torch import Tensor
 
 from imprompt.core.errors import ImpromptError
+from imprompt.core.files import disk_errors, write_json, write_whole
 
 _HEADER_BYTES = 192
 
@@ -180,47 +179,14 @@ class ColumnsWriter:
         )
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a small file so that it is there whole or not at all."""
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    write_whole(path, lambda file: file.write(text.encode()))
-
-
 def write_array(path: Path, values: np.ndarray) -> None:
     """Write a .npy file so that it is there whole or not at all."""
     write_whole(path, lambda file: np.save(file, values))
 
 
-def write_whole(path: Path, write: Any) -> None:
-    beside = path.with_name(f"{path.name}.writing")
-    with disk_errors(path):
-        with open(beside, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-
-
-@contextmanager
-def disk_errors(path: Path) -> Generator[None, None, None]:
-    """Turn an error of the disk within the block into one a user can act on."""
-    try:
-        yield
-    except OSError as error:
-        advice = (
-            " Make room and give the same command again." if error.errno == errno.ENOSPC else ""
-        )
-        raise ImpromptError(f"Cannot write {path}: {error.strerror}.{advice}") from error
-
-
-def check_room(folder: Path, needed_bytes: int) -> None:
-    """Raise an ImpromptError unless the disk has room for so many bytes."""
-    free = shutil.disk_usage(folder).free
-    if needed_bytes > free:
-        raise ImpromptError(
-            f"Cannot write to {folder}: what comes next needs {needed_bytes / 1e6:.0f} MB and "
-            f"{free / 1e6:.0f} MB are free. Make room and give the same command again."
-        )
+def part_name(number: int) -> str:
+    """Where in a folder of prepared data its part of this number lies."""
+    return f"parts/{number:05d}"
 
 
 @contextmanager

@@ -11,8 +11,8 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from imprompt.bases import ClipImageEncoder
-from imprompt.bases.folder import check_complete, first_line, load_tokenizer, quiet_libraries
-from imprompt.core.errors import ImpromptError
+from imprompt.bases.folder import check_complete, load_tokenizer, quiet_libraries
+from imprompt.core.errors import ImpromptError, first_line
 from imprompt.encoders.clip import load_clip
 
 AT_ONCE = 16

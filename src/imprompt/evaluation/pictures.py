@@ -18,13 +18,13 @@ from torch import Tensor
 from imprompt.adapters import ImagePromptAdapter
 from imprompt.bases import Base
 from imprompt.core.errors import ImpromptError
+from imprompt.core.files import disk_errors
 from imprompt.core.images import image_grid, image_to_pixels, pixels_to_images
 from imprompt.core.progress import say
 from imprompt.data.filters import Unusable
 from imprompt.data.pairs import draw as drawn_pixels
 from imprompt.data.pairs import load
 from imprompt.data.sources import open_source
-from imprompt.data.store import disk_errors
 from imprompt.evaluation.clip_scores import mean_clip_score, mean_cosine
 from imprompt.evaluation.measure import Sampling
 from imprompt.generation import ImagePrompt, generate

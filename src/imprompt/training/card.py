@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from imprompt.core.config import to_toml
-from imprompt.data.store import write_whole
+from imprompt.core.files import write_whole
 from imprompt.training import log
 
 TITLES = {

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from imprompt.core.errors import ImpromptError
-from imprompt.data.store import write_whole
+from imprompt.core.files import write_whole
 from imprompt.training.config import TrainConfig
 from imprompt.training.processes import Processes
 

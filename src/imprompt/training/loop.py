@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from imprompt.core.errors import ImpromptError
+from imprompt.core.files import disk_errors
 from imprompt.core.progress import progress
 from imprompt.core.randomness import Randomness
 from imprompt.core.transfer import to_device
 from imprompt.data.rows import Rows, part_ends
-from imprompt.data.store import disk_errors
 from imprompt.systems.protocol import Figures, System
 from imprompt.training.batches import Batch, batches, num_trained_rows
 from imprompt.training.config import TrainConfig

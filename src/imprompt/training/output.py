@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from imprompt.core.errors import ImpromptError
+from imprompt.core.files import write_json
 from imprompt.core.progress import say
-from imprompt.data.store import write_json
 from imprompt.training.config import FREE_TO_CHANGE, TrainConfig
 from imprompt.training.processes import Processes
 

@@ -12,6 +12,7 @@ import torch
 from imprompt.bases import Base, load_base
 from imprompt.core.config import build, read_toml, to_toml, with_settings
 from imprompt.core.errors import ImpromptError
+from imprompt.core.files import disk_errors
 from imprompt.core.randomness import own_randomness
 from imprompt.data.columns import FRAMING
 from imprompt.data.dataset import Columns
@@ -19,7 +20,6 @@ from imprompt.data.joined import JoinedColumns
 from imprompt.data.on_the_fly import PairsOnTheFly
 from imprompt.data.records import Reading
 from imprompt.data.rows import FirstRows, Rows
-from imprompt.data.store import disk_errors
 from imprompt.encoders.clip import load_named_clip
 from imprompt.systems.catalogue import trainable
 from imprompt.systems.denoising import framing_columns

@@ -10,9 +10,7 @@ with another engine, on other machines.
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import shutil
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from imprompt.core.errors import ImpromptError
+from imprompt.core.files import is_disk_full, sync
 from imprompt.training.optim import MovingAverage
 from imprompt.training.parallel import Engine
 
@@ -105,15 +104,13 @@ def _write(
         }
         (beside / "counters.json").write_text(json.dumps(counters), encoding="utf-8")
         for name in ("state.safetensors", "counters.json"):
-            with open(beside / name, "rb") as file:
-                os.fsync(file.fileno())
+            sync(beside / name)
         if final.exists():
             shutil.rmtree(final)
         beside.rename(final)
     except (OSError, SafetensorError, RuntimeError) as error:
         shutil.rmtree(beside, ignore_errors=True)
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space" in str(error)
-        reason = "the disk is full" if full else str(error)
+        reason = "the disk is full" if is_disk_full(error) else str(error)
         failure = ImpromptError(
             f"The checkpoint of step {state.step} could not be written to {final.parent}: {reason}. "
             "The one before it is whole; make room and run the same command again."

@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from imprompt.core.errors import ImpromptError
+from imprompt.core.errors import ImpromptError, first_line
+from imprompt.core.files import disk_errors, write_json
 from imprompt.core.randomness import Randomness
 from imprompt.data.rows import Rows
-from imprompt.data.store import disk_errors, write_json
 from imprompt.systems.protocol import System, ValidatedInParts
 from imprompt.training.config import PRECISIONS, TrainConfig
 from imprompt.training.output import say
@@ -112,7 +112,7 @@ class Validation:
         except Exception as error:
             if processes.engine == "fsdp2":  # blocks are gathered by all: one must not go on alone
                 raise
-            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+            reason = f"{type(error).__name__}: {first_line(error)}"
             say(f"no preview at step {self._state.step}: {reason}")
             return None
 

@@ -11,9 +11,10 @@ import torch
 from pair_files import captions, contents, pairs_of
 from PIL import Image
 
+from imprompt.core import files
 from imprompt.core.errors import ImpromptError
 from imprompt.data import columns as columns_module
-from imprompt.data import encoding, store
+from imprompt.data import encoding
 from imprompt.data import prepare as prepare_module
 from imprompt.data.dataset import Columns
 from imprompt.data.filters import Filters
@@ -238,7 +239,7 @@ def test_a_full_disk_is_told_before_work_is_done(base, tmp_path, monkeypatch):
     class Usage:
         free = 10
 
-    monkeypatch.setattr(store.shutil, "disk_usage", lambda path: Usage)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: Usage)
     with pytest.raises(ImpromptError, match="needs .* MB"):
         prepare("diorama:4", tmp_path / "data", base)
 

@@ -18,11 +18,12 @@ import torch
 from pair_files import add_member, captions, contents, picture, write_pair
 
 from imprompt.core.errors import ImpromptError
+from imprompt.core.files import write_json
 from imprompt.data import dataset, sources
 from imprompt.data.dataset import Columns
 from imprompt.data.filters import Filters
 from imprompt.data.prepare import prepare
-from imprompt.data.store import GrowingColumn, write_array, write_json
+from imprompt.data.store import GrowingColumn, write_array
 from imprompt.data.workers import device_of_worker
 
 COLUMNS = ("image_embeds", "text_ids")
