@@ -17,8 +17,8 @@ from PIL import Image
 
 from imprompt.bases import load_base
 from imprompt.checkpoints import load_adapter, load_control, shipped_controls
-from imprompt.checkpoints.shipped import shipped_adapter
 from imprompt.core.images import image_grid, pixels_to_images
+from imprompt.core.shipped import ADAPTERS, shipped
 from imprompt.diorama import draw_maps
 from imprompt.evaluation.control import measure_controls, table
 from imprompt.evaluation.judge import load_judge
@@ -54,7 +54,7 @@ def main() -> None:
         ),
         count=arguments.count,
         weights=arguments.weights,
-        adapter=load_adapter(shipped_adapter()),
+        adapter=load_adapter(shipped(ADAPTERS["diorama"])),
     )
     (RESULTS / f"{arguments.name}.md").write_text(table(rows) + "\n", encoding="utf-8")
     publish(DOCS / "controls.md", arguments.name, table(rows) + "\n")

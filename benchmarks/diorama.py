@@ -136,12 +136,12 @@ imprompt evaluate --what ablation --output runs/ablation --count {COUNTS["ablati
 def draw_variations(path: Path) -> None:
     """The README's picture: unseen image prompts, variations of them, and text beside them."""
     from imprompt import ImagePrompt, generate, load_adapter, load_base
-    from imprompt.checkpoints.shipped import shipped_adapter
     from imprompt.core.images import image_grid, pixels_to_images
+    from imprompt.core.shipped import ADAPTERS, shipped
     from imprompt.diorama import render
     from imprompt.evaluation.measure import unseen_scenes
 
-    base, adapter = load_base("diorama"), load_adapter(shipped_adapter())
+    base, adapter = load_base("diorama"), load_adapter(shipped(ADAPTERS["diorama"]))
     scenes = unseen_scenes(65, first=30_000)[::13]
     columns = {
         "a variation": ("", 1.0, 0),

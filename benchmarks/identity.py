@@ -102,12 +102,12 @@ def nearest(folder: Path | None, count: int, candidates: int = 20) -> None:
     """
     from imprompt.bases import load_base
     from imprompt.checkpoints.identity import load_identity
-    from imprompt.checkpoints.shipped import shipped_identity
+    from imprompt.core.shipped import IDENTITIES, shipped
     from imprompt.evaluation.identity import draw_identity
     from imprompt.evaluation.measure import Sampling
     from imprompt.generation.faces import face_encoder_of
 
-    base, identity = load_base("diorama"), load_identity(folder or shipped_identity())
+    base, identity = load_base("diorama"), load_identity(folder or shipped(IDENTITIES["diorama"]))
     portraits = unseen_portraits(count)
     sampling = Sampling(steps=25, sampler="dpm-solver++", guidance_scale=GUIDANCE)
     faces = face_encoder_of(identity.adapter, None)
@@ -154,13 +154,13 @@ def pictures() -> None:
     """Three persons: the reference, then each in poses, styles and settings that a text asks for."""
     import imprompt
     from imprompt.checkpoints.identity import load_identity
-    from imprompt.checkpoints.shipped import shipped_identity
+    from imprompt.core.shipped import IDENTITIES, shipped
     from imprompt.diorama import landmarks_of
     from imprompt.generation.identity import IdentityPrompt
 
     characters()
     base = imprompt.load_base("diorama")
-    identity = load_identity(shipped_identity())
+    identity = load_identity(shipped(IDENTITIES["diorama"]))
     texts = (
         "a person in a red shirt in a meadow, made of clay",
         "a person in a blue shirt in the desert, as a cartoon",

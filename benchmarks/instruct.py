@@ -191,10 +191,10 @@ def draw_faces(adapter_file: Path | None, path: Path) -> None:
 def drawer(adapter_file: Path | None) -> Callable[[Image, str, str], Image]:
     """Draws a picture of an image prompt, an instruction and a text."""
     from imprompt import ImagePrompt, generate, load_adapter, load_base
-    from imprompt.checkpoints.shipped import shipped_instruct_adapter
+    from imprompt.core.shipped import ADAPTERS, shipped
 
     base = load_base("diorama")
-    adapter = load_adapter(adapter_file or shipped_instruct_adapter())
+    adapter = load_adapter(adapter_file or shipped(ADAPTERS["diorama-instruct"]))
 
     def draw(picture: Image, told: str, asked: str) -> Image:
         return generate(

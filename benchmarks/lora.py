@@ -25,9 +25,9 @@ from imprompt.adapters.site_presets import preset_scales
 from imprompt.bases import load_base
 from imprompt.bases.extensions import add_lora
 from imprompt.checkpoints import load_adapter
-from imprompt.checkpoints.shipped import shipped_adapter
 from imprompt.core.images import image_grid, pixels_to_images
 from imprompt.core.progress import progress
+from imprompt.core.shipped import ADAPTERS, shipped
 from imprompt.diorama import OBJECT_KINDS, Render, render, sample_scene
 from imprompt.diorama.vocabulary import GROUND
 from imprompt.evaluation.judge import load_judge, read, truth
@@ -124,7 +124,7 @@ def main() -> None:
     file = folder / "pytorch_lora_weights.safetensors"
     if not file.is_file():
         train_lora(folder, arguments.steps, arguments.scenes)
-    adapter = load_adapter(shipped_adapter())
+    adapter = load_adapter(shipped(ADAPTERS["diorama"]))
     scenes = unseen_scenes(arguments.count, first=50_000)
     wanted = truth(scenes)
     drawn = render(scenes)

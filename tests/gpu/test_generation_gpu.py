@@ -12,7 +12,7 @@ from tiny_base import TEXT_DIM, build_parts
 
 import imprompt
 from imprompt.adapters import attention_sites, combine, create_adapter
-from imprompt.checkpoints.shipped import shipped_adapter
+from imprompt.core.shipped import ADAPTERS, shipped
 
 pytestmark = [
     pytest.mark.gpu,
@@ -93,7 +93,7 @@ def test_a_step_never_waits_for_the_device(unet):
 
 def test_an_adapter_follows_the_base_to_its_device():
     base = imprompt.load_base("diorama", device=DEVICE)
-    adapter = imprompt.load_adapter(shipped_adapter())
+    adapter = imprompt.load_adapter(shipped(ADAPTERS["diorama"]))
     prompt = imprompt.ImagePrompt(Image.new("RGB", (64, 64), "red"), adapter=adapter)
     imprompt.generate(base, "", prompt, steps=2, progress=False)
     assert next(adapter.parameters()).device.type == DEVICE

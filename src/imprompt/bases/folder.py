@@ -14,6 +14,7 @@ import torch
 
 from imprompt.bases.clip_vision import ClipImageEncoder
 from imprompt.core.errors import ImpromptError, first_line
+from imprompt.core.hub import file_from_hub
 
 
 class ModelIndex(NamedTuple):
@@ -23,11 +24,11 @@ class ModelIndex(NamedTuple):
     settings: dict[str, Any]  # how the parts are to be used together
 
 
-def read_index(source: Path | str, name: str) -> ModelIndex:
+def read_index(source: Path | str) -> ModelIndex:
     """Which parts a model has.
 
     Raises:
-        ImpromptError: it is no model in this layout.
+        ImpromptError: it is no model in this layout, or not to be had.
     """
     if isinstance(source, Path):
         file = source / "model_index.json"
@@ -37,15 +38,7 @@ def read_index(source: Path | str, name: str) -> ModelIndex:
                 "that holds unet/, vae/, text_encoder/, tokenizer/ and scheduler/."
             )
     else:
-        from huggingface_hub import hf_hub_download
-
-        try:
-            file = Path(hf_hub_download(source, "model_index.json"))
-        except Exception as error:
-            raise ImpromptError(
-                f"{name!r} is neither a local folder nor to be had from the model hub "
-                f"({first_line(error)})."
-            ) from error
+        file = file_from_hub(source, "model_index.json")
     try:
         index = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -1,6 +1,5 @@
 """From a name, a folder or a file to a base."""
 
-import re
 from os import PathLike
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from imprompt.bases.single_file import load_single_file
 from imprompt.bases.stable_diffusion import StableDiffusionBase, load_stable_diffusion
 from imprompt.bases.stable_diffusion_xl import load_stable_diffusion_xl
 from imprompt.core.errors import ImpromptError
-from imprompt.core.hub import REPOSITORY
+from imprompt.core.hub import is_file_on_hub, is_on_hub
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 FORMS = (
@@ -87,11 +86,8 @@ def _found(
                 f"base. Convert it, or give {FORMS}."
             )
         return load_single_file(path, config, dtype=dtype, device=device)
-    if (
-        isinstance(name_or_path, str)
-        and re.fullmatch(REPOSITORY, text)
-        and path.suffix != ".safetensors"
-    ):
+    is_repository = isinstance(name_or_path, str) and is_on_hub(text) and not is_file_on_hub(text)
+    if is_repository and path.suffix != ".safetensors":
         return _load(text, text, dtype, device)
     raise ImpromptError(f"There is no base {text!r}: no such file or folder. Give {FORMS}.")
 
@@ -112,7 +108,7 @@ def _read_layer(base: Base, clip_skip: int) -> None:
 
 
 def _load(source: Path | str, name: str, dtype: torch.dtype, device: torch.device) -> Base:
-    index = read_index(source, name)
+    index = read_index(source)
     if "unet" not in index.parts or "text_encoder" not in index.parts:
         raise ImpromptError(
             f"{name} is not of a kind that is known here: needed are at least unet and "

@@ -97,9 +97,9 @@ def load_placed_base(arguments: argparse.Namespace, *, half_on_gpu: bool = True)
         dtype = getattr(torch, arguments.dtype)
     base = load_base(arguments.base, dtype=dtype, device=device, **base_options(arguments))
     if getattr(arguments, "image_encoder", None) is not None:
-        from imprompt.encoders.clip import load_named_clip
+        from imprompt.encoders.clip import load_clip
 
-        base.image_encoder = load_named_clip(arguments.image_encoder, base.dtype, base.device)
+        base.image_encoder = load_clip(arguments.image_encoder, base.dtype, base.device)
     return base
 
 

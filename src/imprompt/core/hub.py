@@ -13,8 +13,7 @@ from typing import Any
 
 from imprompt.core.errors import ImpromptError, first_line
 
-REPOSITORY = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
-_PLACE = re.compile(rf"({REPOSITORY})(?::([^\s:]+))?")
+_PLACE = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::([^\s:]+))?")
 
 
 def place_on_hub(name: str | PathLike[str]) -> tuple[str, str] | None:

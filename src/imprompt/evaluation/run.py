@@ -8,12 +8,8 @@ from pathlib import Path
 from imprompt.bases import Base
 from imprompt.checkpoints import load_adapter, load_control, shipped_controls
 from imprompt.checkpoints.identity import reads_faces
-from imprompt.checkpoints.shipped import (
-    shipped_adapter,
-    shipped_identity,
-    shipped_instruct_adapter,
-)
 from imprompt.core.errors import ImpromptError
+from imprompt.core.shipped import ADAPTERS, IDENTITIES, shipped
 from imprompt.evaluation.ablation import measure_ablation
 from imprompt.evaluation.control import measure_controls
 from imprompt.evaluation.identity import evaluate_identity
@@ -79,22 +75,26 @@ def evaluate(
         controls = {kind: load_control(folder) for kind, folder in folders.items()}
         reader = load_map_reader(map_reader_file)
         is_embedded = base.name == "diorama"
-        beside = load_adapter(shipped_adapter(), device=base.device) if is_embedded else None
+        beside = (
+            load_adapter(shipped(ADAPTERS["diorama"]), device=base.device) if is_embedded else None
+        )
         _, _, rows = measure_controls(
             base, controls, reader, judge, sampling, count=count, adapter=beside
         )
         return {f"{row.name}: {k}": value for row in rows for k, value in row.figures.items()}
     if what == "identity":
-        path = adapter_file or shipped_identity()
+        path = adapter_file or shipped(IDENTITIES["diorama"])
         return evaluate_identity(base, path, judge, sampling, output, count, scale, face_encoder)
     if what == "instruct":
-        adapter = load_adapter(adapter_file or shipped_instruct_adapter(), device=base.device)
+        adapter = load_adapter(
+            adapter_file or shipped(ADAPTERS["diorama-instruct"]), device=base.device
+        )
         return measure_instruct(base, adapter, judge, sampling, count, scale)
     if what == "instructions":
         return map_instructions(base, output, instructions_folder)
     if what == "instruct-table":
         return measure_instruct_table(load, judge, sampling, output, count, scale)
-    adapter = load_adapter(adapter_file or shipped_adapter(), device=base.device)
+    adapter = load_adapter(adapter_file or shipped(ADAPTERS["diorama"]), device=base.device)
     if reads_faces(adapter):
         raise ImpromptError(
             f"{adapter_file} is a {adapter.variant} adapter, which reads faces: measure it with "

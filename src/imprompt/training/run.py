@@ -20,7 +20,7 @@ from imprompt.data.joined import JoinedColumns
 from imprompt.data.on_the_fly import PairsOnTheFly
 from imprompt.data.records import Reading
 from imprompt.data.rows import FirstRows, Rows
-from imprompt.encoders.clip import load_named_clip
+from imprompt.encoders.clip import load_clip
 from imprompt.systems.catalogue import trainable
 from imprompt.systems.denoising import framing_columns
 from imprompt.systems.protocol import System
@@ -193,7 +193,7 @@ def run_training(
         if loaded.device != processes.device:
             loaded.to(processes.device)
     if image_encoder is not None:
-        loaded.image_encoder = load_named_clip(image_encoder, loaded.dtype, loaded.device)
+        loaded.image_encoder = load_clip(image_encoder, loaded.dtype, loaded.device)
     fingerprint = loaded.fingerprint()  # before an engine cuts its weights into slices
     columns = open_data(
         data,

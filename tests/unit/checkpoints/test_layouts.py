@@ -11,10 +11,10 @@ from imprompt.adapters import create_adapter
 from imprompt.adapters.sites import attention_sites
 from imprompt.checkpoints import inspect, load_adapter, save_adapter
 from imprompt.checkpoints.identity import reads_faces
-from imprompt.checkpoints.shipped import shipped_adapter
 from imprompt.checkpoints.unet_names import block_order
 from imprompt.cli.main import main
 from imprompt.core.errors import ImpromptError
+from imprompt.core.shipped import ADAPTERS, shipped
 
 DIFFUSERS_VARIANTS = ["base", "plus", "full", "faceid", "faceid-plus"]
 
@@ -235,6 +235,6 @@ def test_the_shipped_adapter_has_a_name():
     import imprompt
 
     adapter = imprompt.load_adapter("diorama")
-    expected = load_adapter(shipped_adapter())
+    expected = load_adapter(shipped(ADAPTERS["diorama"]))
     assert adapter.state_dict().keys() == expected.state_dict().keys()
     adapter.check_fits(attention_sites(imprompt.load_base("diorama").unet))

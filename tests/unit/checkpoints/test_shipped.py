@@ -11,13 +11,8 @@ import imprompt
 from imprompt.checkpoints import inspect, load_control, shipped_controls
 from imprompt.checkpoints.controls import save_network
 from imprompt.checkpoints.identity import load_identity
-from imprompt.checkpoints.shipped import (
-    shipped_adapter,
-    shipped_identity,
-    shipped_instruct_adapter,
-)
 from imprompt.core.errors import ImpromptError
-from imprompt.core.shipped import CONTROLS
+from imprompt.core.shipped import ADAPTERS, CONTROLS, IDENTITIES, shipped
 from imprompt.evaluation.map_reader import load_map_reader
 from imprompt.evaluation.portraits import load_face_judge
 from imprompt.generation.faces import face_encoder_of
@@ -32,8 +27,11 @@ def base():
 
 def test_all_of_it_loads_and_was_made_for_this_base(base):
     fingerprint = base.fingerprint()
-    identity = load_identity(shipped_identity())
-    adapters = [imprompt.load_adapter(f) for f in (shipped_adapter(), shipped_instruct_adapter())]
+    identity = load_identity(shipped(IDENTITIES["diorama"]))
+    adapters = [
+        imprompt.load_adapter(f)
+        for f in (shipped(ADAPTERS["diorama"]), shipped(ADAPTERS["diorama-instruct"]))
+    ]
     for adapter in (*adapters, identity.adapter):
         assert adapter.metadata["base_fingerprint"] == fingerprint
         with adapter.install(base.unet):
@@ -74,7 +72,7 @@ def test_a_folder_that_is_no_adapter_is_called_what_it_is(tmp_path):
             f"--control {kind}=MAP --control-model {kind}={folder}."
         )
     with pytest.raises(ImpromptError, match="is an identity, .* --identity-model"):
-        inspect(shipped_identity())
+        inspect(shipped(IDENTITIES["diorama"]))
     (tmp_path / "control").mkdir()
     (tmp_path / "config.json").write_text("no JSON")
     with pytest.raises(ImpromptError, match=f"what it holds is {tmp_path}/control"):

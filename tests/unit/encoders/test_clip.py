@@ -92,6 +92,27 @@ def test_a_folder_of_its_own_loads(tmp_path: Path, encoder: ClipImageEncoder) ->
     torch.testing.assert_close(load_clip(tmp_path / "vision").normalized(pixels), pixels)
 
 
+def test_one_of_several_is_named_after_a_colon(
+    tmp_path: Path, encoder: ClipImageEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = tmp_path / "name/models"
+    build_parts()["image_encoder"].save_pretrained(models / "image_encoder")
+    for loaded in (
+        load_clip(f"{tmp_path}/name:models/image_encoder"),
+        load_clip(tmp_path / "name", subfolder="models/image_encoder"),
+    ):
+        assert loaded.fingerprint() == encoder.fingerprint()
+    asked = []
+    monkeypatch.setattr(
+        "imprompt.encoders.clip.load_image_encoder",
+        lambda source, name, dtype, subfolder: asked.append((source, subfolder)) or encoder,
+    )
+    load_clip("owner/name:models/image_encoder")
+    load_clip("owner/name", subfolder="models/image_encoder")
+    load_clip("owner/name")
+    assert asked == [("owner/name", "models/image_encoder")] * 2 + [("owner/name", "")]
+
+
 def test_a_base_brings_its_own(tmp_path: Path, encoder: ClipImageEncoder) -> None:
     base = load_base(write_tiny_base(tmp_path / "tiny"), dtype=torch.bfloat16)
     assert base.image_encoder is not None
@@ -103,5 +124,8 @@ def test_a_base_brings_its_own(tmp_path: Path, encoder: ClipImageEncoder) -> Non
 def test_mistakes_are_named(tmp_path: Path) -> None:
     with pytest.raises(ImpromptError, match="no such folder"):
         load_clip(tmp_path / "nowhere")
+    for name in ("nowhere", "owner/name:", "a/b/c:d", ":d"):
+        with pytest.raises(ImpromptError, match="no such folder"):
+            load_clip(name)
     with pytest.raises(ImpromptError, match="model could not be read"):
         load_clip(tmp_path)

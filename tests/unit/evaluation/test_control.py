@@ -6,8 +6,8 @@ import torch
 from imprompt.bases import load_base
 from imprompt.bases.diorama import diorama_folder
 from imprompt.checkpoints import LoadedControl, load_adapter
-from imprompt.checkpoints.shipped import shipped_adapter
 from imprompt.cli.main import main
+from imprompt.core.shipped import ADAPTERS, shipped
 from imprompt.evaluation.control import measure_controls, table, unlike
 from imprompt.evaluation.judge import load_judge
 from imprompt.evaluation.measure import Sampling, unseen_scenes
@@ -63,7 +63,7 @@ def test_image_prompts_beside_a_control():
     controls = {"depth": LoadedControl(create_t2i_adapter(base).eval())}
     reader = MapReader(width=4).eval()
     sampling = Sampling(steps=1, guidance_scale=2.0)
-    adapter = load_adapter(shipped_adapter())
+    adapter = load_adapter(shipped(ADAPTERS["diorama"]))
 
     def measured(scale):
         _, _, rows = measure_controls(

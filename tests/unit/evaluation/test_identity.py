@@ -10,8 +10,8 @@ from PIL import Image
 from imprompt.adapters import create_adapter
 from imprompt.bases import load_base
 from imprompt.checkpoints import load_identity, save_adapter
-from imprompt.checkpoints.shipped import shipped_adapter, shipped_identity
 from imprompt.cli.main import main
+from imprompt.core.shipped import ADAPTERS, IDENTITIES, shipped
 from imprompt.diorama import gallery
 from imprompt.encoders.face import load_face_encoder
 from imprompt.evaluation import portraits
@@ -66,7 +66,9 @@ def face_id_file(base, faces, tmp_path_factory):
 
 
 def test_each_part_of_an_identity_is_left_out_in_turn(base, faces):
-    results = measure_identity(base, load_identity(shipped_identity()), faces, SAMPLING, COUNT)
+    results = measure_identity(
+        base, load_identity(shipped(IDENTITIES["diorama"])), faces, SAMPLING, COUNT
+    )
     assert list(results) == ["renders", *ABLATIONS]
     for result in results.values():
         assert result.images.shape == (COUNT, 3, 64, 64) and result.images.isfinite().all()
@@ -111,6 +113,6 @@ def test_what_reads_faces_is_measured_as_that(face_id_file, tmp_path, capsys):
         return capsys.readouterr().err
 
     assert "measure it with --what identity" in refused(face_id_file)
-    assert "reads no faces" in refused(shipped_adapter(), "--what", "identity")
+    assert "reads no faces" in refused(shipped(ADAPTERS["diorama"]), "--what", "identity")
     missing = tmp_path / "none.safetensors"
     assert "none.safetensors does not exist" in refused(missing, "--what", "identity")

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from imprompt.checkpoints.shipped import shipped_adapter
 from imprompt.core.errors import ImpromptError
 from imprompt.core.randomness import Randomness
+from imprompt.core.shipped import ADAPTERS, shipped
 from imprompt.diorama import MAP_KINDS, draw_maps, render, sample_scene
 from imprompt.diorama.maps import depth_map, keypoint_map, keypoints_of_map
 from imprompt.encoders.face_network import load_face_network
@@ -93,7 +93,7 @@ def test_the_reader_learns(drawn, tmp_path):
         load_map_reader(tmp_path / "none.safetensors")
     for load in (load_map_reader, load_judge, load_face_network):
         with pytest.raises(ImpromptError, match="adapter.safetensors is no"):
-            load(shipped_adapter())
+            load(shipped(ADAPTERS["diorama"]))
     (tmp_path / "damaged.safetensors").write_bytes(b"no tensors")
     with pytest.raises(ImpromptError, match="damaged.safetensors is no judge"):
         load_judge(tmp_path / "damaged.safetensors")
