@@ -14,8 +14,8 @@ from imprompt.bases.stable_diffusion import StableDiffusionBase, load_stable_dif
 from imprompt.bases.stable_diffusion_xl import load_stable_diffusion_xl
 from imprompt.core.errors import ImpromptError
 from imprompt.core.hub import is_file_on_hub, is_on_hub
+from imprompt.diffusion.objectives import PREDICTIONS
 
-PREDICTIONS = ("epsilon", "v_prediction", "sample")
 FORMS = (
     '"diorama" (the embedded base), a diffusers folder, a single .safetensors file, or the id '
     '"owner/name" of a model on the hub'

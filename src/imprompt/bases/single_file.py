@@ -29,7 +29,7 @@ ENDS_IN_NOISE = "ztsnr"
 OF_OTHER_NOISE = "edm_"  # how the names of the marks of EDM's models begin
 # In the file's header, as sai_modelspec has it, and what schedulers call it.
 PREDICTION = "modelspec.prediction_type"
-PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction"}
+PREDICTIONS_BY_HEADER = {"epsilon": "epsilon", "v": "v_prediction"}
 
 
 def load_single_file(
@@ -51,8 +51,8 @@ def load_single_file(
     pipeline = _read_pipeline(path, config, is_xl, dtype)
     check_plain_latents(str(path), pipeline.unet, pipeline.vae)
     scheduler_config = dict(pipeline.scheduler.config)
-    if (said := header.get(PREDICTION)) in PREDICTIONS:
-        scheduler_config["prediction_type"] = PREDICTIONS[said]
+    if (said := header.get(PREDICTION)) in PREDICTIONS_BY_HEADER:
+        scheduler_config["prediction_type"] = PREDICTIONS_BY_HEADER[said]
     if PREDICTS_V in names:
         scheduler_config["prediction_type"] = "v_prediction"
     if ENDS_IN_NOISE in names:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 from imprompt.bases import Base
 from imprompt.core.errors import ImpromptError
 from imprompt.core.files import disk_errors, write_json
-from imprompt.core.progress import progress
+from imprompt.core.progress import progress, say
 from imprompt.data.batch import Work
 from imprompt.data.columns import check_has_encoders, default_columns, encoder_of, with_framing
 from imprompt.data.encoding import Progress
@@ -30,7 +29,7 @@ from imprompt.data.parts import work_through
 from imprompt.data.records import Reading
 from imprompt.data.sources import is_embedded_world, open_source
 from imprompt.data.store import lock, part_name
-from imprompt.data.workers import work_on_ray, work_side_by_side
+from imprompt.data.workers import Job, work_on_ray, work_side_by_side
 from imprompt.encoders.face import loaded_face_encoder
 
 LEFT_BY_NOTHING_PREPARED = ("lock", "begun.json.writing", "quarantine.jsonl")
@@ -115,13 +114,13 @@ def prepare(
 
         if engine == "ray" or workers > 1:
             start = work_on_ray if engine == "ray" else work_side_by_side
-            start(workers, (source, reading, output, base, work, mine), report)
+            start(workers, Job(source, reading, output, base, work, mine), report)
         else:
             work_through(parts, output, base, work, mine, report)
     with lock(output, wait=True):
         done = finish(output, parts, meta)
     if done is None:
-        print(f"imprompt: shard {shard} is done; others are still at work", file=sys.stderr)
+        say(f"shard {shard} is done; others are still at work")
         return output
     _tell_faults(output, done.faults, done.num_pairs)
     if done.num_rows == 0:
@@ -226,10 +225,9 @@ def _is_whole(output: Path, columns: Sequence[str], parts: Sequence[Part]) -> bo
 def _tell_faults(output: Path, faults: Counter[str], num_pairs: int) -> None:
     if faults:
         kinds = ", ".join(f"{count} {kind}" for kind, count in faults.most_common())
-        print(
-            f"imprompt: {faults.total()} of {num_pairs} pairs could not be used ({kinds}); "
-            f"{output / 'quarantine.jsonl'} says why",
-            file=sys.stderr,
+        say(
+            f"{faults.total()} of {num_pairs} pairs could not be used ({kinds}); "
+            f"{output / 'quarantine.jsonl'} says why"
         )
 
 

@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import Empty
 from typing import Any
@@ -20,8 +21,18 @@ from imprompt.data.parts import work_through
 from imprompt.data.records import Reading
 from imprompt.data.sources import open_source
 
-Job = tuple[str, "Reading | None", Path, Base, Work, Sequence[int]]
-"""Source, how to read it, output, base, what to do, and with which parts."""
+
+@dataclass(frozen=True)
+class Job:
+    """What several processes do together; each gets all of it."""
+
+    source: str
+    reading: Reading | None
+    output: Path
+    base: Base
+    work: Work
+    part_numbers: Sequence[int]
+    """Of the source, those that are to be done."""
 
 
 def work_side_by_side(workers: int, job: Job, report: Report) -> None:
@@ -37,7 +48,7 @@ def work_side_by_side(workers: int, job: Job, report: Report) -> None:
         context.Process(
             target=_work, args=(job, reports, num_threads, os.getpid(), number), daemon=True
         )
-        for number in range(min(workers, len(job[-1])))
+        for number in range(min(workers, len(job.part_numbers)))
     ]
     for process in processes:
         process.start()
@@ -73,10 +84,9 @@ def _work(job: Job, reports: Any, num_threads: int, parent: int, number: int) ->
     torch.set_num_threads(num_threads)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     try:
-        base = job[3]
-        if (device := device_of_worker(number, base.device)) != base.device:
+        if (device := device_of_worker(number, job.base.device)) != job.base.device:
             torch.cuda.set_device(device)
-            base.to(device)
+            job.base.to(device)
         _do(job, reports)
     except ImpromptError as error:
         reports.put(str(error))
@@ -119,12 +129,11 @@ def work_on_ray(workers: int, job: Job, report: Report) -> None:
         from ray.util.queue import Queue  # type: ignore[import-not-found]
     except ImportError as error:
         raise ImpromptError("The engine ray needs it: pip install 'imprompt[ray]'.") from error
-    source, reading, output, base, work, mine = job
     ray.init(ignore_reinit_error=True, log_to_driver=False)
     reports = Queue()
     task = ray.remote(num_cpus=1, max_retries=0)(_work_as_task)
-    shared = ray.put((source, reading, output.resolve(), base, work, mine))
-    waiting = [task.remote(shared, reports) for _ in range(min(workers, len(mine)))]
+    shared = ray.put(replace(job, output=job.output.resolve()))
+    waiting = [task.remote(shared, reports) for _ in range(min(workers, len(job.part_numbers)))]
     try:
         while waiting or not reports.empty():
             try:
@@ -151,5 +160,7 @@ def _work_as_task(job: Job, reports: Any) -> str | None:
 
 def _do(job: Job, reports: Any) -> None:
     """One worker's share of a job, told pair by pair to the queue `reports`."""
-    source, reading, output, base, work, mine = job
-    work_through(open_source(source, reading), output, base, work, mine, lambda *n: reports.put(n))
+    parts = open_source(job.source, job.reading)
+    work_through(
+        parts, job.output, job.base, job.work, job.part_numbers, lambda *done: reports.put(done)
+    )

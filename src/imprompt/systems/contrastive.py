@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from imprompt.bases import Base, image_encoder_of
+from imprompt.bases.clip_vision import CLIP_MEAN, CLIP_STANDARD_DEVIATION
 from imprompt.core.config import check_range
 from imprompt.core.errors import ImpromptError
 from imprompt.core.randomness import Randomness
@@ -39,9 +40,6 @@ from imprompt.systems.protocol import starts_from_base
 from imprompt.systems.warm_start import ridge_regression
 
 MAX_TOKENS = 32
-PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
-PIXEL_DEVIATION = (0.26862954, 0.26130258, 0.27577711)
-"""Of the vision tower's pixels in [0, 1]."""
 NUM_PAIRS_TO_FIT = 2048
 SMALLEST_DEVIATION = 1e-3
 CAPTION_COLUMNS = {"whole": "phrasing_ids", "subject": "subject_ids"}
@@ -202,8 +200,8 @@ def fit_text_projection(
 
 def _normalized(pixels: Tensor) -> Tensor:
     """What the image encoder reads of pixels in 0 … 255."""
-    mean = torch.tensor(PIXEL_MEAN, device=pixels.device)[:, None, None]
-    deviation = torch.tensor(PIXEL_DEVIATION, device=pixels.device)[:, None, None]
+    mean = torch.tensor(CLIP_MEAN, device=pixels.device)[:, None, None]
+    deviation = torch.tensor(CLIP_STANDARD_DEVIATION, device=pixels.device)[:, None, None]
     return (pixels.float() / 255.0 - mean) / deviation
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from imprompt.core.errors import ImpromptError
 from imprompt.core.files import disk_errors
-from imprompt.core.progress import progress
+from imprompt.core.progress import progress, say
 from imprompt.core.randomness import Randomness
 from imprompt.core.transfer import to_device
 from imprompt.data.rows import Rows, part_ends
@@ -24,7 +24,7 @@ from imprompt.training.denoiser import attention_kernels, set_up_denoiser
 from imprompt.training.engines import create_engine
 from imprompt.training.ledger import Ledger
 from imprompt.training.optim import MovingAverage, learning_rate_factor
-from imprompt.training.output import claim_output, describe, say, say_once, stop_requests
+from imprompt.training.output import claim_output, describe, say_once, stop_requests
 from imprompt.training.parallel import Engine, trained_parameters
 from imprompt.training.processes import Processes, join_processes
 from imprompt.training.reports import Reports

@@ -13,6 +13,7 @@ from imprompt.bases import Base, load_base
 from imprompt.core.config import build, read_toml, to_toml, with_settings
 from imprompt.core.errors import ImpromptError
 from imprompt.core.files import disk_errors
+from imprompt.core.progress import say
 from imprompt.core.randomness import own_randomness
 from imprompt.data.columns import FRAMING
 from imprompt.data.dataset import Columns
@@ -28,7 +29,6 @@ from imprompt.training.batches import num_trained_rows
 from imprompt.training.card import write_card
 from imprompt.training.config import PRECISIONS, TrainConfig
 from imprompt.training.loop import Interrupted, train
-from imprompt.training.output import say
 from imprompt.training.parallel import trained_parameters
 from imprompt.training.processes import join_processes, leave_processes
 from imprompt.training.validation import Preview

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from imprompt.core.errors import ImpromptError, first_line
 from imprompt.core.files import disk_errors, write_json
+from imprompt.core.progress import say
 from imprompt.core.randomness import Randomness
 from imprompt.data.rows import Rows
 from imprompt.systems.protocol import System, ValidatedInParts
 from imprompt.training.config import PRECISIONS, TrainConfig
-from imprompt.training.output import say
 from imprompt.training.state import TrainingState
 
 Preview = Callable[[], Image.Image]
