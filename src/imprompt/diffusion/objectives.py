@@ -195,34 +195,6 @@ def predicted_noise(
     raise unknown_prediction(prediction)
 
 
-def convert_prediction(
-    output: Float[Tensor, "batch *shape"],
-    noisy: Float[Tensor, "batch *shape"],
-    alphas: Float[Tensor, "batch"],
-    *,
-    given: str,
-    wanted: str,
-) -> Float[Tensor, "batch *shape"]:
-    """The same answer of a network, said as another kind of prediction.
-
-    Raises:
-        ImpromptError: one of the two kinds of prediction is unknown.
-    """
-    if wanted not in PREDICTIONS:
-        raise unknown_prediction(wanted)
-    if given == wanted:
-        return output
-    if wanted == "sample":
-        return predicted_clean(given, output, noisy, alphas)
-    if wanted == "epsilon":
-        return predicted_noise(given, output, noisy, alphas)
-    return velocity(
-        predicted_clean(given, output, noisy, alphas),
-        predicted_noise(given, output, noisy, alphas),
-        alphas,
-    )
-
-
 def signal_to_noise(alphas: Float[Tensor, "batch"]) -> Float[Tensor, "batch"]:
     """SNR = ᾱ / (1 - ᾱ). Source: Kingma et al. (2107.00630) eq. 2."""
     alphas = alphas.to(torch.float32)

@@ -26,7 +26,6 @@ from imprompt.diorama.scene import Character
 from imprompt.diorama.vocabulary import DARK, EYE, HAIR, LIP, MAIN, SKIN
 
 _FAR = 9.0  # an absent part is this far away
-LANDMARK_NAMES = ("left eye", "right eye", "nose", "left mouth corner", "right mouth corner")
 _EYE = (0.24, 1.36, 0.56)
 _MOUTH = (0.17, 0.9, 0.56)
 _NOSE_TIP = (0.0, 1.15, 0.76)
@@ -153,7 +152,8 @@ def _glasses(side: Points, face: FaceNumbers) -> Tensor:
 
 
 def landmarks() -> Tensor:
-    """The five landmarks in object space, shape (5, 3), in the order of `LANDMARK_NAMES`.
+    """The five landmarks in object space, shape (5, 3): left eye, right eye, nose, left and right
+    mouth corner.
 
     "Left" is the viewer's left, as in the five points of face detectors.
     """

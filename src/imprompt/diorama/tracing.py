@@ -37,7 +37,7 @@ class Surfaces:
 
     depth is the distance along the ray (`FAR` for sky); parts are vocabulary part numbers; normals are
     in camera axes (x right, y up, z to the viewer); diffuse = max(0, n·l); shadow and occlusion are 1 in
-    full light; ground_x and ground_z are where the ground was met; ray_y is the ray's upward slope.
+    full light; ray_y is the ray's upward slope.
     """
 
     depth: Tensor
@@ -46,8 +46,6 @@ class Surfaces:
     diffuse: Tensor
     shadow: Tensor
     occlusion: Tensor
-    ground_x: Tensor
-    ground_z: Tensor
     ray_y: Tensor
 
     def at(self, order: Tensor) -> Surfaces:
@@ -177,8 +175,6 @@ def trace(scenes: list[Scene], size_px: int) -> Surfaces:
         diffuse=image(diffuse),
         shadow=image(shadow),
         occlusion=image(occlusion),
-        ground_x=image(position[:, 0]),
-        ground_z=image(position[:, 2]),
         ray_y=image(direction[:, 1]),
     )
 

@@ -10,8 +10,9 @@ from imprompt.diffusion.objectives import (
     add_noise,
     alphas_cumprod,
     alphas_cumprod_of,
-    convert_prediction,
     min_snr_weights,
+    predicted_clean,
+    predicted_noise,
     prediction_target,
     signal_to_noise,
     velocity,
@@ -75,18 +76,16 @@ def test_noise_and_velocity_are_those_of_diffusers(
     torch.testing.assert_close(velocity(clean, noise, alphas), theirs, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("given", PREDICTIONS)
-@pytest.mark.parametrize("wanted", PREDICTIONS)
-def test_predictions_convert_into_each_other(
-    given: str, wanted: str, clean: torch.Tensor, noise: torch.Tensor
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_every_prediction_implies_clean_sample_and_noise(
+    prediction: str, clean: torch.Tensor, noise: torch.Tensor
 ) -> None:
     alphas = alphas_cumprod("scaled_linear")[TIMESTEPS]
     noisy = add_noise(clean, noise, alphas)
-    output = prediction_target(given, clean, noise, alphas)
-    converted = convert_prediction(output, noisy, alphas, given=given, wanted=wanted)
-    torch.testing.assert_close(
-        converted, prediction_target(wanted, clean, noise, alphas), rtol=1e-3, atol=1e-4
-    )
+    output = prediction_target(prediction, clean, noise, alphas)
+    for implied, truth in ((predicted_clean, clean), (predicted_noise, noise)):
+        found = implied(prediction, output, noisy, alphas)
+        torch.testing.assert_close(found, truth, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
@@ -97,7 +96,8 @@ def test_min_snr_gives_every_prediction_the_same_loss(
     alphas = alphas_cumprod("scaled_linear")[torch.tensor([100, 300, 600, 999])]
     noisy = add_noise(clean, noise, alphas)
     guess = clean + 0.1 * noise.flip(0)
-    output = convert_prediction(guess, noisy, alphas, given="sample", wanted=prediction)
+    implied_noise = predicted_noise("sample", guess, noisy, alphas)
+    output = prediction_target(prediction, guess, implied_noise, alphas)
     error = output - prediction_target(prediction, clean, noise, alphas)
     loss = min_snr_weights(prediction, alphas) * error.square().mean(dim=(1, 2, 3))
     wanted = signal_to_noise(alphas).clamp(max=5.0) * (guess - clean).square().mean(dim=(1, 2, 3))

@@ -10,7 +10,8 @@ from imprompt.diffusion.late_start import last_timesteps, noise_level
 from imprompt.diffusion.objectives import (
     PREDICTIONS,
     alphas_cumprod_of,
-    convert_prediction,
+    predicted_noise,
+    prediction_target,
 )
 from imprompt.diffusion.samplers import SAMPLERS, Sampler, create_sampler, uses_noise
 
@@ -44,7 +45,8 @@ def test_a_perfect_denoiser_is_followed_to_the_clean_sample(
     for timestep in scheduler.timesteps:
         noisy = scheduler.scale_model_input(latents, timestep)
         alpha = alphas[int(timestep)].reshape(1)
-        output = convert_prediction(clean, noisy, alpha, given="sample", wanted=prediction)
+        noise = predicted_noise("sample", clean, noisy, alpha)
+        output = prediction_target(prediction, clean, noise, alpha)
         extra = {"generator": generator} if uses_noise(name) else {}
         latents = scheduler.step(output, timestep, latents, **extra, return_dict=False)[0]
     assert (latents - clean).abs().mean() < 0.05
