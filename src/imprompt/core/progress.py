@@ -18,7 +18,7 @@ def say(message: str) -> None:
     print(f"imprompt: {message}", file=sys.stderr, flush=True)
 
 
-class Progress:
+class ProgressBar:
     """A bar to report to."""
 
     def __init__(self, bar: Any) -> None:
@@ -41,7 +41,7 @@ class Progress:
 @contextmanager
 def progress(
     total: int, description: str, unit: str = "it", *, silent: bool = False
-) -> Generator[Progress, None, None]:
+) -> Generator[ProgressBar, None, None]:
     """A bar over `total` units for as long as the block runs; none if `silent`.
 
     On a terminal it redraws itself; in a log it writes a line now and then.
@@ -54,4 +54,4 @@ def progress(
         dynamic_ncols=True,
         disable=silent,
     ) as bar:
-        yield Progress(bar)
+        yield ProgressBar(bar)

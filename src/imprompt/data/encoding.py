@@ -36,7 +36,7 @@ Report = Callable[[int, int], None]
 
 
 @dataclass
-class Progress:
+class PartProgress:
     """How far a part is."""
 
     name: str
@@ -51,7 +51,7 @@ class Progress:
     done: bool = False
 
     @classmethod
-    def read(cls, folder: Path, part: Part) -> Progress:
+    def read(cls, folder: Path, part: Part) -> PartProgress:
         """A part's progress, which is none at first.
 
         Raises:
@@ -75,7 +75,7 @@ class Progress:
         write_json(folder / "progress.json", asdict(self))
 
 
-def missing_columns(progress: Progress, work: Work) -> list[str]:
+def missing_columns(progress: PartProgress, work: Work) -> list[str]:
     """What a part still lacks; empty when nothing is left to do."""
     return [name for name in (*work.columns, *work.added_columns) if name not in progress.columns]
 
@@ -88,7 +88,7 @@ def encode_part(
     Raises:
         ImpromptError: the disk is full, or the source has changed.
     """
-    progress = Progress.read(folder, part)
+    progress = PartProgress.read(folder, part)
     pairs = part.pairs()
     adds = any(name not in progress.columns for name in work.added_columns)
     # Columns are added in a pass of their own, in which all pairs are opened once more.
@@ -111,7 +111,7 @@ def _write_rows(
     work: Work,
     pool: Executor,
     report: Report,
-    progress: Progress,
+    progress: PartProgress,
 ) -> None:
     rows = GrowingLines(folder / "pairs.jsonl", progress.pairs_bytes)
     rejected = GrowingLines(folder / "rejected.jsonl", progress.rejected_bytes)
@@ -173,7 +173,7 @@ def _add_columns(
     work: Work,
     pool: Executor,
     report: Report,
-    progress: Progress,
+    progress: PartProgress,
     names: Sequence[str],
 ) -> None:
     """Columns for the rows a part has, from the same batches, so that they are what they would have
@@ -216,7 +216,7 @@ def _add_columns(
 
 
 def _kept_pixels(
-    pairs: Sequence[Pair], folder: Path, progress: Progress, names: Sequence[str]
+    pairs: Sequence[Pair], folder: Path, progress: PartProgress, names: Sequence[str]
 ) -> np.ndarray | None:
     """The column `pixels`, if all that is missing can be made of it: scenes whose pixels are kept
     are not drawn again, which is most of the work."""

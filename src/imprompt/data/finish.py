@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from imprompt.core.files import write_json, write_whole
-from imprompt.data.encoding import Progress, duplicate_of, fault_entry
+from imprompt.data.encoding import PartProgress, duplicate_of, fault_entry
 from imprompt.data.pairs import Part
 from imprompt.data.store import part_name, read_lines, write_array
 
@@ -32,7 +32,9 @@ def finish(output: Path, parts: Sequence[Part], meta: Mapping[str, Any]) -> Fini
     rows are left where they are and do not count.
     """
     folders = [output / part_name(number) for number in range(len(parts))]
-    progress = [Progress.read(folder, part) for folder, part in zip(folders, parts, strict=True)]
+    progress = [
+        PartProgress.read(folder, part) for folder, part in zip(folders, parts, strict=True)
+    ]
     if not all(one.done for one in progress):
         return None
     counts = np.array([one.num_rows for one in progress], dtype=np.int64)

@@ -12,7 +12,7 @@ import torch
 from imprompt.bases import Base
 from imprompt.core.files import disk_errors
 from imprompt.data.batch import Work
-from imprompt.data.encoding import Progress, Report, encode_part, missing_columns
+from imprompt.data.encoding import PartProgress, Report, encode_part, missing_columns
 from imprompt.data.pairs import Part
 from imprompt.data.store import lock, part_name
 
@@ -43,7 +43,7 @@ def work_through(
                 with lock(folder, wait=False) as held:
                     if not held:
                         continue
-                    if missing_columns(Progress.read(folder, parts[number]), work):
+                    if missing_columns(PartProgress.read(folder, parts[number]), work):
                         encode_part(parts[number], folder, base, work, pool, report)
                     else:
                         report(parts[number].num_pairs, 0)

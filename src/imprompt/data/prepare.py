@@ -20,7 +20,7 @@ from imprompt.core.files import disk_errors, write_json
 from imprompt.core.progress import progress, say
 from imprompt.data.batch import Work
 from imprompt.data.columns import check_has_encoders, default_columns, encoder_of, with_framing
-from imprompt.data.encoding import Progress
+from imprompt.data.encoding import PartProgress
 from imprompt.data.faces import default_face_encoder
 from imprompt.data.filters import Filters
 from imprompt.data.finish import finish
@@ -218,7 +218,7 @@ def _is_whole(output: Path, columns: Sequence[str], parts: Sequence[Part]) -> bo
     if found["num_parts"] != num_parts or not set(columns) <= set(found["columns"]):
         return False
     for number, part in enumerate(parts):
-        Progress.read(output / part_name(number), part)  # which sees that it is the same
+        PartProgress.read(output / part_name(number), part)  # which sees that it is the same
     return True
 
 

@@ -13,7 +13,7 @@ from imprompt.diorama import Render
 from imprompt.diorama.maps import depth_map, keypoint_map, keypoints_of_map
 from imprompt.diorama.vocabulary import GROUND
 from imprompt.encoders.small_network import load_small_network
-from imprompt.systems.map_reader import MapReader, Reading
+from imprompt.systems.map_reader import MapReader, MapReading
 
 
 def load_map_reader(path: Path | None = None) -> MapReader:
@@ -31,10 +31,10 @@ def load_map_reader(path: Path | None = None) -> MapReader:
 
 
 @torch.inference_mode()
-def read_maps(reader: MapReader, pixels: Tensor) -> Reading:
+def read_maps(reader: MapReader, pixels: Tensor) -> MapReading:
     """What pictures (batch, 3, 64, 64) in [-1, 1] show."""
     parts = [reader(part.clamp(-1, 1)) for part in pixels.split(64)]
-    return Reading(
+    return MapReading(
         *(
             torch.cat([getattr(part, name) for part in parts])
             for name in ("depth", "edges", "parts", "keypoints")
@@ -42,7 +42,7 @@ def read_maps(reader: MapReader, pixels: Tensor) -> Reading:
     )
 
 
-def compare(reading: Reading, asked: Render) -> dict[str, float]:
+def compare(reading: MapReading, asked: Render) -> dict[str, float]:
     """How well what was read off pictures obeys what was asked for.
 
     depth error: mean difference of the depth maps, in grey levels of 255.

@@ -6,7 +6,7 @@ from imprompt.generation.explanation import Explanation
 from imprompt.generation.features import ImageFeatures, encode_images
 from imprompt.generation.identity import IdentityPrompt
 from imprompt.generation.init_image import InitImage
-from imprompt.generation.instructed import Guidance, published_guidance
+from imprompt.generation.instructed import PublishedGuidance, published_guidance
 from imprompt.generation.pipeline import generate, latents_to_images
 from imprompt.generation.prompts import ImagePrompt
 from imprompt.generation.sampler import initial_noise, sample_latents
@@ -14,12 +14,12 @@ from imprompt.generation.sampler import initial_noise, sample_latents
 __all__ = [
     "Control",
     "Explanation",
-    "Guidance",
     "IdentityPrompt",
     "ImageFeatures",
     "ImagePrompt",
     "InitImage",
     "MapControl",
+    "PublishedGuidance",
     "TokenPrompt",
     "encode_images",
     "generate",

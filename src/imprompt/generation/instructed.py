@@ -130,7 +130,7 @@ def _for_each(values: Tensor, images: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Guidance:
+class PublishedGuidance:
     """How the authors guide for an instruction: strengths, and what they add to λ."""
 
     text_scale: Number
@@ -141,7 +141,7 @@ class Guidance:
     added_scale: Number
 
 
-def published_guidance(instruction: str, base: Base | None = None) -> Guidance:
+def published_guidance(instruction: str, base: Base | None = None) -> PublishedGuidance:
     """The mode that the authors' pipeline takes for an instruction, by the words in it.
 
     Style, colour, face and everything are guided jointly; all else by image, text and instruction
@@ -155,7 +155,7 @@ def published_guidance(instruction: str, base: Base | None = None) -> Guidance:
     is_xl = base is not None and _has_two_text_encoders(base)
     lowered = not is_xl and any(word in text for word in ("composition", "pose"))
     text_scale = 5.0 if is_xl else 6.0
-    return Guidance(
+    return PublishedGuidance(
         text_scale=text_scale,
         image_scale=None if joint else 1.0,
         instruction_scale=None if joint else text_scale,

@@ -27,7 +27,7 @@ _NUM_PARTS, _NUM_KEYPOINTS = len(PART_COLOURS), len(KEYPOINT_COLOURS)
 
 
 @dataclass(frozen=True)
-class Reading:
+class MapReading:
     """What a picture shows.
 
     depth, edges: (batch, height, width), as in a control map, in [0, 1].
@@ -41,7 +41,7 @@ class Reading:
 
 
 class MapReader(nn.Module):
-    """Pixels (batch, 3, 64, 64) in [-1, 1] to a `Reading`, by a small U-shaped network."""
+    """Pixels (batch, 3, 64, 64) in [-1, 1] to a `MapReading`, by a small U-shaped network."""
 
     def __init__(self, width: int = 16):
         super().__init__()
@@ -63,7 +63,7 @@ class MapReader(nn.Module):
         self.maps = nn.Conv2d(width, 2 + _NUM_PARTS, 1)
         self.heat = nn.Conv2d(2 * width, _NUM_KEYPOINTS, 1)
 
-    def forward(self, pixels: Tensor) -> Reading:
+    def forward(self, pixels: Tensor) -> MapReading:
         full = self.at_full(pixels)
         half = self.at_half(full)
         quarter = self.at_quarter(half)
@@ -74,7 +74,7 @@ class MapReader(nn.Module):
         full = self.to_full(torch.cat([_twice(self.narrow(half)), full], 1))
         maps = self.maps(full).float()
         heat = self.heat(half).float().flatten(2).softmax(2).unflatten(2, half.shape[2:])
-        return Reading(
+        return MapReading(
             maps[:, 0].sigmoid(), maps[:, 1].sigmoid(), maps[:, 2:], 2 * _centre_of(heat)
         )
 
@@ -142,7 +142,7 @@ class MapReaderSystem:
         save_small_network(self.module, path, "map-reader")
 
 
-def _losses(reading: Reading, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def _losses(reading: MapReading, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     depth = batch["control_depth"][:, 0].float() / 255
     edges = batch["control_edges"][:, 0].float() / 255
     parts = parts_of_map(batch["control_segmentation"].float() / 255)

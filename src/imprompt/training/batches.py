@@ -25,10 +25,10 @@ class Batch:
     columns: dict[str, Tensor]
 
 
-def shares(samples: range, num_shares: int) -> list[range]:
+def equal_parts(samples: range, num_parts: int) -> list[range]:
     """Samples cut into equal parts, in order."""
-    size = len(samples) // num_shares
-    return [samples[i * size : (i + 1) * size] for i in range(num_shares)]
+    size = len(samples) // num_parts
+    return [samples[i * size : (i + 1) * size] for i in range(num_parts)]
 
 
 def num_trained_rows(data: Rows, config: TrainConfig) -> int:
@@ -70,9 +70,10 @@ def batches(
 
     def of_step(step: int) -> list[tuple[range, np.ndarray]]:
         samples = range(step * batch_size, (step + 1) * batch_size)
-        mine = shares(samples, num_processes)[process]
+        mine = equal_parts(samples, num_processes)[process]
         return [
-            (part, rows_of_samples(part, num_rows, seed, ends)) for part in shares(mine, num_parts)
+            (part, rows_of_samples(part, num_rows, seed, ends))
+            for part in equal_parts(mine, num_parts)
         ]
 
     def read(step: int) -> list[tuple[range, np.ndarray, Fetched]]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from imprompt.core.errors import ImpromptError
 from imprompt.systems.protocol import Figures
-from imprompt.training.batches import shares
+from imprompt.training.batches import equal_parts
 from imprompt.training.config import TrainConfig
 from imprompt.training.order import rows_of_samples
 from imprompt.training.state import TrainingState
@@ -109,8 +109,8 @@ class Ledger:
         if not bool(losses.isfinite().all()):
             parts = [
                 part
-                for share in shares(batch, len(losses))
-                for part in shares(share, losses.shape[1])
+                for share in equal_parts(batch, len(losses))
+                for part in equal_parts(share, losses.shape[1])
             ]
             finite = losses.isfinite().flatten().tolist()
             bad = [part for part, is_finite in zip(parts, finite, strict=True) if not is_finite]

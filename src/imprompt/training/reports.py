@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from imprompt.core.progress import Progress
+from imprompt.core.progress import ProgressBar
 from imprompt.training import log
 from imprompt.training.config import PRECISIONS, TrainConfig
 from imprompt.training.ledger import Ledger
@@ -45,7 +45,7 @@ class Reports:
         self._speed.flops_per_sample = num_operations / num_samples
         say_once(self._processes, f"{num_operations / num_samples / 1e9:,.3g} GFLOP per sample")
 
-    def after_step(self, learning_rate: float, bar: Progress) -> None:
+    def after_step(self, learning_rate: float, bar: ProgressBar) -> None:
         """Log and validate, if it is time; the state's step is already counted."""
         step, config = self._state.step, self._config
         logs = step % config.log_every_steps == 0
@@ -58,7 +58,7 @@ class Reports:
         if validates:
             self._validate()
 
-    def _tell_means(self, learning_rate: float, bar: Progress) -> None:
+    def _tell_means(self, learning_rate: float, bar: ProgressBar) -> None:
         step, config = self._state.step, self._config
         figures = {**self._ledger.means(), "learning_rate": learning_rate}
         if self._processes.is_main:

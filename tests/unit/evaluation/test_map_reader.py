@@ -11,7 +11,7 @@ from imprompt.diorama.maps import depth_map, keypoint_map, keypoints_of_map
 from imprompt.encoders.face_network import load_face_network
 from imprompt.evaluation.judge import load_judge
 from imprompt.evaluation.map_reader import compare, edge_f1, load_map_reader, part_iou, read_maps
-from imprompt.systems.map_reader import MapReader, MapReaderSystem, Reading
+from imprompt.systems.map_reader import MapReader, MapReaderSystem, MapReading
 
 
 @pytest.fixture(scope="module")
@@ -19,10 +19,10 @@ def drawn():
     return render([sample_scene(seed) for seed in range(6)], 64)
 
 
-def perfect(drawn) -> Reading:
+def perfect(drawn) -> MapReading:
     points, _ = keypoints_of_map(keypoint_map(drawn.keypoints, 64))
     parts = torch.nn.functional.one_hot(drawn.segmentation, 11).permute(0, 3, 1, 2).float()
-    return Reading(depth_map(drawn.depth)[:, 0], drawn.edges, parts, points)
+    return MapReading(depth_map(drawn.depth)[:, 0], drawn.edges, parts, points)
 
 
 def test_a_perfect_reading_has_perfect_figures(drawn):
@@ -34,7 +34,7 @@ def test_a_perfect_reading_has_perfect_figures(drawn):
 
 def test_a_shift_is_measured(drawn):
     exact = perfect(drawn)
-    moved = Reading(
+    moved = MapReading(
         exact.depth.roll(6, 2), exact.edges.roll(6, 2), exact.parts.roll(6, 3), exact.keypoints + 6
     )
     figures = compare(moved, drawn)
