@@ -7,8 +7,8 @@
 layer instead of one: the image, the text prompt, and the instruction that says what to take from
 the image. Names of submodules are those of the published checkpoints.
 
-A resampler reads hidden states as a set: where in the picture one stands, it knows only as far as the
-encoder tells. A small encoder hardly does, and positions can be added (the authors' `apply_pos_emb`).
+A resampler sees hidden states as a set; where in the picture one stands, it knows only if the encoder
+encoded it. A small encoder hardly does, and positions can be added (the authors' `apply_pos_emb`).
 """
 
 import torch

@@ -31,7 +31,7 @@ class UNetBase(ABC):
     guidance_scale: float = 7.5
     """How strongly it is best guided by text, where nothing else is asked for."""
     reads_framing: bool = False
-    """Whether the denoiser reads of which picture it sees which part: `TextStates.framing`."""
+    """Whether the denoiser is conditioned on original size, crop and target size (`TextStates.framing`)."""
 
     @abstractmethod
     def parts(self) -> dict[str, nn.Module]:

@@ -1,10 +1,11 @@
 """Configuration: a tree of frozen dataclasses, filled from a TOML preset and then `a.b=value` settings."""
 
-# Strict but for what numpy, Pillow and tqdm leave untyped:
+# Strict but for tables of TOML, whose values are of any type:
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import math
@@ -44,7 +45,7 @@ def with_settings(tables: Mapping[str, Any], settings: Sequence[str]) -> dict[st
     Raises:
         ImpromptError: a setting has no "=" or no name.
     """
-    result = {name: dict(v) if isinstance(v, Mapping) else v for name, v in tables.items()}
+    result = copy.deepcopy(dict(tables))
     for setting in settings:
         name, equals, text = setting.partition("=")
         path = name.strip().split(".")

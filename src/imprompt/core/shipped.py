@@ -1,5 +1,5 @@
-"""What comes with the package for the embedded world: the base, judges, adapters, by name; or where else what is
-named lies."""
+"""From a name to a path: what comes with the package for the embedded world, a path that is here, or a place on
+the hub."""
 
 from collections.abc import Mapping, Sequence
 from os import PathLike
@@ -49,7 +49,8 @@ def file_named(name: str | PathLike[str], names: Mapping[str, str]) -> Path:
 
 
 def folder_named(name: str | PathLike[str], names: Mapping[str, str], files: Sequence[str]) -> Path:
-    """The same of a folder; of one on the hub, "owner/name" or "owner/name:folder", these `files` are fetched."""
+    """Like `file_named`, for a folder; of one on the hub ("owner/name" or "owner/name:folder") these `files` are
+    fetched."""
     if str(name) in names and not Path(name).exists():
         return shipped(names[str(name)])
     place = place_on_hub(name)

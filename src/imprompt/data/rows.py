@@ -14,7 +14,7 @@ Fetched = Callable[[], dict[str, Tensor]]
 """Rows that have been read, and become tensors when it is called."""
 
 PARTS_AT_ONCE = 16
-"""Of data whose parts are dear to open, a run reads the rows of so many at a time."""
+"""Where opening a part is expensive, rows are read from this many parts at a time."""
 
 
 def part_ends(data: Rows) -> np.ndarray | None:
@@ -24,8 +24,8 @@ def part_ends(data: Rows) -> np.ndarray | None:
 
 @runtime_checkable  # for the type checks of the tests
 class Rows(Protocol):
-    """Rows by number, in any order: prepared ones (`Columns`) or ones encoded when asked for
-    (`PairsOnTheFly`)."""
+    """Rows by number, in any order: prepared ones (`Columns`, several folders `JoinedColumns`) or ones
+    encoded when asked for (`PairsOnTheFly`)."""
 
     @property
     def path(self) -> Path | str:

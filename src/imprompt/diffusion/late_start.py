@@ -13,7 +13,7 @@ SMALLEST_SHARE = 1e-6  # of a step: 0.7 of 10 steps are 7, whatever floating poi
 
 
 def last_timesteps(scheduler: Any, share: float) -> Shaped[Tensor, " steps"]:
-    """The timesteps of the last `share` in (0, 1] of a new sampler's steps, at least one, to which it is set.
+    """Set a new sampler to its last `share`, in (0, 1], of steps (at least one) and return their timesteps.
 
     What is denoised from the first of them on has that step's `noise_level`.
     """

@@ -85,7 +85,7 @@ def check_time_span(start: Number, end: Number) -> None:
     """Raises an ImpromptError unless 0 <= start <= end <= 1."""
     if not 0 <= start <= end <= 1:
         raise ImpromptError(
-            f"An image prompt from start={start} to end={end} is no time span: "
+            f"start={start} and end={end} are no time span: "
             "0 <= start <= end <= 1 is needed (0 is the first step, 1 after the last)."
         )
 
@@ -106,7 +106,7 @@ def check_over_time(factors: Sequence[Number]) -> None:
 
 
 def is_zero(scale: Scale) -> bool:
-    """Whether a scale is zero everywhere. A mapping never is, for what it does not list is 1."""
+    """Whether a scale is zero everywhere. A mapping counts as not, whatever is in it."""
     if isinstance(scale, Mapping):
         return False
     if isinstance(scale, Tensor):

@@ -61,7 +61,7 @@ def generate(
         negative_prompt: what to get away from: one text, or one for each image. None, what the
             base takes for no text, differs from the empty text for Stable Diffusion XL.
         num_images: how many images of one prompt. With several prompts it is their number.
-        steps: of the sampler. Their cost is all there is.
+        steps: of the sampler; the cost is proportional to them.
         guidance_scale: how far to go beyond what the prompts say; 1 is not at all, at half the
             cost. By default as the base is best guided: 7.5, 5 for Stable Diffusion XL, and 3 for
             "diorama".

@@ -1,4 +1,4 @@
-"""The denoising loop: the only one, for every base, sampler and kind of condition."""
+"""The denoising loop of generation: one for every base, sampler and kind of condition."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext

@@ -23,7 +23,7 @@ from imprompt.data.rows import Rows
 from imprompt.encoders.face import DioramaFaceEncoder, face_encoder_with
 
 MIN_SIGNAL = 0.02
-"""ᾱ_t; in what is predicted from less nobody is to be known."""
+"""ᾱ_t below which what is predicted is too blurred for anybody to be recognised."""
 
 See = Callable[[Tensor], Tensor]
 """Of pixels (batch, 3, h, w), in about [-1, 1], the vectors (batch, dim); gradients pass through."""

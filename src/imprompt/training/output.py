@@ -20,7 +20,7 @@ from imprompt.training.processes import Processes
 def describe(config: TrainConfig, data: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
     """What makes two runs the same, as it is kept in run.json.
 
-    `others` has `num_parts`, of how many parts a batch is, where this decides what is learned.
+    `others["num_parts"]`: into how many parts a batch is cut, where that affects what is learned.
     """
     return {"config": dataclasses.asdict(config), "data": data, **others}
 

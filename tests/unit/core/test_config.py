@@ -69,3 +69,9 @@ def test_what_is_no_toml_is_told(tmp_path):
         read_toml(tmp_path / "bad.toml")
     with pytest.raises(ImpromptError, match="no preset"):
         read_toml(tmp_path / "none.toml")
+
+
+def test_settings_leave_the_tables_they_are_laid_over():
+    tables = {"a": {"b": {"c": 1}}}
+    assert with_settings(tables, ["a.b.c=2"]) == {"a": {"b": {"c": 2}}}
+    assert tables == {"a": {"b": {"c": 1}}}
