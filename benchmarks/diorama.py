@@ -22,22 +22,23 @@ FIGURES = RESULTS / "diorama.json"
 PARTS = ("judge", "base", "quickstart", "shipped", "ablation", "picture")
 QUICKSTART_ADAPTER = Path("imprompt-quickstart/run/adapter.safetensors")
 COUNTS = {"judge": 5000, "base": 500, "quickstart": 120, "shipped": 240, "ablation": 120}
-SAMPLING = {"steps": 25, "sampler": "dpm-solver++", "guidance_scale": None, "scale": 1.0, "seed": 0}
+SAMPLING = {"steps": 25, "sampler": "dpm-solver++", "guidance_scale": None, "seed": 0}
 NAMES = {"kind": "object", "colour": "colour", "style": "style", "setting": "setting"}
 
 
 def measure(part: str, adapter: Path, output: Path) -> dict[str, float]:
     from imprompt.bases import load_base
-    from imprompt.evaluation.run import evaluate
+    from imprompt.evaluation.measure import Sampling
+    from imprompt.evaluation.run import Request, evaluate
 
-    return evaluate(
-        "adapter" if part in ("quickstart", "shipped") else part,
+    request = Request(
         adapter_file=adapter if part == "quickstart" else None,
         load=lambda: load_base("diorama"),
         count=COUNTS[part],
         output=output,
-        **SAMPLING,
+        sampling=Sampling(**SAMPLING),
     )
+    return evaluate("adapter" if part in ("quickstart", "shipped") else part, request)
 
 
 def percent(figures: dict[str, float], prefix: str = "", suffix: str = "") -> list[str]:

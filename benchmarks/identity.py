@@ -77,20 +77,17 @@ def encoder(path: str, pictures: int = 2) -> None:
 
 def measure(folder: Path | None, count: int, output: Path) -> None:
     from imprompt.bases import load_base
-    from imprompt.evaluation.run import evaluate
+    from imprompt.evaluation.measure import Sampling
+    from imprompt.evaluation.run import Request, evaluate
 
-    figures = evaluate(
-        "identity",
+    request = Request(
         adapter_file=folder,
         load=partial(load_base, "diorama"),
         count=count,
         output=output,
-        steps=25,
-        sampler="dpm-solver++",
-        guidance_scale=GUIDANCE,
-        scale=1.0,
-        seed=0,
+        sampling=Sampling(steps=25, sampler="dpm-solver++", guidance_scale=GUIDANCE),
     )
+    figures = evaluate("identity", request)
     FIGURES.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     publish(DOCS / "identity.md", "identity", identity_table(figures))
 

@@ -23,7 +23,7 @@ from pages import DOCS, RESULTS, header, publish, put, row
 from PIL.Image import Image
 
 FIGURES = RESULTS / "instruct.json"
-SAMPLING = {"steps": 25, "sampler": "dpm-solver++", "guidance_scale": None, "scale": 1.0, "seed": 0}
+SAMPLING = {"steps": 25, "sampler": "dpm-solver++", "guidance_scale": None, "seed": 0}
 TASKS = ("everything", "style", "object", "composition", "face")
 SHOWN = (
     "layout IoU",
@@ -56,16 +56,17 @@ FACES_SHOWN = 8
 
 def measure(adapter: Path | None, count: int) -> dict[str, float]:
     from imprompt.bases import load_base
-    from imprompt.evaluation.run import evaluate
+    from imprompt.evaluation.measure import Sampling
+    from imprompt.evaluation.run import Request, evaluate
 
-    return evaluate(
-        "instruct",
+    request = Request(
         adapter_file=adapter,
         load=partial(load_base, "diorama"),
         count=count,
         output=Path("runs"),
-        **SAMPLING,
+        sampling=Sampling(**SAMPLING),
     )
+    return evaluate("instruct", request)
 
 
 def draw_map() -> dict[str, float]:
@@ -83,11 +84,10 @@ def compare(
     from imprompt.evaluation.judge import load_judge
     from imprompt.evaluation.measure import Sampling
 
-    own = {name: value for name, value in SAMPLING.items() if name != "scale"}
     return measure_instruct_table(
         partial(load_base, "diorama"),
         load_judge(),
-        Sampling(**own),
+        Sampling(**SAMPLING),
         output,
         count,
         num_pairs=pairs,

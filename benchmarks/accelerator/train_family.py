@@ -24,7 +24,8 @@ from imprompt.data.columns import default_columns
 from imprompt.data.dataset import Columns
 from imprompt.data.prepare import prepare
 from imprompt.evaluation.instruct_table import rows_of_task
-from imprompt.evaluation.run import evaluate
+from imprompt.evaluation.measure import Sampling
+from imprompt.evaluation.run import Request, evaluate
 from imprompt.training.run import preset_path, run_training
 
 PARTS = ("instruct", "identity", "controlnet-segmentation", "t2i-depth")
@@ -126,15 +127,13 @@ def main() -> None:
     figures = {
         part: evaluate(
             part,
-            adapter_file=weights / made,
-            load=lambda: load_base(arguments.base, device=DEVICE),
-            count=arguments.count,
-            output=arguments.output,
-            steps=25,
-            sampler="dpm-solver++",
-            guidance_scale=guidance_scale,
-            scale=1.0,
-            seed=0,
+            Request(
+                adapter_file=weights / made,
+                load=lambda: load_base(arguments.base, device=DEVICE),
+                count=arguments.count,
+                output=arguments.output,
+                sampling=Sampling(steps=25, sampler="dpm-solver++", guidance_scale=guidance_scale),
+            ),
         )
         for part, made, guidance_scale in (
             ("instruct", "diorama-ip-adapter-instruct.safetensors", None),

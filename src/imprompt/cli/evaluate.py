@@ -18,6 +18,7 @@ from imprompt.cli.verb import (
 from imprompt.core.errors import ImpromptError
 from imprompt.core.progress import say
 from imprompt.diffusion.samplers import SAMPLERS
+from imprompt.evaluation.catalogue import MEASUREMENTS
 
 # By a part of a figure's name; all others are shares.
 UNITS = {
@@ -27,12 +28,6 @@ UNITS = {
     "parameters": "{:,.0f}",
     "CLIP-": "{:.3f}",
 }
-
-
-# These train before they measure, beside a base in full precision.
-TRAINING = ("ablation", "instruct-table")
-# These ask no judge what a base draws.
-UNJUDGED = ("judge", "instructions")
 
 
 def add_parser(verbs: Any) -> None:
@@ -63,18 +58,7 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument(
         "--what",
         default="adapter",
-        choices=(
-            "adapter",
-            "base",
-            "judge",
-            "ablation",
-            "identity",
-            "control",
-            "instruct",
-            "instruct-table",
-            "instructions",
-            "pictures",
-        ),
+        choices=tuple(MEASUREMENTS),
         help="what is measured: an image-prompt adapter (the default), the base, the judge; two ways of "
         "joining tokens (ablation); a person kept; controls; Instruct, its comparison with rivals, or a map "
         "of its instructions; an adapter on pictures of one's own, by CLIP-I and CLIP-T",
@@ -142,26 +126,18 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
-# What reads what else a command may name.
-READERS = {
-    "adapter": ("adapter", "identity", "instruct", "pictures"),
-    "data": ("pictures",),
-    "clip": ("pictures",),
-    "scales": ("pictures",),
-    "map_reader": ("control",),
-    "control_model": ("control",),
-    "face_encoder": ("identity",),
-}
-
-
 def check_is_read(arguments: argparse.Namespace) -> None:
     """Raise an ImpromptError if something was given that this measurement does not look at."""
-    for name, readers in READERS.items():
-        if getattr(arguments, name) and arguments.what not in readers:
+    readers: dict[str, list[str]] = {}
+    for what, measurement in MEASUREMENTS.items():
+        for name in measurement.reads:
+            readers.setdefault(name, []).append(what)
+    for name, by in readers.items():
+        if getattr(arguments, name) and arguments.what not in by:
             value = arguments.adapter if name == "adapter" else f"--{name.replace('_', '-')}"
             raise ImpromptError(
                 f"--what {arguments.what} does not look at {value}: leave it out, or say --what "
-                f"{' or '.join(readers)}."
+                f"{' or '.join(by)}."
             )
 
 
@@ -170,7 +146,7 @@ def run(arguments: argparse.Namespace) -> None:
     say("loading…")
     import json
 
-    figures = _on_pictures(arguments) if arguments.what == "pictures" else _judged(arguments)
+    figures = _figures(arguments)
     if arguments.json:
         print(json.dumps(figures, indent=2))
         return
@@ -179,68 +155,31 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"{name:<{width}}  {with_unit(name, value)}")
 
 
-def _on_pictures(arguments: argparse.Namespace) -> dict[str, float]:
-    from imprompt.checkpoints import load_adapter
-    from imprompt.evaluation.clip_model import PUBLISHED, load_clip_model
-    from imprompt.evaluation.clip_scores import ClipScores
+def _figures(arguments: argparse.Namespace) -> dict[str, float]:
+    from imprompt.evaluation.judge import check_can_judge
     from imprompt.evaluation.measure import Sampling
-    from imprompt.evaluation.pictures import evaluate_pictures
+    from imprompt.evaluation.run import Request, evaluate
 
-    if arguments.data is None:
-        raise ImpromptError("Name the pictures with --data: a folder, an archive, or a list.")
-    is_embedded = arguments.base == "diorama"
-    if arguments.adapter is None and not is_embedded:
-        raise ImpromptError(f"Name the adapter to measure on the base {arguments.base}.")
-    base = load_placed_base(arguments)
+    measurement = MEASUREMENTS[arguments.what]
 
     def load() -> Any:
-        if arguments.clip is None and is_embedded:
-            return ClipScores(base)
-        return load_clip_model(arguments.clip or PUBLISHED, base.device)
+        base = load_placed_base(arguments, half_on_gpu=not measurement.trains)
+        if measurement.needs_judge:
+            check_can_judge(base)
+        return base
 
-    return evaluate_pictures(
-        base,
-        load_adapter(arguments.adapter or "diorama"),
-        load,
-        arguments.data,
-        Sampling(
+    request = Request(
+        load=load,
+        count=arguments.count,
+        output=arguments.output or Path("evaluations") / arguments.what,
+        sampling=Sampling(
             steps=arguments.steps,
             guidance_scale=arguments.guidance_scale,
             sampler=arguments.sampler,
             seed=arguments.seed,
         ),
-        _output(arguments),
-        arguments.count,
-        arguments.scales or (0.0, 0.5, 1.0),
-        arguments.scale,
-    )
-
-
-def _output(arguments: argparse.Namespace) -> Path:
-    return arguments.output or Path("evaluations") / arguments.what
-
-
-def _judged(arguments: argparse.Namespace) -> dict[str, float]:
-    from imprompt.evaluation.judge import check_can_judge
-    from imprompt.evaluation.run import evaluate
-
-    def load() -> Any:
-        base = load_placed_base(arguments, half_on_gpu=arguments.what not in TRAINING)
-        if arguments.what not in UNJUDGED:
-            check_can_judge(base)
-        return base
-
-    return evaluate(
-        arguments.what,
-        adapter_file=arguments.adapter,
-        load=load,
-        count=arguments.count,
-        steps=arguments.steps,
-        sampler=arguments.sampler,
-        guidance_scale=arguments.guidance_scale,
         scale=arguments.scale,
-        seed=arguments.seed,
-        output=_output(arguments),
+        adapter_file=arguments.adapter,
         map_reader_file=arguments.map_reader,
         face_encoder=arguments.face_encoder,
         control_folders=dict(
@@ -248,7 +187,11 @@ def _judged(arguments: argparse.Namespace) -> dict[str, float]:
             for text in arguments.control_model
         ),
         instructions_folder=arguments.instructions,
+        data=arguments.data,
+        clip=arguments.clip,
+        scales=arguments.scales,
     )
+    return evaluate(arguments.what, request)
 
 
 def with_unit(name: str, value: float) -> str:

@@ -79,6 +79,7 @@ def test_a_misspelt_option_is_told_before_a_missing_one(capsys):
             "--face-encoder: leave it out, or say --what",
         ),
         (("--control-model", "depth=a"), "or say --what control."),
+        (("--instructions", "a"), "or say --what instructions."),
     ],
 )
 def test_what_a_measurement_does_not_look_at(command, told, capsys):

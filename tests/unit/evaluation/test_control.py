@@ -11,7 +11,7 @@ from imprompt.core.shipped import ADAPTERS, shipped
 from imprompt.evaluation.control import measure_controls, table, unlike
 from imprompt.evaluation.judge import load_judge
 from imprompt.evaluation.measure import Sampling, unseen_scenes
-from imprompt.evaluation.run import evaluate
+from imprompt.evaluation.run import Request, evaluate
 from imprompt.systems.controlnet import create_controlnet
 from imprompt.systems.map_reader import MapReader
 from imprompt.systems.t2i_adapter import create_t2i_adapter
@@ -84,15 +84,12 @@ def test_image_prompts_beside_a_control():
 def test_image_prompts_are_measured_on_the_embedded_base(is_embedded, tmp_path):
     figures = evaluate(
         "control",
-        adapter_file=None,
-        load=lambda: load_base("diorama" if is_embedded else diorama_folder()),
-        count=2,
-        steps=1,
-        sampler="ddim",
-        guidance_scale=2.0,
-        scale=1.0,
-        seed=0,
-        output=tmp_path,
+        Request(
+            load=lambda: load_base("diorama" if is_embedded else diorama_folder()),
+            count=2,
+            output=tmp_path,
+            sampling=Sampling(steps=1, guidance_scale=2.0),
+        ),
     )
     names = {name.split(": ")[0] for name in figures}
     assert {"no control", "segmentation and depth"} <= names

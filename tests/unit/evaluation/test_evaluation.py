@@ -12,10 +12,11 @@ from imprompt.core.errors import ImpromptError
 from imprompt.diorama import OBJECT_KINDS, render
 from imprompt.diorama.held_out import UNSEEN_SCENES
 from imprompt.evaluation import ablation
+from imprompt.evaluation.catalogue import MEASUREMENTS
 from imprompt.evaluation.judge import load_judge, read, shares, truth
-from imprompt.evaluation.measure import measure_judge, unseen_scenes
+from imprompt.evaluation.measure import Sampling, measure_judge, unseen_scenes
 from imprompt.evaluation.report import Report, line_chart, picture_rows, table
-from imprompt.evaluation.run import evaluate
+from imprompt.evaluation.run import Request, evaluate
 
 
 def test_the_shipped_judge_reads_unseen_renders():
@@ -72,16 +73,6 @@ def test_truth_has_a_row_per_scene(count):
     assert all(len(values) == count for values in truth(unseen_scenes(count)).values())
 
 
-SETTINGS = {
-    "adapter_file": None,
-    "steps": 2,
-    "sampler": "ddim",
-    "guidance_scale": 4.0,
-    "scale": 1.0,
-    "seed": 0,
-}
-
-
 def test_the_ablation_trains_on_the_base_that_was_named(tmp_path, monkeypatch):
     folder = write_tiny_base(tmp_path / "bases" / "mine")
     given = []
@@ -93,13 +84,32 @@ def test_the_ablation_trains_on_the_base_that_was_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(ablation, "run_training", train)
     with pytest.raises(ImpromptError, match="far enough"):
-        evaluate("ablation", load=lambda: load_base(folder), count=1, output=tmp_path, **SETTINGS)
+        evaluate("ablation", Request(load=lambda: load_base(folder), count=1, output=tmp_path))
     assert given == ["mine", "mine"]
 
 
 def test_nothing_to_measure_is_told(tmp_path):
+    def asked(count, **sampling):
+        return Request(
+            load=lambda: load_base("diorama"),
+            count=count,
+            output=tmp_path,
+            sampling=Sampling(**sampling),
+        )
+
     with pytest.raises(ImpromptError, match="count is 0, but must be at least 1"):
-        evaluate("judge", load=lambda: load_base("diorama"), count=0, output=tmp_path, **SETTINGS)
+        evaluate("judge", asked(0))
+    with pytest.raises(ImpromptError, match="steps is 0, but must be at least 1"):
+        evaluate("judge", asked(1, steps=0))
+    with pytest.raises(
+        ImpromptError, match="no measurement 'jugde'; choose one of: adapter, base,"
+    ):
+        evaluate("jugde", asked(1))
+
+
+@pytest.mark.parametrize("what", MEASUREMENTS)
+def test_what_the_catalogue_names_is_there(what):
+    assert callable(MEASUREMENTS[what].load())
 
 
 @pytest.mark.parametrize("what", ["adapter", "base", "control", "identity", "ablation"])

@@ -139,6 +139,8 @@ def test_on_the_command_line(base_folder, clip_folder, photos, tmp_path, monkeyp
     assert Image.open("evaluations/pictures/pictures.png").width == 3 * 32
     assert main(command) == 2
     assert "Name the pictures with --data" in capsys.readouterr().err
+    assert main(["evaluate", *command[2:], *asked[:2]]) == 2
+    assert f"Name the adapter to measure on the base {base_folder.name}" in capsys.readouterr().err
     assert main(["evaluate", "--data", str(photos)]) == 2
     assert "does not look at --data" in capsys.readouterr().err
     assert main([*command, *asked[:2], "--clip", str(tmp_path)]) == 2
