@@ -31,8 +31,7 @@ from imprompt.core.shipped import ADAPTERS, shipped
 from imprompt.diorama import OBJECT_KINDS, Render, render, sample_scene
 from imprompt.diorama.vocabulary import GROUND
 from imprompt.evaluation.judge import load_judge, read, truth
-from imprompt.evaluation.measure import Sampling, draw, image_features, unseen_scenes
-from imprompt.generation.conditions import TokenPrompt
+from imprompt.evaluation.measure import Sampling, draw, prompt_of_pictures, unseen_scenes
 
 PAPER = torch.tensor([0.06, 0.20, 0.48])[None, :, None, None]
 INK = torch.tensor([0.92, 0.96, 1.00])[None, :, None, None]
@@ -129,18 +128,12 @@ def main() -> None:
     wanted = truth(scenes)
     drawn = render(scenes)
     sampling = Sampling(steps=20, sampler="dpm-solver++")
-    features, nothing = image_features(base, adapter, drawn.pixels)
 
     def prompted(scale: float, texts: list[str], preset: str | None = None) -> torch.Tensor:
         with adapter.install(base.unet) as handle:
             sites = [site for site in handle.sites if site.is_cross]
             scales = preset_scales(preset, sites, scale) if preset else scale
-            prompt = TokenPrompt(
-                handle=handle,
-                tokens=adapter.tokens(features).detach(),
-                zero_tokens=adapter.tokens(nothing).detach(),
-                scale=scales,
-            )
+            prompt = prompt_of_pictures(base, adapter, handle, drawn.pixels, scales)
             return draw(base, texts, [prompt] if scale else [], sampling)
 
     nouns = [f"a {scene.kind}" for scene in scenes]

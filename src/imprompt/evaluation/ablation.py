@@ -23,7 +23,7 @@ from imprompt.data.dataset import Columns
 from imprompt.data.prepare import prepare
 from imprompt.diorama import render
 from imprompt.evaluation.judge import read, shares, truth
-from imprompt.evaluation.measure import Sampling, measure_adapter, unseen_scenes
+from imprompt.evaluation.measure import Sampling, decoded, measure_adapter, unseen_scenes
 from imprompt.generation.sampler import sample_latents
 from imprompt.systems.classifier import Judge
 from imprompt.systems.concatenation import (
@@ -118,10 +118,4 @@ def _measure_concatenated(
         seed=sampling.seed,
         show_progress=True,
     )
-    images = (
-        torch.cat([base.decode_image(part) for part in latents.split(16)])
-        .float()
-        .clamp(-1, 1)
-        .cpu()
-    )
-    return shares(read(judge, images), truth(scenes))
+    return shares(read(judge, decoded(base, latents)), truth(scenes))

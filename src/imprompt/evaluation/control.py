@@ -28,8 +28,7 @@ from imprompt.diorama.held_out import UNSEEN_SCENES
 from imprompt.diorama.vocabulary import COLOURS
 from imprompt.evaluation.judge import read, truth
 from imprompt.evaluation.map_reader import compare, read_maps
-from imprompt.evaluation.measure import Sampling, draw, image_features, unseen_scenes
-from imprompt.generation.conditions import TokenPrompt
+from imprompt.evaluation.measure import Sampling, draw, prompt_of_pictures, unseen_scenes
 from imprompt.generation.controls import MapControl, placed
 from imprompt.systems.classifier import Judge
 from imprompt.systems.map_reader import MapReader
@@ -104,13 +103,7 @@ def measure_controls(
         short = [f"a {scene.kind}" for scene in scenes]
         with adapter.install(base.unet) as handle:
             pixels = render(references, base.image_size_px).pixels
-            features, nothing = image_features(base, adapter, pixels)
-            prompt = TokenPrompt(
-                handle=handle,
-                tokens=adapter.tokens(features).detach(),
-                zero_tokens=adapter.tokens(nothing).detach(),
-                scale=image_scale,
-            )
+            prompt = prompt_of_pictures(base, adapter, handle, pixels, image_scale)
             alone = draw(base, short, [prompt], sampling)
             all_of_them = draw(base, short, [prompt], sampling, controls=everything)
         rows.append(row("image prompt", alone, look))

@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from imprompt.adapters import ImagePromptAdapter
+from imprompt.adapters import Handle, ImagePromptAdapter
 from imprompt.adapters.site_presets import preset_scales
-from imprompt.bases import Base
+from imprompt.adapters.sites import Scale
+from imprompt.bases import Base, image_encoder_of
 from imprompt.diorama import OBJECT_KINDS, Scene, caption, render, sample_scene
 from imprompt.diorama.held_out import UNSEEN_SCENES
 from imprompt.evaluation.judge import read, shares, truth
@@ -74,20 +75,40 @@ def draw(
             show_progress=show_progress,
             controls=controls,
         )
-        decoded = torch.cat([base.decode_image(part) for part in latents.split(16)])
-    return decoded.float().clamp(-1, 1).cpu()
+    return decoded(base, latents)
 
 
-def image_features(
-    base: Base, adapter: ImagePromptAdapter, pixels: Tensor
-) -> tuple[Tensor, Tensor]:
-    """What the adapter reads of pictures, and what it reads of no picture."""
-    encoder = base.image_encoder
-    assert encoder is not None
+def decoded(base: Base, latents: Tensor) -> Tensor:
+    """Pixels (images, 3, height, width) in [-1, 1] of latents, on the CPU in float32."""
+    with torch.inference_mode():
+        pixels = torch.cat([base.decode_image(part) for part in latents.split(16)])
+    return pixels.float().clamp(-1, 1).cpu()
+
+
+def prompt_of_pictures(
+    base: Base,
+    adapter: ImagePromptAdapter,
+    handle: Handle,
+    pixels: Tensor,
+    scale: Scale = 1.0,
+) -> TokenPrompt:
+    """Each picture (pictures, 3, height, width) in [-1, 1] as the image prompt of one generation.
+
+    Raises:
+        ImpromptError: the base has no image encoder.
+    """
+    encoder = image_encoder_of(base)
     if adapter.variant == "base":
         features = encoder.embeds(pixels)
-        return features, torch.zeros_like(features[:1])
-    return encoder.hidden_states(pixels), encoder.zero_hidden_states()
+        nothing = torch.zeros_like(features[:1])
+    else:
+        features, nothing = encoder.hidden_states(pixels), encoder.zero_hidden_states()
+    return TokenPrompt(
+        handle=handle,
+        tokens=adapter.tokens(features).detach(),
+        zero_tokens=adapter.tokens(nothing).detach(),
+        scale=scale,
+    )
 
 
 def measure_judge(judge: Judge, count: int = 1000) -> dict[str, float]:
@@ -128,13 +149,7 @@ def measure_adapter(
     scenes = unseen_scenes(count, first=10_000)
     references = render(scenes, base.image_size_px).pixels
     with adapter.install(base.unet) as handle:
-        features, nothing = image_features(base, adapter, references)
-        prompt = TokenPrompt(
-            handle=handle,
-            tokens=adapter.tokens(features).detach(),
-            zero_tokens=adapter.tokens(nothing).detach(),
-            scale=scale,
-        )
+        prompt = prompt_of_pictures(base, adapter, handle, references, scale)
         images = draw(base, [""] * count, [prompt], sampling)
     return ImagePromptResult(scenes, references, images, shares(read(judge, images), truth(scenes)))
 
@@ -176,14 +191,12 @@ def measure_text_and_image(
     wanted = truth(others)
     points: list[SweepPoint] = []
     with adapter.install(base.unet) as handle:
-        features, nothing = image_features(base, adapter, references)
-        tokens, zero = adapter.tokens(features).detach(), adapter.tokens(nothing).detach()
+        prompt = prompt_of_pictures(base, adapter, handle, references)
         cross_sites = [site for site in handle.sites if site.is_cross]
         for scale in scales:
             spread = preset_scales(site_preset, cross_sites, scale) if site_preset else scale
-            prompt = TokenPrompt(handle=handle, tokens=tokens, zero_tokens=zero, scale=spread)
             texts = [f"a {scene.kind}" for scene in others]
-            images = draw(base, texts, [prompt], sampling)
+            images = draw(base, texts, [replace(prompt, scale=spread)], sampling)
             found = read(judge, images)
             right = {name: found[name] == wanted[name] for name in ATTRIBUTES}
             image_like = right["style"] & right["colour"]

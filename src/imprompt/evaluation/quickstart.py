@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -27,9 +27,9 @@ from imprompt.evaluation.measure import (
     Sampling,
     SweepPoint,
     draw,
-    image_features,
     measure_adapter,
     measure_text_and_image,
+    prompt_of_pictures,
 )
 from imprompt.evaluation.report import (
     Report,
@@ -38,7 +38,6 @@ from imprompt.evaluation.report import (
     picture_rows,
     table,
 )
-from imprompt.generation.conditions import TokenPrompt
 from imprompt.training.run import run_training
 
 FIRST_SEED = 3_000_000
@@ -134,12 +133,11 @@ def _draw_gallery(base: Base, adapter: ImagePromptAdapter, alone: ImagePromptRes
     count = len(references)
     texts = ("as line art", "in neon light", "as a watercolor")
     with adapter.install(base.unet) as handle, torch.inference_mode():
-        features, nothing = image_features(base, adapter, references)
-        tokens, zero = adapter.tokens(features), adapter.tokens(nothing)
+        prompt = prompt_of_pictures(base, adapter, handle, references)
+        tokens = prompt.tokens
 
         def made(words: list[str], tokens: Tensor, scale: float) -> Tensor:
-            prompt = TokenPrompt(handle=handle, tokens=tokens, zero_tokens=zero, scale=scale)
-            return draw(base, words, [prompt], SAMPLING)
+            return draw(base, words, [replace(prompt, tokens=tokens, scale=scale)], SAMPLING)
 
         by_scale = torch.stack([made([""] * count, tokens, scale) for scale in SCALES], 1)
         variations = torch.stack(

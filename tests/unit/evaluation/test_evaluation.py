@@ -5,6 +5,7 @@ import torch
 from PIL import Image
 from tiny_base import write_tiny_base
 
+from imprompt.adapters import create_adapter
 from imprompt.bases import load_base
 from imprompt.cli.evaluate import with_unit
 from imprompt.cli.main import main
@@ -14,7 +15,7 @@ from imprompt.diorama.held_out import UNSEEN_SCENES
 from imprompt.evaluation import ablation
 from imprompt.evaluation.catalogue import MEASUREMENTS
 from imprompt.evaluation.judge import load_judge, read, shares, truth
-from imprompt.evaluation.measure import Sampling, measure_judge, unseen_scenes
+from imprompt.evaluation.measure import Sampling, measure_adapter, measure_judge, unseen_scenes
 from imprompt.evaluation.report import Report, line_chart, picture_rows, table
 from imprompt.evaluation.run import Request, evaluate
 
@@ -86,6 +87,14 @@ def test_the_ablation_trains_on_the_base_that_was_named(tmp_path, monkeypatch):
     with pytest.raises(ImpromptError, match="far enough"):
         evaluate("ablation", Request(load=lambda: load_base(folder), count=1, output=tmp_path))
     assert given == ["mine", "mine"]
+
+
+def test_a_base_without_image_encoder_is_told(tmp_path):
+    base = load_base(write_tiny_base(tmp_path / "mine"))
+    adapter = create_adapter(base.unet, feature_dim=8)
+    base.image_encoder = None
+    with pytest.raises(ImpromptError, match="mine has no image encoder"):
+        measure_adapter(base, adapter, load_judge(), Sampling(steps=1), count=1)
 
 
 def test_nothing_to_measure_is_told(tmp_path):
