@@ -152,7 +152,9 @@ def of_controls(request: Request) -> dict[str, float]:
         load_judge(),
         request.sampling,
         count=request.count,
-        adapter=load_adapter(shipped(ADAPTERS["diorama"]), device=base.device) if is_embedded else None,
+        adapter=load_adapter(shipped(ADAPTERS["diorama"]), device=base.device)
+        if is_embedded
+        else None,
     )
     return {f"{row.name}: {k}": value for row in rows for k, value in row.figures.items()}
 

@@ -21,7 +21,7 @@ from imprompt.core.config import check_range
 from imprompt.core.images import pixels_of_bytes
 from imprompt.core.randomness import Randomness
 from imprompt.data.rows import Rows
-from imprompt.systems.protocol import starts_from_base
+from imprompt.systems.protocol import Figures, starts_from_base
 
 
 def create_autoencoder() -> Any:
@@ -93,9 +93,7 @@ class AutoencoderSystem:
         """Pixels (batch, 3, size, size) in [-1, 1], decoded from the mean of their latents."""
         return self.module.decode(self.module.encode(pixels).latent_dist.mean).sample
 
-    def loss(
-        self, batch: dict[str, Tensor], randomness: Randomness
-    ) -> tuple[Tensor, dict[str, float | Tensor]]:
+    def loss(self, batch: dict[str, Tensor], randomness: Randomness) -> tuple[Tensor, Figures]:
         pixels = pixels_of_bytes(batch["pixels"])
         flipped = torch.where(
             randomness.uniform("flip")[:, None, None, None] < 0.5, pixels, pixels.flip(3)

@@ -21,6 +21,7 @@ from imprompt.data.rows import Rows
 from imprompt.diorama.vocabulary import COLOURS, KINDS, SETTINGS, STYLES
 from imprompt.encoders.small_network import convolution, save_small_network
 from imprompt.systems.decoded_look import as_if_decoded
+from imprompt.systems.protocol import Figures
 
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "kind": KINDS,
@@ -80,9 +81,7 @@ class ClassifierSystem:
     def __init__(self, module: Judge):
         self.module = module
 
-    def loss(
-        self, batch: dict[str, Tensor], randomness: Randomness
-    ) -> tuple[Tensor, dict[str, float | Tensor]]:
+    def loss(self, batch: dict[str, Tensor], randomness: Randomness) -> tuple[Tensor, Figures]:
         pixels = pixels_of_bytes(batch["pixels"])
         mirrored = randomness.uniform("mirror")[:, None, None, None] < 0.5
         pixels = torch.where(mirrored, pixels.flip(3), pixels)

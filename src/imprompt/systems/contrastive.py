@@ -36,7 +36,7 @@ from imprompt.core.randomness import Randomness
 from imprompt.data.rows import Rows
 from imprompt.diorama import KINDS
 from imprompt.diorama.vocabulary import PERSON
-from imprompt.systems.protocol import starts_from_base
+from imprompt.systems.protocol import Figures, starts_from_base
 from imprompt.systems.warm_start import ridge_regression
 
 MAX_TOKENS = 32
@@ -225,9 +225,7 @@ class ContrastiveSystem:
         held = ("labels",) if self.options.hold else ()
         self.columns = ("pixels", self._captions, *held)
 
-    def loss(
-        self, batch: dict[str, Tensor], randomness: Randomness
-    ) -> tuple[Tensor, dict[str, float | Tensor]]:
+    def loss(self, batch: dict[str, Tensor], randomness: Randomness) -> tuple[Tensor, Figures]:
         text_ids = batch[self._captions]
         if text_ids.ndim == 3:
             phrasing = randomness.integers("phrasing", text_ids.shape[1])
@@ -243,7 +241,7 @@ class ContrastiveSystem:
             functional.cross_entropy(logits, target) + functional.cross_entropy(logits.T, target)
         )
         right = (same.gather(1, logits.argmax(1, keepdim=True)) > 0).float().mean()
-        figures: dict[str, float | Tensor] = {"right": right.detach()}
+        figures: Figures = {"right": right.detach()}
         if hold:
             moved = self._moved(seen, pixels, batch["labels"][:, 0] != KINDS.index(PERSON))
             loss = loss + hold * moved

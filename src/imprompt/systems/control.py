@@ -26,11 +26,12 @@ from imprompt.systems.denoising import (
     Denoising,
     check_same_encoders,
     made_for,
-    mean_in_parts,
+    means_in_parts,
     replace_rows,
     sample_posterior,
     text_states_of,
 )
+from imprompt.systems.protocol import Figures
 
 Read = Callable[[Tensor, Tensor, TextStates, Tensor], Residuals]
 """What a network adds: (noisy latents, timesteps, text states, maps in [0, 1]) → residuals."""
@@ -98,6 +99,8 @@ def as_read(network: Any, maps: Tensor) -> Tensor:
 class ControlSystem:
     """Trains a network that turns control maps into residuals, on cached columns."""
 
+    rows_at_once: int | None = None
+
     def __init__(
         self,
         base: Base,
@@ -115,8 +118,6 @@ class ControlSystem:
         self.base = base
         self.module = module
         self.columns = ("latent_mean", "latent_logvar", CONTROL + kind, "text_ids")
-        self.rows_at_once: int | None = None
-        """How many rows are validated together; set by the loop, None is all."""
         self._read = read
         self._kind = kind
         self._drop_text = drop_text
@@ -124,9 +125,7 @@ class ControlSystem:
         self._empty_ids = base.tokenize([""]).to(base.device)
         self._denoising = Denoising(base.scheduler, base.device)
 
-    def loss(
-        self, batch: dict[str, Tensor], randomness: Randomness
-    ) -> tuple[Tensor, dict[str, float | Tensor]]:
+    def loss(self, batch: dict[str, Tensor], randomness: Randomness) -> tuple[Tensor, Figures]:
         """The base's own loss, with the control, on captions of which some are dropped."""
         no_text = randomness.uniform("drop text") < self._drop_text
         timesteps = self._denoising.draw_timesteps(randomness, early=self._early_steps)
@@ -162,23 +161,15 @@ class ControlSystem:
         """The loss at evenly spread timesteps on fixed noise, with the control and without."""
         count = len(batch["text_ids"])
         timesteps = self._denoising.spread_timesteps(count)
-        figures: dict[str, float] = {}
-        for name, has_control, has_text in (
-            ("loss_with_control", True, False),
-            ("loss_without_control", False, False),
-            ("loss_with_control_and_text", True, True),
-            ("loss_with_text", False, True),
-        ):
-            no_text = torch.full((count,), not has_text, device=timesteps.device)
-            figures[name] = mean_in_parts(
-                partial(self._errors, has_control=has_control),
-                batch,
-                randomness,
-                timesteps,
-                no_text,
-                rows_at_once=self.rows_at_once,
-            )
-        return figures
+        never = torch.zeros(count, dtype=torch.bool, device=timesteps.device)
+        bare = partial(self._errors, has_control=False)
+        asked = {
+            "loss_with_control": (self._errors, batch, ~never),
+            "loss_without_control": (bare, batch, ~never),
+            "loss_with_control_and_text": (self._errors, batch, never),
+            "loss_with_text": (bare, batch, never),
+        }
+        return means_in_parts(asked, randomness, timesteps, rows_at_once=self.rows_at_once)
 
     def export(self, path: Path) -> None:
         """Write a folder that diffusers' own class loads, in half precision, and what it reads."""

@@ -3,7 +3,7 @@ timesteps and the error of a prediction, and validating in parts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -191,6 +191,20 @@ class Denoising:
         if not snr_gamma:
             return torch.ones(len(timesteps), device=self.alphas.device)
         return min_snr_weights(self.prediction_type, self.alphas[timesteps], snr_gamma)
+
+
+def means_in_parts(
+    asked: Mapping[str, tuple[Any, ...]],
+    randomness: Randomness,
+    *shared: Tensor,
+    rows_at_once: int | None,
+) -> dict[str, float]:
+    """Figures of a validation by name: of each (errors, batch, *others) that is asked the `mean_in_parts` of
+    `errors(batch, randomness, *shared, *others)`."""
+    return {
+        name: mean_in_parts(errors, batch, randomness, *shared, *others, rows_at_once=rows_at_once)
+        for name, (errors, batch, *others) in asked.items()
+    }
 
 
 def mean_in_parts(

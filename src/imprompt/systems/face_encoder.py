@@ -28,6 +28,7 @@ from imprompt.data.rows import FirstRows, Rows
 from imprompt.encoders.face_network import FaceNetwork, load_face_network
 from imprompt.encoders.small_network import save_small_network
 from imprompt.systems.decoded_look import as_if_decoded
+from imprompt.systems.protocol import Figures
 
 MIRRORED = (1, 0, 2, 4, 3)  # left and right change places
 MAX_SHIFT, MAX_ZOOM = 0.10, 0.18  # of the picture's half width; as a factor
@@ -114,9 +115,7 @@ class FaceEncoderSystem:
             )
         self.module.directions.copy_(functional.normalize(directions, dim=1))
 
-    def loss(
-        self, batch: dict[str, Tensor], randomness: Randomness
-    ) -> tuple[Tensor, dict[str, float | Tensor]]:
+    def loss(self, batch: dict[str, Tensor], randomness: Randomness) -> tuple[Tensor, Figures]:
         """Equation 3, and the landmarks' distance in pixels."""
         pixels, landmarks = varied(pixels_of_bytes(batch["pixels"]), batch, randomness)
         embeds, found = self.module.network(pixels.contiguous(memory_format=torch.channels_last))

@@ -38,7 +38,7 @@ from imprompt.systems.denoising import (
     Denoising,
     check_same_encoders,
     made_for,
-    mean_in_parts,
+    means_in_parts,
     replace_rows,
     sample_posterior,
     text_states_of,
@@ -149,6 +149,7 @@ class IdentitySystem:
         "landmarks",
         "text_ids",
     )
+    rows_at_once: int | None = None
 
     def __init__(
         self,
@@ -161,8 +162,6 @@ class IdentitySystem:
     ) -> None:
         self.base = base
         self.module = _Together(adapter, identity_net)
-        self.rows_at_once: int | None = None
-        """How many rows are validated together; set by the loop, None is all."""
         self.adapter = adapter
         self._is_raw = adapter.metadata.get("reads") == READS_RAW_FACES
         if self._is_raw:
@@ -239,27 +238,19 @@ class IdentitySystem:
         and with another person's face."""
         count = len(batch["text_ids"])
         timesteps = self._denoising.spread_timesteps(count)
-        figures: dict[str, float] = {}
         of_faces = [name for name in ("id_embeds", "id_lengths") if name in batch]
         strangers = {
             **batch,
             **{name: batch[name].float().roll(count // 2, 0) for name in of_faces},
         }
-        for name, given, has_adapter, has_net in (
-            ("loss", batch, True, True),
-            ("loss_without_adapter", batch, False, True),
-            ("loss_without_identity_net", batch, True, False),
-            ("loss_with_text", batch, False, False),
-            ("loss_with_a_stranger", strangers, True, True),
-        ):
-            figures[name] = mean_in_parts(
-                partial(self._errors, has_adapter=has_adapter, has_net=has_net),
-                given,
-                randomness,
-                timesteps,
-                rows_at_once=self.rows_at_once,
-            )
-        return figures
+        asked = {
+            "loss": (self._errors, batch),
+            "loss_without_adapter": (partial(self._errors, has_adapter=False), batch),
+            "loss_without_identity_net": (partial(self._errors, has_net=False), batch),
+            "loss_with_text": (partial(self._errors, has_adapter=False, has_net=False), batch),
+            "loss_with_a_stranger": (self._errors, strangers),
+        }
+        return means_in_parts(asked, randomness, timesteps, rows_at_once=self.rows_at_once)
 
     def export(self, path: Path) -> None:
         """Write a folder as InstantID's: the adapter's file, and a ControlNet that diffusers loads."""

@@ -30,11 +30,12 @@ from imprompt.systems.denoising import (
     check_same_encoders,
     drawn_shares,
     made_for,
-    mean_in_parts,
+    means_in_parts,
     replace_rows,
     sample_posterior,
     text_states_of,
 )
+from imprompt.systems.protocol import Figures
 from imprompt.systems.warm_start import fit_to_captions
 
 VARIANTS = ("base", "plus", "full")
@@ -126,6 +127,8 @@ Join = Callable[[TextStates, Tensor], tuple[TextStates, dict[str, Any] | None]]
 class ImagePromptSystem:
     """Trains a module that turns image features into tokens, on cached columns."""
 
+    rows_at_once: int | None = None
+
     def __init__(
         self,
         base: Base,
@@ -143,8 +146,6 @@ class ImagePromptSystem:
         self.module = module
         self.options = options
         self.columns = ("latent_mean", "latent_logvar", *dropped_features, "text_ids")
-        self.rows_at_once: int | None = None
-        """How many rows are validated together; set by the loop, None is all."""
         self._join = join
         self.dropped_features = {
             name: dropped.float().to(base.device) for name, dropped in dropped_features.items()
@@ -152,9 +153,7 @@ class ImagePromptSystem:
         self._empty_ids = base.tokenize([""]).to(base.device)
         self._denoising = Denoising(base.scheduler, base.device)
 
-    def loss(
-        self, batch: dict[str, Tensor], randomness: Randomness
-    ) -> tuple[Tensor, dict[str, float | Tensor]]:
+    def loss(self, batch: dict[str, Tensor], randomness: Randomness) -> tuple[Tensor, Figures]:
         """Equation 6 of the paper, with conditions dropped per sample."""
         no_image, no_text = drops(randomness, self.options)
         timesteps = self._denoising.draw_timesteps(randomness)
@@ -196,23 +195,13 @@ class ImagePromptSystem:
         timesteps = self._denoising.spread_timesteps(count)
         never = torch.zeros(count, dtype=torch.bool, device=timesteps.device)
         always = ~never
-        figures: dict[str, float] = {}
-        for name, no_image, no_text in (
-            ("loss_with_image", never, always),
-            ("loss_without_image", always, always),
-            ("loss_with_image_and_text", never, never),
-            ("loss_with_text", always, never),
-        ):
-            figures[name] = mean_in_parts(
-                self._errors,
-                batch,
-                randomness,
-                timesteps,
-                no_image,
-                no_text,
-                rows_at_once=self.rows_at_once,
-            )
-        return figures
+        asked = {
+            "loss_with_image": (self._errors, batch, never, always),
+            "loss_without_image": (self._errors, batch, always, always),
+            "loss_with_image_and_text": (self._errors, batch, never, never),
+            "loss_with_text": (self._errors, batch, always, never),
+        }
+        return means_in_parts(asked, randomness, timesteps, rows_at_once=self.rows_at_once)
 
     def export(self, path: Path) -> None:
         """Write what was trained as one safetensors file; an adapter with the official keys."""

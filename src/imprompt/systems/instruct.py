@@ -31,7 +31,7 @@ from imprompt.systems.denoising import (
     check_same_encoders,
     drawn_shares,
     made_for,
-    mean_in_parts,
+    means_in_parts,
     replace_rows,
     sample_posterior,
     share_moved,
@@ -117,6 +117,8 @@ def looks_for(columns: Rows, base: Base, options: InstructOptions) -> list[Look]
 class InstructSystem:
     """Trains an Instruct adapter on pairs with a condition image and an instruction."""
 
+    rows_at_once: int | None = None
+
     def __init__(
         self,
         base: Base,
@@ -149,8 +151,6 @@ class InstructSystem:
         self._looks = looks
         self._portraits = portraits
         self._before = before
-        self.rows_at_once: int | None = None
-        """How many rows are validated together; set by the loop, None is all."""
         self._handle = adapter.install(base.unet)
         self._no_image = image_encoder_of(base).zero_hidden_states().float().to(base.device)
         self._empty_ids = base.tokenize([""]).to(base.device)
@@ -294,17 +294,15 @@ class InstructSystem:
         always = ~never
         nothing = (self._no_image, self._empty_ids)
         other = {**batch, "instruction_ids": batch["instruction_ids"].roll(1, 0)}
-        figures: dict[str, float] = {}
-        for name, given in (
-            ("loss_with_image", batch),
-            ("loss_with_another_instruction", other),
-            ("loss_with_image_alone", without(batch, never, always, never, *nothing)),
-            ("loss_without_image", without(batch, always, never, always, *nothing)),
-        ):
-            figures[name] = mean_in_parts(
-                self._errors, given, randomness, timesteps, rows_at_once=self.rows_at_once
-            )
-        return figures
+        alone = without(batch, never, always, never, *nothing)
+        no_image = without(batch, always, never, always, *nothing)
+        asked = {
+            "loss_with_image": (self._errors, batch),
+            "loss_with_another_instruction": (self._errors, other),
+            "loss_with_image_alone": (self._errors, alone),
+            "loss_without_image": (self._errors, no_image),
+        }
+        return means_in_parts(asked, randomness, timesteps, rows_at_once=self.rows_at_once)
 
     def export(self, path: Path) -> None:
         """Write the adapter with the official keys."""

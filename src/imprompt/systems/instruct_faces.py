@@ -11,7 +11,6 @@ Ours, not of the paper.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,10 +25,11 @@ from imprompt.core.config import check_left_alone, check_range
 from imprompt.core.errors import ImpromptError
 from imprompt.core.randomness import Randomness
 from imprompt.data.rows import Rows
-from imprompt.systems.denoising import check_same_encoders, made_for, mean_in_parts, replace_rows
+from imprompt.systems.denoising import check_same_encoders, made_for, means_in_parts, replace_rows
 from imprompt.systems.instruct import FACE, FACE_COLUMNS, SMALLEST_DEVIATION, what_is_read
 from imprompt.systems.instruct_growth import instruct_adapter
 from imprompt.systems.instruct_options import OF_THE_DENOISER, InstructOptions
+from imprompt.systems.protocol import Figures
 
 NUM_ROWS_FOR_SCALE = 512
 HOLD_OF_FACES = 0.3  # their tokens must change, and still be understood
@@ -76,6 +76,7 @@ class InstructFacesSystem:
     """Trains the resampler of an Instruct adapter to say who is seen; K' and V' stay as they are."""
 
     columns = ("condition_states", "instruction_ids", "text_ids", *FACE_COLUMNS)
+    rows_at_once: int | None = None
 
     def __init__(
         self,
@@ -89,8 +90,6 @@ class InstructFacesSystem:
         self.base = base
         self.adapter = adapter
         self.options = options
-        self.rows_at_once: int | None = None
-        """How many rows are validated together; set by the loop, None is all."""
         self._before = before
         self._empty_ids = base.tokenize([""]).to(base.device)
         with torch.no_grad():
@@ -114,9 +113,7 @@ class InstructFacesSystem:
         wanted = batch["id_embeds"].float()
         return lost, 1 - functional.cosine_similarity(self._reader(said.mean(1)), wanted)
 
-    def loss(
-        self, batch: dict[str, Tensor], randomness: Randomness
-    ) -> tuple[Tensor, dict[str, float | Tensor]]:
+    def loss(self, batch: dict[str, Tensor], randomness: Randomness) -> tuple[Tensor, Figures]:
         """What of the faces cannot be read, and what of all rows' tokens is lost."""
         no_text = randomness.uniform("drop") < self.options.drop_text
         text_ids = replace_rows(batch["text_ids"], self._empty_ids, no_text)
@@ -124,7 +121,7 @@ class InstructFacesSystem:
         is_face = batch["task_ids"] == FACE
         lost = (torch.where(is_face, HOLD_OF_FACES, 1.0) * lost).mean()
         unlike = torch.where(is_face, unlike, 0.0).mean()
-        figures: dict[str, float | Tensor] = {"lost": lost.detach(), "unlike": unlike.detach()}
+        figures: Figures = {"lost": lost.detach(), "unlike": unlike.detach()}
         return lost + self.options.identity_weight * unlike, figures
 
     @torch.no_grad()
@@ -134,15 +131,12 @@ class InstructFacesSystem:
         Where there is no face, or nothing else, there is no figure of it.
         """
         is_face = batch["task_ids"] == FACE
-        asked: dict[str, Callable[[dict[str, Tensor], Randomness], Tensor]] = {}
+        asked = {}
         if not is_face.all():
-            asked["lost_of_before"] = self._lost_of_others
+            asked["lost_of_before"] = (self._lost_of_others, batch)
         if is_face.any():
-            asked["unlike"] = self._unlike_of_faces
-        return {
-            name: mean_in_parts(errors, batch, randomness, rows_at_once=self.rows_at_once)
-            for name, errors in asked.items()
-        }
+            asked["unlike"] = (self._unlike_of_faces, batch)
+        return means_in_parts(asked, randomness, rows_at_once=self.rows_at_once)
 
     def _lost_of_others(self, batch: dict[str, Tensor], _: Randomness) -> Tensor:
         return self._errors(batch)[0][batch["task_ids"] != FACE]

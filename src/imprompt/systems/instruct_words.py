@@ -34,6 +34,7 @@ from imprompt.systems.denoising import check_same_encoders, made_for, mean_in_pa
 from imprompt.systems.instruct import SMALLEST_DEVIATION, what_is_read
 from imprompt.systems.instruct_growth import instruct_adapter, with_more_layers, with_more_tokens
 from imprompt.systems.instruct_options import OF_THE_DENOISER, InstructOptions
+from imprompt.systems.protocol import Figures
 
 NUM_ROWS_FOR_SCALE = 2048
 
@@ -105,6 +106,8 @@ def build(options: InstructWordsOptions, base: Base, columns: Rows) -> InstructW
 class InstructWordsSystem:
     """Trains the resampler of an Instruct adapter to say what is kept; K' and V' stay as they are."""
 
+    rows_at_once: int | None = None
+
     def __init__(
         self,
         base: Base,
@@ -120,8 +123,6 @@ class InstructWordsSystem:
         self.options = options
         self.module: nn.Module = adapter.image_proj
         self.columns = ("condition_states", "instruction_ids", "kept_ids", "task_ids", "text_ids")
-        self.rows_at_once: int | None = None
-        """How many rows are validated together; set by the loop, None is all."""
         self._empty_ids = base.tokenize([""]).to(base.device)
         self._before = before
         self._num_held = 0 if not options.added_tokens or before is None else before.num_tokens or 0
@@ -187,9 +188,7 @@ class InstructWordsSystem:
         """Mean squared errors, (batch,), in units of the words' variance."""
         return ((tokens - wanted) / self._deviation).square().mean((1, 2))
 
-    def loss(
-        self, batch: dict[str, Tensor], randomness: Randomness
-    ) -> tuple[Tensor, dict[str, float | Tensor]]:
+    def loss(self, batch: dict[str, Tensor], randomness: Randomness) -> tuple[Tensor, Figures]:
         """The share of the words' variance that the tokens do not say, and what the others lost."""
         no_text = randomness.uniform("drop") < self.options.drop_text
         tasks = batch["task_ids"][self._learns(batch)]

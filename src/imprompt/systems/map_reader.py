@@ -22,6 +22,7 @@ from imprompt.data.rows import Rows
 from imprompt.diorama.maps import KEYPOINT_COLOURS, PART_COLOURS, keypoints_of_map, parts_of_map
 from imprompt.encoders.small_network import convolution, save_small_network
 from imprompt.systems.decoded_look import as_if_decoded
+from imprompt.systems.protocol import Figures
 
 _NUM_PARTS, _NUM_KEYPOINTS = len(PART_COLOURS), len(KEYPOINT_COLOURS)
 
@@ -123,9 +124,7 @@ class MapReaderSystem:
     def __init__(self, module: MapReader):
         self.module = module
 
-    def loss(
-        self, batch: dict[str, Tensor], randomness: Randomness
-    ) -> tuple[Tensor, dict[str, float | Tensor]]:
+    def loss(self, batch: dict[str, Tensor], randomness: Randomness) -> tuple[Tensor, Figures]:
         pixels = pixels_of_bytes(batch["pixels"])
         pixels = as_if_decoded(pixels, randomness, 0.9)
         reading = self.module(pixels.contiguous(memory_format=torch.channels_last))

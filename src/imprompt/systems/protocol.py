@@ -44,10 +44,10 @@ class System(Protocol):
 
 @runtime_checkable
 class ValidatedInParts(Protocol):
-    """A system whose validation need not see all rows at once; the loop says how many fit.
+    """A system whose validation need not see all rows at once.
 
     Attributes:
-        rows_at_once: None is all.
+        rows_at_once: how many rows are validated together; set by the loop, which knows how many fit. None is all.
     """
 
     rows_at_once: int | None

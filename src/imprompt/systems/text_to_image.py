@@ -26,7 +26,7 @@ from imprompt.systems.denoising import (
     Attempt,
     Denoising,
     check_same_encoders,
-    mean_in_parts,
+    means_in_parts,
     share_moved,
 )
 from imprompt.systems.perceptual import PortraitLook, portrait_look
@@ -142,6 +142,8 @@ class TextToImageSystem:
     `options` say so.
     """
 
+    rows_at_once: int | None = None
+
     def __init__(
         self,
         module: Any,
@@ -161,8 +163,6 @@ class TextToImageSystem:
         self.columns = ("latents", "phrasing_ids", *(("labels",) if told_apart else ()))
         self._before = before
         self._look = look
-        self.rows_at_once: int | None = None
-        """How many rows are validated together; set by the loop, None is all."""
         device = next(module.parameters()).device
         self._denoising = Denoising(scheduler, device)
         self.empty_ids = empty_ids.to(device)
@@ -229,13 +229,11 @@ class TextToImageSystem:
         """The loss at evenly spread timesteps on fixed noise, with the caption and without."""
         text_ids = batch["phrasing_ids"][:, 0]
         timesteps = self._denoising.spread_timesteps(len(text_ids))
-        given = {"loss": text_ids, "loss_without_text": self.empty_ids.expand_as(text_ids)}
-        return {
-            name: mean_in_parts(
-                self._errors, batch, randomness, timesteps, ids, rows_at_once=self.rows_at_once
-            )
-            for name, ids in given.items()
+        asked = {
+            "loss": (self._errors, batch, text_ids),
+            "loss_without_text": (self._errors, batch, self.empty_ids.expand_as(text_ids)),
         }
+        return means_in_parts(asked, randomness, timesteps, rows_at_once=self.rows_at_once)
 
     def export(self, path: Path) -> None:
         """Write `unet/` and `scheduler/` below `path` in the diffusers layout."""
