@@ -339,13 +339,11 @@ def grid_of(length: int, aspect: float) -> tuple[int, int]:
 
     A site sees its positions as one row; only the mask knows the shape of the picture.
     """
-    ideal = min(max(round(math.sqrt(length * aspect)), 1), length)
-    height = next(
-        candidate
-        for distance in range(length)
-        for candidate in (ideal - distance, ideal + distance)
-        if candidate > 0 and length % candidate == 0
-    )
+    ideal = min(max(int(math.sqrt(length * aspect)), 1), length)
+    # The nearest divisors on both sides.
+    lower = next(height for height in range(ideal, 0, -1) if length % height == 0)
+    higher = next((h for h in range(ideal + 1, length + 1) if length % h == 0), lower)
+    height = min(lower, higher, key=lambda height: abs(math.log(height * height / length / aspect)))
     if deviates(height * height / length, aspect, MAX_GRID_DEVIATION):
         raise ImpromptError(
             f"A mask of height/width {aspect:.3f} does not fit a picture with {length} positions "

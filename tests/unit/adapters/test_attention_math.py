@@ -36,6 +36,7 @@ def test_heads_split_and_join():
         (72, 64 / 65, (8, 9)),  # 64 x 65 latents, halved three times with rounding up
         (9 * 8, 65 / 64, (9, 8)),
         (1, 1.0, (1, 1)),
+        (14 * 18, 13 / 18, (14, 18)),  # 12 x 21 is as near in height, not in shape
     ],
 )
 def test_grid(length, aspect, grid):
