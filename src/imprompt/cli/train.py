@@ -14,6 +14,7 @@ from imprompt.cli.verb import (
     add_verb,
     base_options,
 )
+from imprompt.systems.catalogue import TRAINABLES
 
 
 class _ShowSettings(argparse.Action):
@@ -45,8 +46,7 @@ def add_parser(verbs: Any) -> None:
     )
     parser.add_argument(
         "system",
-        help="image-prompt, instruct, instruct-words, instruct-faces, face-id, identity, concatenation, "
-        "controlnet, t2i-adapter, text-to-image, autoencoder, contrastive, classifier, face-encoder, …",
+        help=", ".join(TRAINABLES),
     )
     parser.add_argument(
         "--settings",

@@ -17,6 +17,8 @@ class Trainable:
     """Its module here, with `build(options, base, columns)`; imported when it is needed."""
     options: str
     """The class of its options, in that module."""
+    title: str = ""
+    """What it makes, as a model card says it; empty is the system's name."""
     export: str = "export"
     """The file or folder of a run that users load."""
     faces: str | None = None
@@ -30,19 +32,37 @@ class Trainable:
 
 _ADAPTER = "adapter.safetensors"
 TRAINABLES = {
-    "image-prompt": Trainable(module="image_prompt", options="ImagePromptOptions", export=_ADAPTER),
-    "instruct": Trainable(module="instruct", options="InstructOptions", export=_ADAPTER),
+    "image-prompt": Trainable(
+        module="image_prompt",
+        options="ImagePromptOptions",
+        title="Image-prompt adapter",
+        export=_ADAPTER,
+    ),
+    "instruct": Trainable(
+        module="instruct", options="InstructOptions", title="Instruct adapter", export=_ADAPTER
+    ),
     "instruct-words": Trainable(
-        module="instruct_words", options="InstructWordsOptions", export=_ADAPTER
+        module="instruct_words",
+        options="InstructWordsOptions",
+        title="Instruct adapter, first stage",
+        export=_ADAPTER,
     ),
     "instruct-faces": Trainable(
-        module="instruct_faces", options="InstructFacesOptions", export=_ADAPTER, faces="identity"
+        module="instruct_faces",
+        options="InstructFacesOptions",
+        title="Instruct adapter, first stage for faces",
+        export=_ADAPTER,
+        faces="identity",
     ),
     "concatenation": Trainable(
         module="concatenation", options="ConcatenationOptions", export="tokens.safetensors"
     ),
-    "controlnet": Trainable(module="controlnet", options="ControlNetOptions", export="control"),
-    "t2i-adapter": Trainable(module="t2i_adapter", options="T2IAdapterOptions", export="control"),
+    "controlnet": Trainable(
+        module="controlnet", options="ControlNetOptions", title="ControlNet", export="control"
+    ),
+    "t2i-adapter": Trainable(
+        module="t2i_adapter", options="T2IAdapterOptions", title="T2I-Adapter", export="control"
+    ),
     "map-reader": Trainable(
         module="map_reader", options="MapReaderOptions", export="map-reader.safetensors"
     ),
@@ -56,10 +76,18 @@ TRAINABLES = {
         module="face_encoder", options="FaceEncoderOptions", export="face-encoder.safetensors"
     ),
     "face-id": Trainable(
-        module="face_id", options="FaceIdOptions", export=_ADAPTER, faces="faceid"
+        module="face_id",
+        options="FaceIdOptions",
+        title="Face-id adapter",
+        export=_ADAPTER,
+        faces="faceid",
     ),
     "identity": Trainable(
-        module="identity", options="IdentityOptions", export="identity", faces="identity"
+        module="identity",
+        options="IdentityOptions",
+        title="Identity",
+        export="identity",
+        faces="identity",
     ),
 }
 

@@ -9,18 +9,9 @@ from typing import Any
 
 from imprompt.core.config import to_toml
 from imprompt.core.files import write_whole
+from imprompt.systems.catalogue import trainable
 from imprompt.training import log
 
-TITLES = {
-    "image-prompt": "Image-prompt adapter",
-    "instruct": "Instruct adapter",
-    "instruct-words": "Instruct adapter, first stage",
-    "instruct-faces": "Instruct adapter, first stage for faces",
-    "face-id": "Face-id adapter",
-    "identity": "Identity",
-    "controlnet": "ControlNet",
-    "t2i-adapter": "T2I-Adapter",
-}
 # How what a run exports is used, by its name; other exports are parts of a base.
 USES = {
     "adapter.safetensors": """\
@@ -53,7 +44,7 @@ def write_card(
     losses = [line for line in lines if "loss" in line]
     parts = [
         f"---\nlibrary_name: imprompt\nbase_model: {base}\ntags: [imprompt, {system}]\n---",
-        f"# {TITLES.get(system, system)} for {base}: {output.resolve().name}",
+        f"# {trainable(system).title or system} for {base}: {output.resolve().name}",
         f"`{export.name}` is the result of `imprompt train {system}`"
         + (f" with the preset `{preset}`" if preset else "")
         + f" on the base `{base}` ({base_fingerprint}).",
