@@ -14,11 +14,21 @@ if TYPE_CHECKING:
     from imprompt.checkpoints import load_adapter, load_control, load_identity, save_adapter
     from imprompt.core.errors import ImpromptError
     from imprompt.diffusion.samplers import Sampler
-    from imprompt.generation import Control, IdentityPrompt, ImagePrompt, InitImage, generate
+    from imprompt.encoders import load_clip
+    from imprompt.generation import (
+        Control,
+        Explanation,
+        IdentityPrompt,
+        ImagePrompt,
+        InitImage,
+        encode_images,
+        generate,
+    )
 
 __version__ = "0.1.0"
 __all__ = [
     "Control",
+    "Explanation",
     "IdentityPrompt",
     "ImagePrompt",
     "ImagePromptAdapter",
@@ -26,9 +36,11 @@ __all__ = [
     "InitImage",
     "Sampler",
     "create_adapter",
+    "encode_images",
     "generate",
     "load_adapter",
     "load_base",
+    "load_clip",
     "load_control",
     "load_identity",
     "save_adapter",
@@ -36,6 +48,7 @@ __all__ = [
 
 _HOMES = {
     "Control": "imprompt.generation",
+    "Explanation": "imprompt.generation",
     "IdentityPrompt": "imprompt.generation",
     "ImagePrompt": "imprompt.generation",
     "ImagePromptAdapter": "imprompt.adapters",
@@ -43,9 +56,11 @@ _HOMES = {
     "InitImage": "imprompt.generation",
     "Sampler": "imprompt.diffusion.samplers",
     "create_adapter": "imprompt.adapters",
+    "encode_images": "imprompt.generation",
     "generate": "imprompt.generation",
     "load_adapter": "imprompt.checkpoints",
     "load_base": "imprompt.bases",
+    "load_clip": "imprompt.encoders",
     "load_control": "imprompt.checkpoints",
     "load_identity": "imprompt.checkpoints",
     "save_adapter": "imprompt.checkpoints",

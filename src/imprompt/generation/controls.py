@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from imprompt.systems.controlnet import check_controlnet, control_residuals
 from imprompt.systems.t2i_adapter import adapter_residuals, check_t2i_adapter
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False)
 class Control:
     """A map that pictures shall obey, and the network that reads it.
 
@@ -47,6 +47,7 @@ class Control:
 
     image: ImageLike | Sequence[ImageLike]
     model: Any
+    _: KW_ONLY
     weight: Number = 1.0
     start: Number = 0.0
     end: Number = 1.0

@@ -9,7 +9,7 @@ Source: SDEdit (2108.01073), section 3.2; RePaint (2201.09865), equation 8, for 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import torch.nn.functional as functional
 from jaxtyping import Float
@@ -28,7 +28,7 @@ MAX_SHAPES_DIFFER = 0.02
 """Of width through height of a picture and of its mask: sides are whole pixels."""
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False)
 class InitImage:
     """A picture to begin from, and how much of it may change.
 
@@ -45,6 +45,7 @@ class InitImage:
     """
 
     image: ImageLike
+    _: KW_ONLY
     strength: Number = 0.8
     mask: ImageLike | None = None
 
