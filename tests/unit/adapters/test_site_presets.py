@@ -146,3 +146,20 @@ def test_the_nested_form_means_what_it_means_in_diffusers(sdxl, scale):
 def test_nested_forms_that_do_not_fit(sdxl, scale, reason):
     with pytest.raises(ImpromptError, match=reason):
         scale_per_site(scale, sdxl)
+
+
+def test_curves_in_and_out(sd15):
+    order = execution_order(sd15)
+    humped, hollow = (
+        [preset_scales(n, sd15)[i] for i in order] for n in ("ease in-out", "reverse in-out")
+    )
+    assert humped[8] == pytest.approx(1) and humped[0] == pytest.approx(0.05)
+    assert hollow[8] == pytest.approx(0.05) and hollow[0] == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("name", "weak"), [("weak input", "down"), ("weak middle", "mid"), ("weak output", "up")]
+)
+def test_weak_parts_are_those_named(sd15, name, weak):
+    for site, scale in zip(sd15, preset_scales(name, sd15), strict=True):
+        assert scale == (0.2 if site.name.startswith(weak) else 1.0)
