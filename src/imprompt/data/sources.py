@@ -183,14 +183,19 @@ def _folder(folder: Path, reading: Reading) -> list[Part]:
 
 
 def _walk(folder: Path) -> tuple[list[str], list[str], list[str], list[str]]:
-    """Images, archives, tables, and captions without an image, by names relative to the folder."""
+    """Images, archives, tables, and captions without an image, by names relative to the folder.
+
+    Hidden files and folders are passed over: they are copies that other programs keep.
+    """
     images, archives, tables, orphans = [], [], [], []
 
     def refuse(error: OSError) -> None:
         raise ImpromptError(f"Cannot list {error.filename}: {error.strerror}.") from error
 
     # Links to folders are not followed: they may lead in circles.
-    for place, _, files in os.walk(folder, onerror=refuse):
+    for place, folders, all_files in os.walk(folder, onerror=refuse):
+        files = [name for name in all_files if not name.startswith(".")]
+        folders[:] = [name for name in folders if not name.startswith(".")]
         relative = os.path.relpath(place, folder)
         prefix = "" if relative == "." else f"{relative}/"
         stems = set()

@@ -31,8 +31,9 @@ def fit_to_captions(projection: LinearProjection, base: Base, columns: Rows) -> 
     last), or evenly between. In a causal text encoder all of these have read the whole caption.
 
     Raises:
-        ImpromptError: the embeddings are all alike.
+        ImpromptError: the data lack image embeddings or captions, or the embeddings are all alike.
     """
+    columns.require(["image_embeds", "text_ids"])
     rows = columns.rows(range(min(NUM_PAIRS, len(columns))), ["image_embeds", "text_ids"])
     encoded = TextStates.join([base.encode_text(ids) for ids in rows["text_ids"].split(256)])
     states = encoded.sequence.float()

@@ -59,3 +59,11 @@ def test_other_captions_are_other_data(base, tmp_path):
             ]
         )
     assert found[0] != found[1]
+
+
+def test_hidden_copies_are_passed_over(tmp_path):
+    write(tmp_path, text="a dog")
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    write(tmp_path / ".ipynb_checkpoints", "a-checkpoint", text="an old caption")
+    write(tmp_path, "._a", text="of a Mac")
+    assert loaded(tmp_path) == (["a dog"], {})

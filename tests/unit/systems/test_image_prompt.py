@@ -135,6 +135,8 @@ def test_fitted_to_captions_tokens_begin_as_caption_states(base, variant_and_col
     if variant != "base":
         with pytest.raises(ImpromptError, match="base variant"):
             system_of(base, variant, columns, fit_to_captions=True)
+        with pytest.raises(ImpromptError, match="lacks the column image_embeds"):
+            system_of(base, "base", columns, fit_to_captions=True)
         return
     rows = columns.rows(range(len(columns)), ["image_embeds", "text_ids"])
     states = base.encode_text(rows["text_ids"]).sequence
