@@ -188,13 +188,14 @@ def run(arguments: argparse.Namespace) -> None:
     identities = _identities(arguments)
     init_image = _init_image(arguments)
     guidance = _guidance(arguments, published)
+    scales = [_lowered(scale, published) for scale in scales]
     images: list[Any] = []
     explanation = Explanation() if arguments.explain is not None else None
     for scale in scales:
         images += generate(
             base,
             arguments.prompt,
-            _image_prompts(arguments, pictures, adapter, _lowered(scale, published)),
+            _image_prompts(arguments, pictures, adapter, scale),
             negative_prompt=arguments.negative_prompt,
             num_images=arguments.num_images,
             steps=arguments.steps,
@@ -212,7 +213,7 @@ def run(arguments: argparse.Namespace) -> None:
             identities=identities,
             init_image=init_image,
         )
-    save_pictures(arguments, images, base, guidance["guidance_scale"], output, separate)
+    save_pictures(arguments, images, base, guidance, scales, output, separate)
     print(f"{len(images)} image{'s' if len(images) > 1 else ''} in {output}")
     if explanation is not None:
         assert arguments.explain is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -51,44 +51,53 @@ def save_pictures(
     arguments: argparse.Namespace,
     images: Sequence[Any],
     base: Any,
-    guidance_scale: float | None,
+    guidance: Mapping[str, float | None],
+    scales: Sequence[float],
     sheet: Path,
     separate: Sequence[Path],
 ) -> None:
-    """Write the sheet, a row for each weight of a sweep, and the images of their own.
+    """Write the sheet, a row for each λ in `scales`, and the images of their own.
 
     Raises:
         ImpromptError: one cannot be written.
     """
     from imprompt.core.images import image_grid
 
-    scales, size = scales_of(arguments), images[0].size
+    size = images[0].size
     columns, labels = min(len(images), 8), None
     if len(scales) > 1:
         columns = arguments.num_images
         labels = [f"scale {scale:g}" for scale in scales for _ in range(columns)]
-    text = settings_text(arguments, base, guidance_scale, scales, size)
+    text = settings_text(arguments, base, guidance, scales, size)
     save_picture(image_grid(images, columns, labels), sheet, text, arguments.command)
     for number, file in enumerate(separate):
         scale = scales[number // arguments.num_images]
-        text = settings_text(arguments, base, guidance_scale, [scale], size)
+        text = settings_text(arguments, base, guidance, [scale], size)
         save_picture(images[number], file, text, arguments.command)
 
 
 def settings_text(
     arguments: argparse.Namespace,
     base: Any,
-    guidance_scale: float | None,
-    scales: list[float],
+    guidance: Mapping[str, float | None],
+    scales: Sequence[float],
     size: tuple[int, int],
 ) -> str:
     """How images of `size` (width, height) were made, in the form of A1111's "parameters"."""
+    guidance_scale = guidance["guidance_scale"]
     guidance_scale = base.guidance_scale if guidance_scale is None else guidance_scale
+    further = {
+        "Image CFG scale": "image_guidance_scale",
+        "Instruction CFG scale": "instruction_guidance_scale",
+    }
     settings: dict[str, Any] = {
         "Steps": arguments.steps,
         "Sampler": arguments.sampler,
         **({"Schedule type": "Karras"} if arguments.karras_sigmas else {}),
         "CFG scale": f"{guidance_scale:g}",
+        **{
+            name: f"{guidance[key]:g}" for name, key in further.items() if guidance[key] is not None
+        },
         "Seed": arguments.seed,
         "Size": f"{size[0]}x{size[1]}",
         "Model": base.name,

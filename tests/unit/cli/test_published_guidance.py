@@ -40,6 +40,9 @@ def test_published_guidance_lowers_the_scale(tmp_path, monkeypatch):
     )
     arguments.run(arguments)
     assert seen["prompts"][0].scale == pytest.approx(0.8)
+    told = Image.open(tmp_path / "o.png").text["parameters"]
+    assert "CFG scale: 6, Image CFG scale: 1, Instruction CFG scale: 6" in told
+    assert "Scale: 0.8" in told
 
 
 def test_published_guidance_is_the_bases(tmp_path):
